@@ -1,0 +1,328 @@
+// Package caddyfile teaches the Caddyfile the global option `registry` and the
+// directive `registry_mirror`.
+package caddyfile
+
+import (
+	"errors"
+	"net/netip"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/caddy-registry/mirror/internal/mirror"
+	"github.com/caddy-registry/mirror/module"
+)
+
+func init() {
+	httpcaddyfile.RegisterGlobalOption("registry", parseApp)
+	httpcaddyfile.RegisterHandlerDirective("registry_mirror", parseMirror)
+	// After authentication, and before what answers every path, so that it can
+	// stand in a site that already has something to say.
+	httpcaddyfile.RegisterDirectiveOrder("registry_mirror", httpcaddyfile.Before, "respond")
+}
+
+// parseApp sets up the registry app. All of it may be left out.
+//
+//	registry {
+//		storage <backend> ...
+//		trust_networks <cidr...>
+//		upstream <host[:port]> {
+//			path_name         <name>
+//			repository_prefix <prefix>
+//			endpoint <url> {
+//				capabilities  pull|resolve...
+//				credentials   <user> <secret>
+//				network_proxy <module> ...
+//				ca            <file...>
+//			}
+//			origin        <url>|off
+//			credentials   <user> <secret>
+//			network_proxy <module> ...
+//			ca            <file...>
+//			tls_insecure_skip_verify
+//			allow_private
+//			tag_ttl  <duration>
+//			timeouts <connect> <header> <stall>
+//		}
+//	}
+func parseApp(d *caddyfile.Dispenser, earlier any) (any, error) {
+	if earlier != nil {
+		return nil, d.Err("the registry option is given twice; one store and one set of upstreams serve all sites")
+	}
+	d.Next() // registry
+	if d.NextArg() {
+		return nil, d.ArgErr()
+	}
+	app := new(module.App)
+	var seen options
+	hosts := map[string]bool{}
+	for d.NextBlock(0) {
+		if d.Val() != "upstream" {
+			if err := seen.once(d); err != nil {
+				return nil, err
+			}
+		}
+		switch d.Val() {
+		case "storage":
+			if !d.NextArg() {
+				return nil, d.ArgErr()
+			}
+			backend := d.Val()
+			unm, err := caddyfile.UnmarshalModule(d, "registry.storage."+backend)
+			if err != nil {
+				return nil, err
+			}
+			app.StorageRaw = caddyconfig.JSONModuleObject(unm, "backend", backend, nil)
+		case "trust_networks":
+			app.TrustNetworks = d.RemainingArgs()
+			if len(app.TrustNetworks) == 0 {
+				return nil, d.ArgErr()
+			}
+			for _, cidr := range app.TrustNetworks {
+				if _, err := netip.ParsePrefix(cidr); err != nil {
+					return nil, d.Errf("trust_networks: %q is not a network such as 10.0.0.0/8", cidr)
+				}
+			}
+		case "upstream":
+			u, err := parseUpstream(d)
+			if err != nil {
+				return nil, err
+			}
+			if host := mirror.NormalizeHost(u.Name); hosts[host] {
+				return nil, d.Errf("upstream %s is configured twice", host)
+			} else {
+				hosts[host] = true
+			}
+			app.Upstreams = append(app.Upstreams, u)
+		default:
+			return nil, d.Errf("unrecognized option %q of registry", d.Val())
+		}
+	}
+	return httpcaddyfile.App{Name: "registry", Value: caddyconfig.JSON(app, nil)}, nil
+}
+
+// options refuses an option that is given twice.
+type options map[string]bool
+
+func (o *options) once(d *caddyfile.Dispenser) error {
+	if *o == nil {
+		*o = options{}
+	}
+	if (*o)[d.Val()] {
+		return d.Errf("%s is given twice", d.Val())
+	}
+	(*o)[d.Val()] = true
+	return nil
+}
+
+func parseUpstream(d *caddyfile.Dispenser) (*module.Upstream, error) {
+	u := new(module.Upstream)
+	if !d.AllArgs(&u.Name) {
+		return nil, d.ArgErr()
+	}
+	var seen options
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		if d.Val() != "endpoint" {
+			if err := seen.once(d); err != nil {
+				return nil, err
+			}
+		}
+		var err error
+		switch d.Val() {
+		case "path_name":
+			if !d.AllArgs(&u.PathName) {
+				err = d.ArgErr()
+			}
+		case "repository_prefix":
+			u.RepositoryPrefix = new(string)
+			if !d.AllArgs(u.RepositoryPrefix) {
+				err = d.ArgErr()
+			}
+		case "endpoint":
+			var e *module.Endpoint
+			if e, err = parseEndpoint(d); err == nil {
+				u.Endpoints = append(u.Endpoints, e)
+			}
+		case "origin":
+			if !d.AllArgs(&u.Origin) {
+				err = d.ArgErr()
+			}
+		case "credentials":
+			u.Credentials, err = parseCredentials(d)
+		case "network_proxy":
+			u.NetworkProxyRaw, err = parseProxy(d)
+		case "ca":
+			if u.CA = d.RemainingArgs(); len(u.CA) == 0 {
+				err = d.ArgErr()
+			}
+		case "tls_insecure_skip_verify":
+			u.InsecureSkipVerify, err = parseFlag(d)
+		case "allow_private":
+			u.AllowPrivate, err = parseFlag(d)
+		case "tag_ttl":
+			var ttl caddy.Duration
+			u.TagTTL = &ttl
+			err = parseDurations(d, &ttl)
+		case "timeouts":
+			u.Timeouts = new(module.Timeouts)
+			err = parseDurations(d, &u.Timeouts.Connect, &u.Timeouts.Header, &u.Timeouts.Stall)
+		default:
+			err = d.Errf("unrecognized option %q of upstream", d.Val())
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	if u.Origin == "off" && len(u.Endpoints) == 0 {
+		return nil, d.Errf("upstream %s: with `origin off` it needs an endpoint", u.Name)
+	}
+	return u, nil
+}
+
+func parseEndpoint(d *caddyfile.Dispenser) (*module.Endpoint, error) {
+	e := new(module.Endpoint)
+	if !d.AllArgs(&e.URL) {
+		return nil, d.ArgErr()
+	}
+	var seen options
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		if err := seen.once(d); err != nil {
+			return nil, err
+		}
+		var err error
+		switch d.Val() {
+		case "capabilities":
+			if e.Capabilities = d.RemainingArgs(); len(e.Capabilities) == 0 {
+				err = d.ArgErr()
+			}
+			for _, c := range e.Capabilities {
+				if c != "pull" && c != "resolve" {
+					err = d.Errf("%q is no capability; there are pull and resolve", c)
+				}
+			}
+		case "credentials":
+			e.Credentials, err = parseCredentials(d)
+		case "network_proxy":
+			e.NetworkProxyRaw, err = parseProxy(d)
+		case "ca":
+			if e.CA = d.RemainingArgs(); len(e.CA) == 0 {
+				err = d.ArgErr()
+			}
+		default:
+			err = d.Errf("unrecognized option %q of endpoint", d.Val())
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return e, nil
+}
+
+func parseCredentials(d *caddyfile.Dispenser) (*module.Credentials, error) {
+	c := new(module.Credentials)
+	if !d.AllArgs(&c.User, &c.Secret) {
+		return nil, d.ArgErr()
+	}
+	return c, nil
+}
+
+func parseProxy(d *caddyfile.Dispenser) ([]byte, error) {
+	if !d.NextArg() {
+		return nil, d.ArgErr()
+	}
+	name := d.Val()
+	unm, err := caddyfile.UnmarshalModule(d, "caddy.network_proxy."+name)
+	if err != nil {
+		return nil, err
+	}
+	return caddyconfig.JSONModuleObject(unm, "from", name, nil), nil
+}
+
+func parseFlag(d *caddyfile.Dispenser) (bool, error) {
+	if d.NextArg() {
+		return false, d.ArgErr()
+	}
+	return true, nil
+}
+
+func parseDurations(d *caddyfile.Dispenser, into ...*caddy.Duration) error {
+	args := d.RemainingArgs()
+	if len(args) != len(into) {
+		return d.ArgErr()
+	}
+	for i, arg := range args {
+		value, err := caddy.ParseDuration(arg)
+		if err == nil && value < 0 {
+			err = errors.New("it cannot be negative")
+		}
+		if err != nil {
+			return d.Errf("bad duration %q: %v", arg, err)
+		}
+		*into[i] = caddy.Duration(value)
+	}
+	return nil
+}
+
+// parseMirror sets up the mirror handler.
+//
+//	registry_mirror [<matcher>] {
+//		upstreams <name...>
+//		default   <name>|off
+//		ns        on|ignore
+//		hosted    <pattern...>
+//		shadow_default
+//	}
+func parseMirror(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
+	h.Next() // registry_mirror
+	if h.NextArg() {
+		return nil, h.ArgErr()
+	}
+	m := new(module.Mirror)
+	d := h.Dispenser
+	var seen options
+	for d.NextBlock(0) {
+		if err := seen.once(d); err != nil {
+			return nil, err
+		}
+		var err error
+		switch d.Val() {
+		case "upstreams":
+			if m.Upstreams = d.RemainingArgs(); len(m.Upstreams) == 0 {
+				err = d.ArgErr()
+			}
+		case "default":
+			if !d.AllArgs(&m.Default) {
+				err = d.ArgErr()
+			}
+		case "ns":
+			if !d.AllArgs(&m.NS) {
+				err = d.ArgErr()
+			} else if m.NS != "on" && m.NS != "ignore" {
+				err = d.Errf("ns is on or ignore, not %q", m.NS)
+			}
+		case "hosted":
+			if m.Hosted = d.RemainingArgs(); len(m.Hosted) == 0 {
+				err = d.ArgErr()
+			}
+			for _, pattern := range m.Hosted {
+				if _, patternErr := mirror.ParsePattern(pattern); patternErr != nil {
+					err = d.WrapErr(patternErr)
+				}
+			}
+		case "shadow_default":
+			m.ShadowDefault, err = parseFlag(d)
+		default:
+			err = d.Errf("unrecognized option %q of registry_mirror", d.Val())
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	if m.ShadowDefault && len(m.Hosted) == 0 {
+		return nil, d.Err("shadow_default without hosted names permits nothing")
+	}
+	return m, nil
+}

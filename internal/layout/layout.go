@@ -1,0 +1,74 @@
+// Package layout knows where things lie in a store: the keys of registry:2's
+// tree (distribution, registry/storage/paths.go) and of the mirror's own
+// records beside it. It knows nothing else.
+package layout
+
+import (
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+)
+
+const (
+	root         = "docker/registry/v2/"
+	repositories = root + "repositories/"
+	records      = "mirror/records/"
+
+	// Repositories is the prefix under which every repository has its place.
+	Repositories = repositories
+)
+
+// Blob is the key of a blob's bytes. registry:2 keeps every blob under its
+// sha256, whatever it was asked for by; see LayerLink.
+func Blob(d digest.Digest) string {
+	hex := d.Encoded()
+	return root + "blobs/" + d.Algorithm().String() + "/" + hex[:2] + "/" + hex + "/data"
+}
+
+// LayerLink is the key of the link that makes a blob a member of a
+// repository. Its value is the sha256 digest of the bytes, without newline.
+func LayerLink(repository string, d digest.Digest) string {
+	return repositories + repository + "/_layers/" + d.Algorithm().String() + "/" + d.Encoded() + "/link"
+}
+
+// RevisionLink is the key of the link that makes a manifest a member of a
+// repository.
+func RevisionLink(repository string, d digest.Digest) string {
+	return Revisions(repository) + d.Algorithm().String() + "/" + d.Encoded() + "/link"
+}
+
+// Revisions is the prefix of all revision links of a repository.
+func Revisions(repository string) string {
+	return repositories + repository + "/_manifests/revisions/"
+}
+
+// Tags is the prefix of all tags of a repository.
+func Tags(repository string) string {
+	return repositories + repository + "/_manifests/tags/"
+}
+
+// TagLink is the key of the link from a tag to the manifest it means now.
+func TagLink(repository, tag string) string {
+	return Tags(repository) + tag + "/current/link"
+}
+
+// TagIndexLink is the key of the link that remembers a digest the tag has had.
+func TagIndexLink(repository, tag string, d digest.Digest) string {
+	return Tags(repository) + tag + "/index/" + d.Algorithm().String() + "/" + d.Encoded() + "/link"
+}
+
+// Record is the key of a repository's record. A name's components never begin
+// with an underscore, so it collides with no repository.
+func Record(repository string) string {
+	return records + "repositories/" + repository + "/_record.json"
+}
+
+// DigestOf reads the digest out of a link's key, as listed under Revisions.
+func DigestOf(linkKey string) (digest.Digest, bool) {
+	parts := strings.Split(linkKey, "/")
+	if len(parts) < 3 || parts[len(parts)-1] != "link" {
+		return "", false
+	}
+	d := digest.Digest(parts[len(parts)-3] + ":" + parts[len(parts)-2])
+	return d, d.Validate() == nil
+}

@@ -1,0 +1,303 @@
+package mirror
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"slices"
+	"sort"
+	"strconv"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/caddy-registry/mirror/internal/oci"
+	"github.com/caddy-registry/mirror/internal/upstream"
+)
+
+const (
+	maxPage    = 1000   // entries of a page; ECR refuses to be asked for more
+	maxCatalog = 50_000 // repositories looked at for one page
+	// maxReferrers bounds an answer to about 4 MiB, what clients will read.
+	maxReferrers = 4 << 20
+)
+
+// page reads n and last. n is -1 where it is absent.
+func (x *exchange) page() (n int, last string, err error) {
+	query := x.r.URL.Query()
+	n, last = -1, query.Get("last")
+	if text := query.Get("n"); text != "" {
+		if n, err = strconv.Atoi(text); err != nil || n < 0 {
+			return 0, "", fail(badPage, "n=%s is not a number of entries", printable(text))
+		}
+		n = min(n, maxPage)
+	}
+	return n, last, nil
+}
+
+// more tells the client where the next page is.
+func (x *exchange) more(n int, last string) {
+	query := x.r.URL.Query()
+	query.Del("last")
+	query.Set("last", last)
+	if n > 0 {
+		query.Set("n", strconv.Itoa(n))
+	}
+	oci.SetNextLink(x.w.Header(), x.r.URL.Path, query)
+}
+
+// tags answers with the upstream's tags and those that are held; when the
+// upstream cannot be asked, with those that are held.
+func (x *exchange) tags(ctx context.Context) error {
+	n, last, err := x.page()
+	if err != nil {
+		return err
+	}
+	held, err := x.mirror.tree.Tags(ctx, x.target.Repository)
+	if err != nil {
+		return err
+	}
+	held = slices.DeleteFunc(held, func(tag string) bool {
+		state, ok := x.mirror.tags.Get(tagKey{x.target.Repository, tag})
+		return tag <= last || ok && state.gone
+	})
+	sort.Strings(held)
+	var tags []string
+	var more bool
+	switch {
+	case x.target.Upstream == nil:
+		if exists, err := x.mirror.tree.Exists(ctx, x.target.Repository); err != nil {
+			return err
+		} else if !exists {
+			return fail(unknownName, "the hosted repository %s has nothing in it", x.target.Repository)
+		}
+		tags = held
+		x.cached(hit)
+	case n == 0:
+	default:
+		tags, more, err = x.upstreamTags(ctx, n, last)
+		var refusal *upstream.Error
+		switch {
+		case err == nil:
+			x.cached(miss)
+			tags = merge(tags, held, more)
+		case errors.As(err, &refusal) && (refusal.Kind == upstream.NotFound || refusal.Kind == upstream.Unauthorized):
+			return &failure{situation: unknownName, message: err.Error(), err: err}
+		case len(held) > 0:
+			x.cached(stale)
+			tags = held
+			x.w.Header().Set("Warning", `299 - "`+warning("only tags that are held: "+err.Error())+`"`)
+		default:
+			return err
+		}
+	}
+	if n >= 0 && len(tags) > n {
+		tags, more = tags[:n], n > 0
+	}
+	if more && len(tags) > 0 {
+		x.more(n, tags[len(tags)-1])
+	}
+	body, err := json.Marshal(struct {
+		Name string   `json:"name"`
+		Tags []string `json:"tags"`
+	}{x.route.Name, append([]string{}, tags...)})
+	if err != nil {
+		return err
+	}
+	return x.json(body)
+}
+
+type tagPage struct {
+	tags []string
+	more bool
+}
+
+func (x *exchange) upstreamTags(ctx context.Context, n int, last string) ([]string, bool, error) {
+	t := x.target
+	key := "tags " + t.Repository + " " + strconv.Itoa(n) + " " + last
+	page, err := share(ctx, x.mirror, key, func(ctx context.Context) (tagPage, error) {
+		tags, more, err := t.Upstream.Client.Tags(ctx, t.Name, max(n, 0), last)
+		return tagPage{tags, more}, err
+	})
+	return slices.Clone(page.tags), page.more, err
+}
+
+// merge adds what is held to a page of the upstream's. Where pages follow, only
+// what sorts before the page's end belongs on it; a registry that does not sort
+// gets what is held at its very end.
+func merge(page, held []string, more bool) []string {
+	sorted := slices.IsSorted(page)
+	if more && (!sorted || len(page) == 0) {
+		return page
+	}
+	seen := make(map[string]bool, len(page))
+	for _, tag := range page {
+		seen[tag] = true
+	}
+	merged := page
+	for _, tag := range held {
+		if !seen[tag] && (!more || tag < page[len(page)-1]) {
+			merged = append(merged, tag)
+		}
+	}
+	if sorted {
+		sort.Strings(merged)
+	}
+	return merged
+}
+
+// referrers answers with what refers to a manifest, at the upstream and held.
+func (x *exchange) referrers(ctx context.Context, subject digest.Digest) error {
+	t := x.target
+	held, err := x.mirror.tree.Referrers(ctx, t.Repository, subject)
+	if err != nil {
+		return err
+	}
+	found := held
+	if t.Upstream != nil {
+		theirs, err := share(ctx, x.mirror, "referrers "+t.Repository+" "+subject.String(), func(ctx context.Context) ([]v1.Descriptor, error) {
+			return t.Upstream.Client.Referrers(ctx, t.Name, subject)
+		})
+		var refusal *upstream.Error
+		switch {
+		case err == nil:
+			x.cached(miss)
+			found = slices.Clone(theirs)
+			for _, d := range held {
+				if !slices.ContainsFunc(found, func(e v1.Descriptor) bool { return e.Digest == d.Digest }) {
+					found = append(found, d)
+				}
+			}
+		case errors.As(err, &refusal) && (refusal.Kind == upstream.NotFound || refusal.Kind == upstream.Unauthorized):
+			return err
+		default:
+			// Held, or at least the fallback tag: what can be said offline.
+			x.cached(stale)
+			found = x.fallbackHeld(ctx, subject, held)
+			x.w.Header().Set("Warning", `299 - "`+warning("only referrers that are held: "+err.Error())+`"`)
+		}
+	} else {
+		x.cached(hit)
+		found = x.fallbackHeld(ctx, subject, held)
+	}
+	if types := x.r.URL.Query()["artifactType"]; len(types) > 0 {
+		found = slices.DeleteFunc(found, func(d v1.Descriptor) bool { return !slices.Contains(types, d.ArtifactType) })
+		x.w.Header().Set("OCI-Filters-Applied", "artifactType")
+	}
+	index := v1.Index{
+		Versioned: specs.Versioned{SchemaVersion: 2},
+		MediaType: v1.MediaTypeImageIndex,
+		Manifests: append([]v1.Descriptor{}, found...),
+	}
+	body, err := json.Marshal(index)
+	if err != nil {
+		return err
+	}
+	for len(body) > maxReferrers {
+		index.Manifests = index.Manifests[:len(index.Manifests)/2]
+		if body, err = json.Marshal(index); err != nil {
+			return err
+		}
+		x.w.Header().Set("Warning", `299 - "the list is too long and was cut"`)
+	}
+	x.w.Header().Set("Content-Type", v1.MediaTypeImageIndex)
+	return x.json(body)
+}
+
+// fallbackHeld adds what a stored fallback tag lists.
+func (x *exchange) fallbackHeld(ctx context.Context, subject digest.Digest, found []v1.Descriptor) []v1.Descriptor {
+	repository := x.target.Repository
+	d, err := x.mirror.tree.Tag(ctx, repository, oci.FallbackTag(subject))
+	if err != nil {
+		return found
+	}
+	list, err := x.mirror.tree.Manifest(ctx, repository, d)
+	if err != nil {
+		return found
+	}
+	for _, child := range list.Children {
+		if !slices.ContainsFunc(found, func(e v1.Descriptor) bool { return e.Digest == child.Digest }) {
+			found = append(found, child)
+		}
+	}
+	return found
+}
+
+// catalog lists what is held, under the names by which this site answers.
+func (x *exchange) catalog() error {
+	n, last, err := x.page()
+	if err != nil {
+		return err
+	}
+	if n < 0 {
+		n = 100
+	}
+	ctx := x.r.Context()
+	var names []string
+	seen := 0
+	for repository, err := range x.mirror.tree.Repositories(ctx) {
+		if err != nil {
+			return err
+		}
+		if seen++; seen > maxCatalog {
+			x.w.Header().Set("Warning", `299 - "there are more repositories than could be listed"`)
+			break
+		}
+		if name, ok := x.site.address(repository); ok && name > last && x.listed(ctx, repository) {
+			names = append(names, name)
+		}
+	}
+	sort.Strings(names)
+	if len(names) > n {
+		names = names[:n]
+		if n > 0 {
+			x.more(n, names[n-1])
+		}
+	}
+	body, err := json.Marshal(struct {
+		Repositories []string `json:"repositories"`
+	}{append([]string{}, names...)})
+	if err != nil {
+		return err
+	}
+	x.cached(hit)
+	return x.json(body)
+}
+
+// listed keeps private repositories out of the catalog.
+func (x *exchange) listed(ctx context.Context, repository string) bool {
+	record, err := x.mirror.tree.Record(ctx, repository)
+	return err != nil || record.Public == nil || record.Public.Public
+}
+
+// address is the name by which a stored repository can be asked for at this
+// site.
+func (s *Site) address(repository string) (string, bool) {
+	if s.hosts(repository) {
+		return repository, true
+	}
+	first, _, nested := strings.Cut(repository, "/")
+	if nested {
+		if up, err := s.upstreams.match(first); err == nil && up != nil && s.permits(up) {
+			return repository, true
+		}
+	}
+	var empty *Upstream
+	for _, up := range s.upstreams.byName {
+		switch {
+		case up.Client == nil || !s.permits(up):
+		case up.Prefix == "":
+			empty = up
+		default:
+			if rest, ok := strings.CutPrefix(repository, up.Prefix+"/"); ok {
+				return up.PathName + "/" + rest, true
+			}
+		}
+	}
+	if empty != nil {
+		return empty.PathName + "/" + repository, true
+	}
+	return "", false
+}

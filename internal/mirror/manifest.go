@@ -1,0 +1,124 @@
+package mirror
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"go.uber.org/zap"
+
+	"github.com/caddy-registry/mirror/internal/oci"
+	"github.com/caddy-registry/mirror/internal/tree"
+	"github.com/caddy-registry/mirror/internal/upstream"
+)
+
+// A manifestAnswer is a manifest, or after a HEAD of what is not held only its
+// description.
+type manifestAnswer struct {
+	digest    digest.Digest
+	mediaType string
+	size      int64
+	body      []byte
+	// stale is why a tag is answered from what is held though it should have
+	// been checked; age is since its last check.
+	stale string
+	age   time.Duration
+	cache cache
+}
+
+func held(m *tree.Manifest, c cache) *manifestAnswer {
+	return &manifestAnswer{digest: m.Digest, mediaType: m.MediaType, size: int64(len(m.Body)), body: m.Body, cache: c}
+}
+
+// manifest answers for a tag or a digest. With head, what is not held is not
+// fetched.
+func (m *Mirror) manifest(ctx context.Context, t Target, ref oci.Reference, head bool) (*manifestAnswer, error) {
+	if t.Upstream == nil {
+		d := ref.Digest
+		if ref.Tag != "" {
+			var err error
+			if d, err = m.tree.Tag(ctx, t.Repository, ref.Tag); err != nil {
+				return nil, notHosted(err, ref.Join(t.Repository))
+			}
+		}
+		stored, err := m.tree.Manifest(ctx, t.Repository, d)
+		if err != nil {
+			return nil, notHosted(err, ref.Join(t.Repository))
+		}
+		return held(stored, hit), nil
+	}
+	if ref.Tag != "" {
+		return m.tag(ctx, t, ref.Tag, head)
+	}
+	return m.byDigest(ctx, t, ref.Digest, head)
+}
+
+func notHosted(err error, what string) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return fail(unknownContent, "%s is hosted here, and has not been pushed", what)
+	}
+	return err
+}
+
+// byDigest answers from the store, or by one GET for all who ask.
+func (m *Mirror) byDigest(ctx context.Context, t Target, d digest.Digest, head bool) (*manifestAnswer, error) {
+	stored, err := m.tree.Manifest(ctx, t.Repository, d)
+	if err == nil {
+		return held(stored, hit), nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	ref := oci.Reference{Digest: d}
+	if head {
+		described, err := share(ctx, m, "head "+ref.Join(t.Repository), func(ctx context.Context) (*upstream.Manifest, error) {
+			return t.Upstream.Client.Head(ctx, t.Name, ref, true)
+		})
+		if err != nil {
+			return nil, err
+		}
+		if described != nil {
+			return &manifestAnswer{digest: d, mediaType: described.MediaType, size: described.Size, cache: miss}, nil
+		}
+	}
+	stored, err = share(ctx, m, "get "+ref.Join(t.Repository), func(ctx context.Context) (*tree.Manifest, error) {
+		return m.fetch(ctx, t, ref)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return held(stored, miss), nil
+}
+
+// fetch gets a manifest and stores it, with every tag that is known to mean
+// it.
+func (m *Mirror) fetch(ctx context.Context, t Target, ref oci.Reference) (*tree.Manifest, error) {
+	got, err := t.Upstream.Client.Manifest(ctx, t.Name, ref, true)
+	if err != nil {
+		return nil, err
+	}
+	if err := m.claim(ctx, t); err != nil {
+		return nil, err
+	}
+	stored, err := m.tree.PutManifest(ctx, t.Repository, got.Digest, got.Body)
+	if err != nil {
+		// The client need not suffer from our disk.
+		m.log.Error("storing a manifest", zap.String("reference", ref.Join(t.Repository)), zap.Error(err))
+		parsed, parseErr := oci.ParseManifest(got.Body)
+		if parseErr != nil {
+			return nil, parseErr
+		}
+		return &tree.Manifest{Digest: got.Digest, Body: got.Body, Manifest: parsed}, nil
+	}
+	key := manifestKey{t.Repository, got.Digest}
+	tags, _ := m.pending.Get(key)
+	m.pending.Remove(key)
+	for _, tag := range tags {
+		if err := m.tree.SetTag(ctx, t.Repository, tag, got.Digest); err != nil {
+			m.log.Error("storing a tag", zap.String("reference", t.Repository+":"+tag), zap.Error(err))
+		}
+	}
+	return stored, nil
+}

@@ -1,0 +1,164 @@
+package mirror
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"sync"
+	"time"
+
+	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/opencontainers/go-digest"
+	"go.uber.org/zap"
+	"golang.org/x/sync/singleflight"
+
+	"github.com/caddy-registry/mirror/internal/fill"
+	"github.com/caddy-registry/mirror/internal/tree"
+	"github.com/caddy-registry/mirror/storage"
+)
+
+const (
+	// manifestBudget bounds the asking of all endpoints for a manifest: with
+	// it a client hears from us before 10 s, and containerd can move on.
+	manifestBudget = 8 * time.Second
+	// checkPatience is how long a client waits for the check of a tag that is
+	// held. The check goes on behind.
+	checkPatience = 2 * time.Second
+	// blobPatience is how long a client waits for a blob's first answer.
+	blobPatience = 25 * time.Second
+
+	maxTags = 100_000 // remembered
+)
+
+// A Mirror is the state behind all sites of one store. It outlives
+// configurations.
+type Mirror struct {
+	tree  *tree.Tree
+	fills *fill.Table
+	log   *zap.Logger
+	now   func() time.Time
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	tags    *lru.Cache[tagKey, tagState]
+	pending *lru.Cache[manifestKey, []string]
+	claims  sync.Mutex
+	flights singleflight.Group
+	probes  *lru.Cache[string, tree.Verdict] // verdicts not worth a record
+}
+
+type tagKey struct{ repository, tag string }
+
+type manifestKey struct {
+	repository string
+	digest     digest.Digest
+}
+
+// New returns a mirror on an open store, which it does not close.
+func New(store storage.Store, log *zap.Logger) *Mirror {
+	m := &Mirror{tree: tree.New(store), log: log, now: time.Now}
+	m.ctx, m.cancel = context.WithCancel(context.Background())
+	// lru.New fails only for a size below 1.
+	m.tags, _ = lru.New[tagKey, tagState](maxTags)
+	m.pending, _ = lru.New[manifestKey, []string](maxTags)
+	m.probes, _ = lru.New[string, tree.Verdict](10_000)
+	m.fills = fill.NewTable(store, m.tree.LinkBlob, m.filled)
+	return m
+}
+
+// Close ends every fill and every question to an upstream, and waits for them.
+func (m *Mirror) Close() {
+	m.cancel()
+	m.fills.Close()
+	m.wg.Wait()
+}
+
+// share runs f once for all who ask with the same key at the same time, on the
+// mirror's own time: who asked may leave. It returns early when ctx ends.
+func share[T any](ctx context.Context, m *Mirror, key string, f func(context.Context) (T, error)) (T, error) {
+	result := m.flights.DoChan(key, func() (any, error) {
+		m.wg.Add(1)
+		defer m.wg.Done()
+		ctx, cancel := context.WithTimeout(m.ctx, manifestBudget)
+		defer cancel()
+		return f(ctx)
+	})
+	select {
+	case r := <-result:
+		got, _ := r.Val.(T)
+		return got, r.Err
+	case <-ctx.Done():
+		var none T
+		return none, context.Cause(ctx)
+	}
+}
+
+// filled logs a fill that has ended: one line each.
+func (m *Mirror) filled(s fill.Summary) {
+	fields := []zap.Field{
+		zap.String("reference", s.Repository+"@"+s.Digest.String()),
+		zap.String("endpoint", s.From),
+		zap.Int64("bytes", s.Fetched),
+		zap.Float64("seconds", s.Duration.Seconds()),
+	}
+	switch {
+	case s.Err == nil:
+		fields = append(fields, zap.Float64("mb_per_s", float64(s.Fetched)/1e6/max(s.Duration.Seconds(), 1e-6)))
+		m.log.Info("filled", fields...)
+	case errors.Is(s.Err, fill.ErrClosed):
+		m.log.Info("fill stopped", fields...)
+	default:
+		m.log.Warn("fill failed", append(fields, zap.Error(s.Err))...)
+	}
+}
+
+// admit checks that a repository is what the request takes it for. A record
+// decides for ever whether a repository is hosted, and whose images it has: a
+// change of configuration must not mix two registries' images, nor let a
+// hosted one be taken for something that can be fetched again.
+func (m *Mirror) admit(ctx context.Context, t Target) error {
+	record, err := m.tree.Record(ctx, t.Repository)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return conflict(t, record)
+}
+
+func conflict(t Target, record tree.Record) error {
+	switch {
+	case t.Upstream == nil && record.Class == tree.Mirrored:
+		return fail(unknownName, "the store has %s as a mirror of %s; choose another hosted name, or another repository_prefix for that upstream", t.Repository, record.Upstream)
+	case t.Upstream != nil && record.Class != tree.Mirrored:
+		return fail(unknownName, "the store has %s as a hosted repository, and will not mix it with images of %s; give that upstream another repository_prefix", t.Repository, t.Upstream.Name)
+	case t.Upstream != nil && record.Upstream != t.Upstream.Name:
+		return fail(unknownName, "the store has %s as a mirror of %s, and will not mix it with images of %s; give that upstream another repository_prefix", t.Repository, record.Upstream, t.Upstream.Name)
+	}
+	return nil
+}
+
+// claim records a mirrored repository before anything is stored in it.
+func (m *Mirror) claim(ctx context.Context, t Target) error {
+	if _, err := m.tree.Record(ctx, t.Repository); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	m.claims.Lock()
+	defer m.claims.Unlock()
+	record, err := m.tree.Record(ctx, t.Repository)
+	if err == nil {
+		return conflict(t, record)
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return m.tree.PutRecord(ctx, t.Repository, tree.Record{
+		Class:    tree.Mirrored,
+		Upstream: t.Upstream.Name,
+		Prefix:   t.Upstream.Prefix,
+		Created:  m.now().UTC(),
+	})
+}

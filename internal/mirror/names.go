@@ -1,0 +1,247 @@
+package mirror
+
+import (
+	"fmt"
+	"net"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/caddy-registry/mirror/internal/oci"
+	"github.com/caddy-registry/mirror/internal/upstream"
+)
+
+// An Upstream is a mirrored registry as the policy sees it.
+type Upstream struct {
+	// Name is the registry's host, normalised, with a port where it is not
+	// 443: what clients call it. "*.pkg.dev" stands for every host of one more
+	// label.
+	Name string
+	// PathName is the first component that means this registry in a path:
+	// /v2/ghcr.io/… . It is the actual host where Name is a wildcard.
+	PathName string
+	// Prefix stands before the names of its repositories in the store. It may
+	// be empty, as registry:2 has it.
+	Prefix string
+	// TagTTL is how long a tag counts as fresh after it was checked.
+	TagTTL time.Duration
+	// Client asks the registry. It is nil in a wildcard.
+	Client *upstream.Upstream
+	// Open makes the client of a host that a wildcard stands for.
+	Open func(host string) (*upstream.Upstream, error)
+}
+
+// repository is the stored name of what the upstream calls name.
+func (u *Upstream) repository(name string) string {
+	if u.Prefix == "" {
+		return name
+	}
+	return u.Prefix + "/" + name
+}
+
+// Builtin are the registries that are always known.
+var Builtin = []string{
+	"docker.io",
+	"ghcr.io",
+	"gcr.io",
+	"*.pkg.dev",
+	"quay.io",
+	"registry.k8s.io",
+	"mcr.microsoft.com",
+	"nvcr.io",
+	"docker.elastic.co",
+	"public.ecr.aws",
+	"registry.gitlab.com",
+	"lscr.io",
+}
+
+// aliases are other names of built-in registries.
+var aliases = map[string]string{
+	"index.docker.io":      "docker.io",
+	"registry-1.docker.io": "docker.io",
+	"k8s.gcr.io":           "registry.k8s.io",
+	"elastic.co":           "docker.elastic.co",
+	"registry.gcr.io":      "gcr.io",
+}
+
+// OriginHost is where a registry is reached that goes by another name.
+func OriginHost(name string) string {
+	if name == "docker.io" {
+		return "registry-1.docker.io"
+	}
+	return name
+}
+
+// NormalizeHost brings a registry's host into the one form that is compared:
+// lower case, no trailing dot, no default port, no alias.
+func NormalizeHost(host string) string {
+	host = strings.ToLower(host)
+	if name, port, err := net.SplitHostPort(host); err == nil && port == "443" {
+		host = name
+		if strings.Contains(name, ":") {
+			host = "[" + name + "]"
+		}
+	}
+	host = strings.TrimSuffix(host, ".")
+	if canonical, ok := aliases[host]; ok {
+		return canonical
+	}
+	return host
+}
+
+// DefaultPathName is the path component that means a registry unless another
+// is configured: its host, with "__" for the colon that no name may have.
+func DefaultPathName(host string) string {
+	return strings.ReplaceAll(host, ":", "__")
+}
+
+// maxWild bounds the hosts a wildcard has opened clients for.
+const maxWild = 256
+
+// Upstreams are all registries that a configuration knows.
+type Upstreams struct {
+	byName map[string]*Upstream
+	byPath map[string]*Upstream
+	wild   []*Upstream
+
+	mu     sync.Mutex
+	opened map[string]*Upstream // by host
+	closed bool
+}
+
+// NewUpstreams checks that no two registries claim one name, path name or
+// place in the store.
+func NewUpstreams(list []*Upstream) (*Upstreams, error) {
+	u := &Upstreams{byName: map[string]*Upstream{}, byPath: map[string]*Upstream{}, opened: map[string]*Upstream{}}
+	prefixes := map[string]*Upstream{}
+	for _, up := range list {
+		if u.byName[up.Name] != nil {
+			return nil, fmt.Errorf("upstream %s is configured twice", up.Name)
+		}
+		u.byName[up.Name] = up
+		if strings.HasPrefix(up.Name, "*.") {
+			u.wild = append(u.wild, up)
+			continue
+		}
+		if !oci.ValidComponent(up.PathName) {
+			return nil, fmt.Errorf("upstream %s: %q cannot be a path name, since it is no component of a repository name; set path_name", up.Name, up.PathName)
+		}
+		if up.Prefix != "" && !oci.ValidName(up.Prefix) {
+			return nil, fmt.Errorf("upstream %s: repository_prefix %q is no repository name", up.Name, up.Prefix)
+		}
+		if other := u.byPath[up.PathName]; other != nil {
+			return nil, fmt.Errorf("upstreams %s and %s both have the path name %s; set path_name for one", other.Name, up.Name, up.PathName)
+		}
+		u.byPath[up.PathName] = up
+		if other := prefixes[up.Prefix]; other != nil {
+			return nil, fmt.Errorf("upstreams %s and %s both have the repository_prefix %q, and would mix their images", other.Name, up.Name, up.Prefix)
+		}
+		prefixes[up.Prefix] = up
+	}
+	for a, ua := range prefixes {
+		for b, ub := range prefixes {
+			if a != "" && strings.HasPrefix(b, a+"/") {
+				return nil, fmt.Errorf("repository_prefix %q of upstream %s lies inside %q of upstream %s", b, ub.Name, a, ua.Name)
+			}
+		}
+	}
+	return u, nil
+}
+
+// Named returns the registry of a normalised host, or nil. It opens no
+// connection: a host that no configuration names is never dialled.
+func (u *Upstreams) Named(host string) (*Upstream, error) {
+	if up := u.byName[host]; up != nil && up.Client != nil {
+		return up, nil
+	}
+	return u.match(host)
+}
+
+// InPath returns the registry that the first component of a path means, or nil.
+func (u *Upstreams) InPath(component string) (*Upstream, error) {
+	if up := u.byPath[component]; up != nil {
+		return up, nil
+	}
+	if canonical, ok := aliases[component]; ok {
+		return u.Named(canonical)
+	}
+	return u.match(component)
+}
+
+// match finds a host that a wildcard stands for.
+func (u *Upstreams) match(host string) (*Upstream, error) {
+	for _, w := range u.wild {
+		label, ok := strings.CutSuffix(host, w.Name[1:])
+		if !ok || !oci.ValidComponent(label) || strings.Contains(label, ".") || len(label) > 63 {
+			continue
+		}
+		u.mu.Lock()
+		defer u.mu.Unlock()
+		if up := u.opened[host]; up != nil {
+			return up, nil
+		}
+		if u.closed || len(u.opened) >= maxWild {
+			return nil, fmt.Errorf("more than %d hosts of %s have been asked for", maxWild, w.Name)
+		}
+		client, err := w.Open(host)
+		if err != nil {
+			return nil, err
+		}
+		up := &Upstream{Name: host, PathName: host, Prefix: host, TagTTL: w.TagTTL, Client: client}
+		u.opened[host] = up
+		return up, nil
+	}
+	return nil, nil
+}
+
+// Close closes the clients of all registries.
+func (u *Upstreams) Close() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.closed = true
+	for _, list := range []map[string]*Upstream{u.byName, u.opened} {
+		for _, up := range list {
+			if up.Client != nil {
+				up.Client.Close()
+			}
+		}
+	}
+}
+
+// A Pattern matches repository names: "*" stands for one component, "**" for
+// any number of them, none included, and anything else for itself.
+type Pattern []string
+
+// ParsePattern reads a pattern such as apps/** or team/*/web.
+func ParsePattern(s string) (Pattern, error) {
+	p := Pattern(strings.Split(s, "/"))
+	for _, part := range p {
+		if part != "*" && part != "**" && !oci.ValidComponent(part) {
+			return nil, fmt.Errorf("%q is no pattern of repository names: %q is neither a component of a name, * nor **", s, part)
+		}
+	}
+	return p, nil
+}
+
+func (p Pattern) String() string { return strings.Join(p, "/") }
+
+// Match reports whether a repository name fits the pattern.
+func (p Pattern) Match(name string) bool { return match(p, strings.Split(name, "/")) }
+
+func match(pattern, name []string) bool {
+	for len(pattern) > 0 {
+		if pattern[0] == "**" {
+			for i := range len(name) + 1 {
+				if match(pattern[1:], name[i:]) {
+					return true
+				}
+			}
+			return false
+		}
+		if len(name) == 0 || pattern[0] != "*" && pattern[0] != name[0] {
+			return false
+		}
+		pattern, name = pattern[1:], name[1:]
+	}
+	return len(name) == 0
+}

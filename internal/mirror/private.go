@@ -1,0 +1,91 @@
+package mirror
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/caddy-registry/mirror/internal/oci"
+	"github.com/caddy-registry/mirror/internal/tree"
+	"github.com/caddy-registry/mirror/internal/upstream"
+)
+
+const (
+	publicFor  = time.Hour   // a verdict that all may read is believed without asking again
+	privateFor = time.Minute // that only we may is asked again sooner: publishing is common
+)
+
+// public checks that everyone may read a repository at its upstream, where we
+// ask with credentials. Otherwise whoever reaches this mirror could read with
+// them. An anonymous probe decides; its verdict is kept in the record, for
+// times when nobody can be asked. Unknown means private.
+func (m *Mirror) public(ctx context.Context, t Target, kind oci.Kind, ref oci.Reference) error {
+	if t.Upstream == nil || !t.Upstream.Client.Credentialed() {
+		return nil
+	}
+	verdict, known := m.probes.Get(t.Repository)
+	if !known {
+		if record, err := m.tree.Record(ctx, t.Repository); err == nil && record.Public != nil {
+			verdict, known = *record.Public, true
+		}
+	}
+	age := m.now().Sub(verdict.Checked)
+	if known && verdict.Public && age < publicFor {
+		return nil
+	}
+	private := fail(privateName, "%s can be read at %s only with the mirror's credentials, and is not opened to everyone who reaches this mirror", t.Name, t.Upstream.Name)
+	if known && !verdict.Public && age < privateFor {
+		return private
+	}
+	open, err := share(ctx, m, "probe "+t.Repository+" "+ref.String(), func(ctx context.Context) (bool, error) {
+		return m.probe(ctx, t, kind, ref)
+	})
+	switch {
+	case err != nil && known && verdict.Public:
+		return nil
+	case err != nil:
+		var refusal *upstream.Error
+		if errors.As(err, &refusal) && refusal.Kind == upstream.NotFound {
+			return err
+		}
+		return fail(privateName, "nobody could be asked whether %s is public at %s (%v), and it counts as private until then", t.Name, t.Upstream.Name, err)
+	case open:
+		return nil
+	}
+	return private
+}
+
+// probe asks, and remembers what it learns of the repository.
+func (m *Mirror) probe(ctx context.Context, t Target, kind oci.Kind, ref oci.Reference) (bool, error) {
+	open, err := t.Upstream.Client.Public(ctx, t.Name, kind, ref)
+	if err != nil {
+		return false, err
+	}
+	if !open {
+		// That someone without credentials does not find it says something of
+		// the repository only if someone with credentials does.
+		switch kind {
+		case oci.KindBlob:
+			_, err = t.Upstream.Client.BlobSize(ctx, t.Name, ref.Digest)
+		case oci.KindManifest:
+			_, err = t.Upstream.Client.Head(ctx, t.Name, ref, true)
+		}
+		if err != nil {
+			return false, err
+		}
+	}
+	verdict := tree.Verdict{Public: open, Checked: m.now().UTC()}
+	m.probes.Add(t.Repository, verdict)
+	if err := m.claim(ctx, t); err != nil {
+		return false, err
+	}
+	record, err := m.tree.Record(ctx, t.Repository)
+	if err != nil {
+		return false, err
+	}
+	if record.Public == nil || record.Public.Public != open {
+		record.Public = &verdict
+		err = m.tree.PutRecord(ctx, t.Repository, record)
+	}
+	return open, err
+}

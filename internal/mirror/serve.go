@@ -1,0 +1,318 @@
+package mirror
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/caddy-registry/mirror/internal/oci"
+)
+
+// cache says where an answer came from.
+type cache string
+
+const (
+	hit         cache = "hit"         // held, and fresh or immutable
+	revalidated cache = "revalidated" // held, and the upstream confirmed it
+	stale       cache = "stale"       // held, and the upstream could not be asked
+	miss        cache = "miss"        // the upstream was asked
+)
+
+// status is the Cache-Status member (RFC 9211) for where an answer came from.
+func (c cache) status() string {
+	switch c {
+	case hit:
+		return "registry; hit"
+	case revalidated:
+		return "registry; fwd=stale; fwd-status=304"
+	case stale:
+		return `registry; hit; ttl=-1; detail="upstream failed"`
+	default:
+		return "registry; fwd=uri-miss; stored"
+	}
+}
+
+// A Report says what became of a request, for logs.
+type Report struct {
+	Upstream   string // empty for what is hosted here
+	Repository string
+	Reference  string
+	Cache      string
+	// Err is why the request failed, or nil.
+	Err error
+	// Abort says that the answer's header is out and its body cannot be
+	// completed: the connection must be broken, so that the client sees it.
+	Abort bool
+}
+
+// ServeHTTP answers a request below /v2 from a mirror. See [oci.ParsePath].
+func (s *Site) ServeHTTP(m *Mirror, w http.ResponseWriter, r *http.Request, route oci.Route) Report {
+	header := w.Header()
+	header.Set("Docker-Distribution-Api-Version", "registry/2.0")
+	x := &exchange{site: s, mirror: m, w: w, r: r, route: route}
+	if err := x.serve(); err != nil {
+		x.report.Err = err
+		if r.Context().Err() == nil && !x.report.Abort {
+			refusal(err, route.Kind, x.about()).Write(w, r)
+		}
+	}
+	return x.report
+}
+
+// An exchange is one request and its answer.
+type exchange struct {
+	site   *Site
+	mirror *Mirror
+	w      http.ResponseWriter
+	r      *http.Request
+	route  oci.Route
+	target Target
+	report Report
+}
+
+// about names what was asked for, for error messages.
+func (x *exchange) about() string {
+	if x.target.Repository == "" {
+		return ""
+	}
+	name := x.target.Name
+	if x.target.Upstream != nil {
+		name = x.target.Upstream.Name + "/" + name
+	}
+	switch ref := x.route.Ref; {
+	case ref == "":
+		return name
+	case strings.Contains(ref, ":"):
+		return name + "@" + printable(ref)
+	default:
+		return name + ":" + printable(ref)
+	}
+}
+
+func (x *exchange) serve() error {
+	head := x.r.Method == http.MethodHead
+	if x.r.Method != http.MethodGet && !head || x.route.Kind == oci.KindUpload {
+		x.w.Header().Set("Allow", "GET, HEAD")
+		return fail(readOnly, "this mirror answers GET and HEAD only; push to the registry itself")
+	}
+	switch x.route.Kind {
+	case oci.KindPing:
+		return x.json([]byte("{}"))
+	case oci.KindCatalog:
+		return x.catalog()
+	case oci.KindUnknown:
+		return fail(unknownEndpoint, "there is nothing at this path of the registry API")
+	}
+	var err error
+	if x.target, err = x.site.Resolve(x.r.Host, x.r.URL.RawQuery, x.route.Name); err != nil {
+		return err
+	}
+	x.report.Repository, x.report.Reference = x.target.Repository, x.route.Ref
+	if up := x.target.Upstream; up != nil {
+		x.report.Upstream = up.Name
+	}
+	if ns := x.target.Namespace; ns != "" {
+		x.w.Header().Set("OCI-Namespace", ns)
+	}
+	var ref oci.Reference
+	if x.route.Kind != oci.KindTags {
+		if ref, err = oci.ParseReference(x.route.Ref); err == nil && x.route.Kind != oci.KindManifest && ref.Digest == "" {
+			err = fmt.Errorf("%q is not a digest", printable(x.route.Ref))
+		}
+		if err != nil {
+			return fail(badReference, "%v", err)
+		}
+	}
+	ctx := x.r.Context()
+	if err := x.mirror.admit(ctx, x.target); err != nil {
+		return err
+	}
+	if err := x.mirror.public(ctx, x.target, x.route.Kind, ref); err != nil {
+		return err
+	}
+	switch x.route.Kind {
+	case oci.KindManifest:
+		return x.manifest(ctx, ref, head)
+	case oci.KindBlob:
+		return x.blob(ctx, ref.Digest, head)
+	case oci.KindTags:
+		return x.tags(ctx)
+	default:
+		return x.referrers(ctx, ref.Digest)
+	}
+}
+
+// cached notes where the answer came from.
+func (x *exchange) cached(c cache) {
+	x.report.Cache = string(c)
+	x.w.Header().Set("Cache-Status", c.status())
+}
+
+// json sends a small document of our own making.
+func (x *exchange) json(body []byte) error {
+	header := x.w.Header()
+	if header.Get("Content-Type") == "" {
+		header.Set("Content-Type", "application/json")
+	}
+	header.Set("Content-Length", strconv.Itoa(len(body)))
+	x.w.WriteHeader(http.StatusOK)
+	if x.r.Method != http.MethodHead {
+		x.w.Write(body)
+	}
+	return nil
+}
+
+func (x *exchange) manifest(ctx context.Context, ref oci.Reference, head bool) error {
+	answer, err := x.mirror.manifest(ctx, x.target, ref, head)
+	if err != nil {
+		return err
+	}
+	x.cached(answer.cache)
+	header := x.w.Header()
+	etag := `"` + answer.digest.String() + `"`
+	header.Set("Content-Type", answer.mediaType)
+	header.Set("Docker-Content-Digest", answer.digest.String())
+	header.Set("ETag", etag)
+	if ref.Tag != "" {
+		header.Set("Cache-Control", "no-cache, no-transform")
+	} else {
+		header.Set("Cache-Control", "max-age=31536000, immutable, no-transform")
+	}
+	if answer.stale != "" {
+		if answer.age > 0 {
+			header.Set("Age", strconv.Itoa(int(answer.age/time.Second)))
+		}
+		header.Set("Warning", `299 - "`+warning("this tag could not be checked: "+answer.stale)+`"`)
+	}
+	if matches(x.r.Header.Values("If-None-Match"), etag) {
+		x.w.WriteHeader(http.StatusNotModified)
+		return nil
+	}
+	header.Set("Content-Length", strconv.FormatInt(answer.size, 10))
+	x.w.WriteHeader(http.StatusOK)
+	if !head {
+		x.w.Write(answer.body)
+	}
+	return nil
+}
+
+// warning makes a sentence fit a quoted string of bounded length.
+func warning(s string) string {
+	s = strings.Map(func(r rune) rune {
+		switch {
+		case r < ' ' || r >= 0x7f:
+			return ' '
+		case r == '"' || r == '\\':
+			return '\''
+		}
+		return r
+	}, s)
+	return s[:min(len(s), 400)]
+}
+
+// matches reports whether an If-None-Match header names the tag.
+func matches(values []string, etag string) bool {
+	for _, value := range values {
+		for item := range strings.SplitSeq(value, ",") {
+			if item = strings.TrimPrefix(strings.TrimSpace(item), "W/"); item == etag || item == "*" {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) error {
+	header := x.w.Header()
+	etag := `"` + d.String() + `"`
+	describe := func(c cache) {
+		x.cached(c)
+		header.Set("Content-Type", "application/octet-stream")
+		header.Set("Docker-Content-Digest", d.String())
+		header.Set("ETag", etag)
+		header.Set("Accept-Ranges", "bytes")
+		// Encoding a blob would take its length and its ranges away;
+		// containerd invites it by offering zstd and gzip.
+		header.Set("Cache-Control", "max-age=31536000, immutable, no-transform")
+	}
+	if head || matches(x.r.Header.Values("If-None-Match"), etag) {
+		size, c, err := x.mirror.describeBlob(ctx, x.target, d)
+		if err != nil {
+			return err
+		}
+		describe(c)
+		if !head {
+			x.w.WriteHeader(http.StatusNotModified)
+			return nil
+		}
+		header.Set("Content-Length", strconv.FormatInt(size, 10))
+		x.w.WriteHeader(http.StatusOK)
+		return nil
+	}
+	content, c, err := x.mirror.blob(ctx, x.target, d)
+	if err != nil {
+		return err
+	}
+	defer content.Close()
+	size := content.size()
+	var ranges oci.RangeRequest
+	if ifRange := x.r.Header.Get("If-Range"); ifRange == "" || ifRange == etag {
+		ranges, err = oci.ParseRange(x.r.Header.Get("Range"), size)
+		if errors.Is(err, oci.ErrRange) {
+			header.Set("Content-Range", "bytes */"+strconv.FormatInt(size, 10))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	describe(c)
+	switch len(ranges.Spans) {
+	case 0:
+		return x.send(ctx, content, oci.Span{Length: size}, http.StatusOK, true)
+	case 1:
+		span := ranges.Spans[0]
+		header.Set("Content-Range", span.ContentRange(size))
+		// Whoever asked for the rest, or for everything, could take it for
+		// the whole. A bounded part or an archive's end is not.
+		proven := ranges.Open || span.Length == size
+		return x.send(ctx, content, span, http.StatusPartialContent, proven)
+	default:
+		var sum int64
+		for _, span := range ranges.Spans {
+			sum += span.Length
+		}
+		parts := &seeker{ctx: ctx, content: content, proven: sum >= size}
+		http.ServeContent(x.w, x.r, "", time.Time{}, parts)
+		if parts.err != nil {
+			x.report.Abort = true
+			return parts.err
+		}
+		return nil
+	}
+}
+
+// send sends one span. The length is declared beforehand, always; a body that
+// cannot be completed breaks the connection and is never ended short.
+func (x *exchange) send(ctx context.Context, content content, span oci.Span, status int, proven bool) error {
+	reader, err := content.span(ctx, span.Offset, span.Length, proven)
+	if err != nil {
+		return err
+	}
+	x.w.Header().Set("Content-Length", strconv.FormatInt(span.Length, 10))
+	x.w.WriteHeader(status)
+	n, err := io.Copy(x.w, reader)
+	if err == nil && n != span.Length {
+		err = fmt.Errorf("%d of %d bytes sent: %w", n, span.Length, io.ErrUnexpectedEOF)
+	}
+	if err != nil {
+		x.report.Abort = true
+	}
+	return err
+}

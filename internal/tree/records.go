@@ -1,0 +1,137 @@
+package tree
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"iter"
+	"strings"
+	"time"
+
+	"github.com/caddy-registry/mirror/internal/layout"
+	"github.com/caddy-registry/mirror/internal/oci"
+	"github.com/caddy-registry/mirror/storage"
+)
+
+// A Class says whether a repository's content can be fetched again.
+type Class string
+
+const (
+	Mirrored Class = "mirrored"
+	Hosted   Class = "hosted"
+)
+
+const (
+	recordSchema = 1
+	maxRecord    = 64 << 10
+)
+
+// A Record is what a repository's content alone cannot tell. It is written
+// when the mirror creates a repository, and no later configuration changes its
+// class: nothing may make a hosted image evictable.
+type Record struct {
+	Schema   int       `json:"schema"`
+	Class    Class     `json:"class"`
+	Upstream string    `json:"upstream,omitempty"` // docker.io
+	Prefix   string    `json:"prefix"`             // under which the upstream stored then
+	Created  time.Time `json:"created"`
+	// Public is what anonymous probes have found, for an upstream that is
+	// asked with credentials.
+	Public *Verdict `json:"public,omitempty"`
+}
+
+// A Verdict says whether everyone may read a repository at its upstream.
+type Verdict struct {
+	Public  bool      `json:"public"`
+	Checked time.Time `json:"checked"`
+}
+
+// Record returns a repository's record. One that registry:2 has created has
+// none.
+func (t *Tree) Record(ctx context.Context, repository string) (Record, error) {
+	if r, ok := t.records.Get(repository); ok {
+		return r, nil
+	}
+	data, err := t.store.Get(ctx, layout.Record(repository), maxRecord)
+	if err != nil {
+		return Record{}, err
+	}
+	var r Record
+	if err := json.Unmarshal(data, &r); err != nil {
+		return Record{}, fmt.Errorf("the record of repository %s is damaged: %w", repository, err)
+	}
+	if r.Schema > recordSchema {
+		return Record{}, fmt.Errorf("the record of repository %s has schema %d, which a newer version of this program wrote", repository, r.Schema)
+	}
+	t.records.Add(repository, r)
+	return r, nil
+}
+
+// PutRecord writes a repository's record.
+func (t *Tree) PutRecord(ctx context.Context, repository string, r Record) error {
+	r.Schema = recordSchema
+	data, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	if err := t.store.Put(ctx, layout.Record(repository), data, storage.Durable); err != nil {
+		return err
+	}
+	t.records.Add(repository, r)
+	return nil
+}
+
+// Repositories yields the names of all repositories, in no particular order.
+func (t *Tree) Repositories(ctx context.Context) iter.Seq2[string, error] {
+	return func(yield func(string, error) bool) { t.walk(ctx, "", yield) }
+}
+
+// walk visits a name and the names below it. It reports whether to go on.
+func (t *Tree) walk(ctx context.Context, name string, yield func(string, error) bool) bool {
+	prefix := layout.Repositories
+	if name != "" {
+		prefix += name + "/"
+	}
+	var below []string
+	for info, err := range t.store.List(ctx, prefix, false) {
+		if err != nil {
+			yield("", err)
+			return false
+		}
+		component, isDir := strings.CutSuffix(strings.TrimPrefix(info.Key, prefix), "/")
+		switch {
+		case !isDir:
+		case component == "_manifests":
+			if name != "" && !yield(name, nil) {
+				return false
+			}
+		case oci.ValidComponent(component):
+			below = append(below, component)
+		}
+	}
+	for _, component := range below {
+		child := component
+		if name != "" {
+			child = name + "/" + component
+		}
+		if !t.walk(ctx, child, yield) {
+			return false
+		}
+	}
+	return true
+}
+
+// Exists reports whether a repository has anything stored.
+func (t *Tree) Exists(ctx context.Context, repository string) (bool, error) {
+	if _, err := t.Record(ctx, repository); err == nil {
+		return true, nil
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	for _, err := range t.store.List(ctx, layout.Revisions(repository), false) {
+		return err == nil, err
+	}
+	return false, nil
+}

@@ -1,0 +1,318 @@
+// Package tree reads and writes registry:2's tree in a store: which blobs and
+// manifests belong to which repository, and what tags mean. Every repository
+// has its own members though all share one set of blobs, and nothing is
+// answered to a repository that is not a member's (CVE-2024-39897).
+package tree
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"strings"
+
+	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/singleflight"
+
+	"github.com/caddy-registry/mirror/internal/failpoint"
+	"github.com/caddy-registry/mirror/internal/layout"
+	"github.com/caddy-registry/mirror/internal/oci"
+	"github.com/caddy-registry/mirror/storage"
+)
+
+const (
+	maxLink     = 512     // bytes of a link; a digest has at most 135
+	maxMembers  = 200_000 // memberships remembered, about 40 MiB when full
+	maxRecords  = 20_000  // records remembered
+	maxScans    = 4_000   // scanned repositories remembered
+	maxRevision = 5_000   // manifests read to answer one question about a repository
+)
+
+// A Tree is registry:2's tree in a store.
+type Tree struct {
+	store storage.Store
+	// members remembers which content belongs to a repository; it is filled
+	// from links and from the manifests that pass.
+	members *lru.Cache[member, Member]
+	records *lru.Cache[string, Record]
+	scanned *lru.Cache[string, struct{}]
+	scans   singleflight.Group
+}
+
+type member struct {
+	repository string
+	digest     digest.Digest
+}
+
+// A Member is content that belongs to a repository.
+type Member struct {
+	// Canonical is the sha256 under which the bytes lie. It is empty where
+	// content is named by another digest and has not been stored yet.
+	Canonical digest.Digest
+	// Size as a manifest says, or -1.
+	Size int64
+	// Linked says that the repository's own link proves it, so that the proof
+	// survives.
+	Linked bool
+}
+
+// New returns the tree in a store.
+func New(store storage.Store) *Tree {
+	// lru.New fails only for a size below 1.
+	members, _ := lru.New[member, Member](maxMembers)
+	records, _ := lru.New[string, Record](maxRecords)
+	scanned, _ := lru.New[string, struct{}](maxScans)
+	return &Tree{store: store, members: members, records: records, scanned: scanned}
+}
+
+// link reads a link. A link that does not hold a digest, as a crash may leave
+// it, is absent.
+func (t *Tree) link(ctx context.Context, key string) (digest.Digest, error) {
+	data, err := t.store.Get(ctx, key, maxLink)
+	if err != nil {
+		return "", err
+	}
+	d, err := oci.ParseDigest(strings.TrimSpace(string(data)))
+	if err != nil {
+		return "", fmt.Errorf("%w: the link %s is damaged: %w", fs.ErrNotExist, key, err)
+	}
+	return d, nil
+}
+
+func (t *Tree) setLink(ctx context.Context, key string, d digest.Digest) error {
+	return t.store.Put(ctx, key, []byte(d), storage.Lazy)
+}
+
+// A Manifest is a stored manifest.
+type Manifest struct {
+	Digest digest.Digest
+	Body   []byte
+	*oci.Manifest
+}
+
+// Manifest returns a manifest that belongs to a repository: because it was
+// stored there, or because an index stored there names it and its bytes are
+// held for another repository. Bytes that do not match the digest count as
+// absent, so that they are fetched again.
+func (t *Tree) Manifest(ctx context.Context, repository string, d digest.Digest) (*Manifest, error) {
+	canonical, err := t.link(ctx, layout.RevisionLink(repository, d))
+	named := false
+	if errors.Is(err, fs.ErrNotExist) {
+		known, ok := t.members.Get(member{repository, d})
+		if !ok || d.Algorithm() != digest.Canonical {
+			return nil, err
+		}
+		canonical, err, named = d, nil, !known.Linked
+	}
+	if err != nil {
+		return nil, err
+	}
+	body, err := t.store.Get(ctx, layout.Blob(canonical), oci.MaxManifestSize)
+	if err != nil && named {
+		return nil, fmt.Errorf("%w: %w", fs.ErrNotExist, err) // a layer, say, and too large for a manifest
+	}
+	if err != nil {
+		return nil, err
+	}
+	if d.Algorithm().FromBytes(body) != d {
+		return nil, fmt.Errorf("%w: the stored bytes of manifest %s are damaged", fs.ErrNotExist, d)
+	}
+	parsed, err := oci.ParseManifest(body)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s is no manifest: %w", fs.ErrNotExist, d, err)
+	}
+	if named {
+		if err := t.setLink(ctx, layout.RevisionLink(repository, d), canonical); err != nil {
+			return nil, err
+		}
+	}
+	t.learn(repository, parsed)
+	return &Manifest{Digest: d, Body: body, Manifest: parsed}, nil
+}
+
+// learn remembers what a manifest makes a member.
+func (t *Tree) learn(repository string, m *oci.Manifest) {
+	for _, d := range append(m.Blobs, m.Children...) {
+		key := member{repository, d.Digest}
+		if known, ok := t.members.Peek(key); ok && (known.Linked || known.Size >= 0) {
+			continue
+		}
+		t.members.Add(key, Member{Canonical: canonicalOf(d.Digest), Size: d.Size})
+	}
+}
+
+func canonicalOf(d digest.Digest) digest.Digest {
+	if d.Algorithm() == digest.Canonical {
+		return d
+	}
+	return ""
+}
+
+// PutManifest stores a manifest whose bytes match the digest.
+func (t *Tree) PutManifest(ctx context.Context, repository string, d digest.Digest, body []byte) (*Manifest, error) {
+	parsed, err := oci.ParseManifest(body)
+	if err != nil {
+		return nil, err
+	}
+	canonical := digest.FromBytes(body)
+	if err := t.store.Put(ctx, layout.Blob(canonical), body, storage.Lazy); err != nil {
+		return nil, err
+	}
+	failpoint.Hit("manifest.stored")
+	if err := t.setLink(ctx, layout.RevisionLink(repository, canonical), canonical); err != nil {
+		return nil, err
+	}
+	if d != canonical {
+		if err := t.setLink(ctx, layout.RevisionLink(repository, d), canonical); err != nil {
+			return nil, err
+		}
+	}
+	failpoint.Hit("manifest.linked")
+	t.learn(repository, parsed)
+	return &Manifest{Digest: d, Body: body, Manifest: parsed}, nil
+}
+
+// Tag returns what a tag means.
+func (t *Tree) Tag(ctx context.Context, repository, tag string) (digest.Digest, error) {
+	return t.link(ctx, layout.TagLink(repository, tag))
+}
+
+// SetTag lets a tag mean a manifest. The index, which remembers all it ever
+// meant, comes first, as in registry:2.
+func (t *Tree) SetTag(ctx context.Context, repository, tag string, d digest.Digest) error {
+	if err := t.setLink(ctx, layout.TagIndexLink(repository, tag, d), d); err != nil {
+		return err
+	}
+	failpoint.Hit("tag.indexed")
+	return t.setLink(ctx, layout.TagLink(repository, tag), d)
+}
+
+// Tags returns the tags of a repository, in no order.
+func (t *Tree) Tags(ctx context.Context, repository string) ([]string, error) {
+	var tags []string
+	prefix := layout.Tags(repository)
+	for info, err := range t.store.List(ctx, prefix, false) {
+		if err != nil {
+			return nil, err
+		}
+		tag := strings.TrimSuffix(strings.TrimPrefix(info.Key, prefix), "/")
+		if strings.HasSuffix(info.Key, "/") && oci.ValidTag(tag) {
+			tags = append(tags, tag)
+		}
+	}
+	return tags, nil
+}
+
+// Member reports whether a blob belongs to a repository, from memory, its
+// links, and the manifests stored there, in this order.
+func (t *Tree) Member(ctx context.Context, repository string, d digest.Digest) (Member, bool, error) {
+	key := member{repository, d}
+	known, ok := t.members.Get(key)
+	if ok && known.Canonical != "" {
+		return known, true, nil
+	}
+	canonical, err := t.link(ctx, layout.LayerLink(repository, d))
+	switch {
+	case err == nil:
+		linked := Member{Canonical: canonical, Size: -1, Linked: true}
+		if ok {
+			linked.Size = known.Size
+		}
+		t.members.Add(key, linked)
+		return linked, true, nil
+	case !errors.Is(err, fs.ErrNotExist):
+		return Member{}, false, err
+	case ok:
+		return known, true, nil
+	}
+	if err := t.scan(ctx, repository); err != nil {
+		return Member{}, false, err
+	}
+	known, ok = t.members.Get(key)
+	return known, ok, nil
+}
+
+// AddMember remembers a proof of membership that no link or manifest gives:
+// the upstream's own.
+func (t *Tree) AddMember(repository string, d digest.Digest, size int64) Member {
+	m := Member{Canonical: canonicalOf(d), Size: size}
+	t.members.Add(member{repository, d}, m)
+	return m
+}
+
+// scan reads the manifests of a repository once, so that what they name is
+// known. It stops at 5,000.
+func (t *Tree) scan(ctx context.Context, repository string) error {
+	if t.scanned.Contains(repository) {
+		return nil
+	}
+	_, err, _ := t.scans.Do(repository, func() (any, error) {
+		if t.scanned.Contains(repository) {
+			return nil, nil
+		}
+		err := t.manifests(ctx, repository, func(*Manifest) {})
+		if err == nil {
+			t.scanned.Add(repository, struct{}{})
+		}
+		return nil, err
+	})
+	return err
+}
+
+// manifests reads the manifests of a repository; reading one learns what it
+// names.
+func (t *Tree) manifests(ctx context.Context, repository string, visit func(*Manifest)) error {
+	n := 0
+	for info, err := range t.store.List(ctx, layout.Revisions(repository), true) {
+		if err != nil {
+			return err
+		}
+		d, ok := layout.DigestOf(info.Key)
+		if !ok {
+			continue
+		}
+		if n++; n > maxRevision {
+			break
+		}
+		m, err := t.Manifest(ctx, repository, d)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		visit(m)
+	}
+	return nil
+}
+
+// OpenBlob opens the bytes of a blob, whoever it belongs to.
+func (t *Tree) OpenBlob(ctx context.Context, canonical digest.Digest) (io.ReadCloser, storage.Info, error) {
+	return t.store.Open(ctx, layout.Blob(canonical), 0, -1)
+}
+
+// StatBlob describes the bytes of a blob, whoever it belongs to.
+func (t *Tree) StatBlob(ctx context.Context, canonical digest.Digest) (storage.Info, error) {
+	return t.store.Stat(ctx, layout.Blob(canonical))
+}
+
+// LinkBlob makes a stored blob a member of a repository, under the digest it
+// was asked for by and under the one it lies at.
+func (t *Tree) LinkBlob(ctx context.Context, repository string, asked, canonical digest.Digest) error {
+	for _, d := range []digest.Digest{canonical, asked} {
+		if err := t.setLink(ctx, layout.LayerLink(repository, d), canonical); err != nil {
+			return err
+		}
+		size := int64(-1)
+		if known, ok := t.members.Peek(member{repository, d}); ok {
+			size = known.Size
+		}
+		t.members.Add(member{repository, d}, Member{Canonical: canonical, Size: size, Linked: true})
+		if asked == canonical {
+			break
+		}
+	}
+	return nil
+}

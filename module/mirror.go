@@ -1,0 +1,152 @@
+package module
+
+import (
+	"fmt"
+	"net/http"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"go.uber.org/zap"
+
+	"github.com/caddy-registry/mirror/internal/mirror"
+	"github.com/caddy-registry/mirror/internal/oci"
+)
+
+func init() {
+	caddy.RegisterModule(new(Mirror))
+}
+
+// Mirror answers the registry API (`/v2/…`) from the store of the `registry`
+// app, and fetches from upstream registries what it does not hold. Every other
+// path goes on to the next handler.
+//
+// A request says which registry it means in one of four ways, and the first
+// that applies decides: `?ns=<host>`, as containerd, BuildKit and Docker 29
+// send it; a first path component that is the registry's path name
+// (`/v2/ghcr.io/…`); a name that is hosted here; the default registry.
+//
+// It adds these fields to access logs: `registry_upstream`,
+// `registry_repository`, `registry_reference`, `registry_cache` (`hit`,
+// `revalidated`, `stale` or `miss`) and, for a request that failed,
+// `registry_error`.
+type Mirror struct {
+	// Registries this site answers for. Default: all that the app knows.
+	Upstreams []string `json:"upstreams,omitempty"`
+
+	// The registry of a name that says none, or `off`. Default: docker.io.
+	Default string `json:"default,omitempty"`
+
+	// `on`, or `ignore` to leave `?ns=` unread. Default: on.
+	NS string `json:"ns,omitempty"`
+
+	// Names that belong to this site and to no upstream, as patterns: `*` is
+	// one component and `**` any number of them. They are served from the
+	// store, to GET and HEAD.
+	Hosted []string `json:"hosted,omitempty"`
+
+	// Permit hosted names on a site with a default registry, where they take
+	// the place of that registry's names.
+	ShadowDefault bool `json:"shadow_default,omitempty"`
+
+	state *state
+	site  *mirror.Site
+	log   *zap.Logger
+}
+
+// CaddyModule returns the Caddy module information.
+func (*Mirror) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "http.handlers.registry_mirror",
+		New: func() caddy.Module { return new(Mirror) },
+	}
+}
+
+// Provision checks the site against what the app knows.
+func (m *Mirror) Provision(ctx caddy.Context) error {
+	m.log = ctx.Logger()
+	loaded, err := ctx.App("registry")
+	if err != nil {
+		return fmt.Errorf("registry app: %w", err)
+	}
+	app := loaded.(*App)
+	cfg := mirror.SiteConfig{
+		Upstreams:     app.upstreams,
+		Allowed:       m.Upstreams,
+		Default:       m.Default,
+		ShadowDefault: m.ShadowDefault,
+	}
+	switch m.Default {
+	case "":
+		cfg.Default = "docker.io"
+	case "off":
+		cfg.Default = ""
+	}
+	switch m.NS {
+	case "", "on":
+	case "ignore":
+		cfg.IgnoreNS = true
+	default:
+		return fmt.Errorf("ns: %q is neither on nor ignore", m.NS)
+	}
+	for i, s := range m.Hosted {
+		pattern, err := mirror.ParsePattern(s)
+		if err != nil {
+			return fmt.Errorf("hosted[%d]: %w", i, err)
+		}
+		cfg.Hosted = append(cfg.Hosted, pattern)
+	}
+	if m.site, err = mirror.NewSite(cfg); err != nil {
+		return err
+	}
+	m.state = app.state
+	app.sites++
+	return nil
+}
+
+func (m *Mirror) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+	route, ours := oci.ParsePath(r.URL.Path)
+	if !ours {
+		return next.ServeHTTP(w, r)
+	}
+	// The configuration may be cleaned up while this request runs; the state
+	// stays until it leaves.
+	if !m.state.enter() {
+		mirror.Unavailable(w, r, errClosed)
+		return nil
+	}
+	defer m.state.leave()
+	open, err := m.state.open(r.Context())
+	if err != nil {
+		m.log.Error("opening the store", zap.Error(err))
+		mirror.Unavailable(w, r, err)
+		return nil
+	}
+	report := m.site.ServeHTTP(open, w, r, route)
+	if extra, ok := r.Context().Value(caddyhttp.ExtraLogFieldsCtxKey).(*caddyhttp.ExtraLogFields); ok {
+		for _, field := range [...]struct{ key, value string }{
+			{"registry_upstream", report.Upstream},
+			{"registry_repository", report.Repository},
+			{"registry_reference", report.Reference},
+			{"registry_cache", report.Cache},
+		} {
+			if field.value != "" {
+				extra.Set(zap.String(field.key, field.value))
+			}
+		}
+		if report.Err != nil {
+			extra.Set(zap.String("registry_error", report.Err.Error()))
+		}
+	}
+	if report.Abort && r.Context().Err() == nil {
+		m.log.Warn("answer broken off", zap.String("repository", report.Repository), zap.String("reference", report.Reference), zap.Error(report.Err))
+	}
+	if report.Abort {
+		panic(http.ErrAbortHandler)
+	}
+	return nil
+}
+
+var (
+	_ caddy.Provisioner           = (*Mirror)(nil)
+	_ caddyhttp.MiddlewareHandler = (*Mirror)(nil)
+)

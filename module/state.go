@@ -1,0 +1,139 @@
+package module
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"github.com/caddyserver/caddy/v2"
+	"go.uber.org/zap"
+
+	"github.com/caddy-registry/mirror/internal/mirror"
+	"github.com/caddy-registry/mirror/internal/upstream"
+	"github.com/caddy-registry/mirror/storage"
+)
+
+// states are what outlives a reload, by the identity of their store.
+var states = caddy.NewUsagePool()
+
+// A state is everything that belongs to one store: the open store, the fills
+// into it, and what is known of upstreams. It is closed when no configuration
+// names it and no request uses it any more.
+type state struct {
+	identity  string
+	backend   storage.Backend // the first to name the store; it opens it
+	endpoints upstream.Pool
+	core      *logCore
+	log       *zap.Logger
+
+	// users are the requests under way, and one for the pool. At 0 it is
+	// over, and stays so.
+	users atomic.Int64
+
+	opening sync.Mutex
+	store   storage.Store // guarded by opening
+	mirror  atomic.Pointer[mirror.Mirror]
+}
+
+// useState takes a reference to the state of a store.
+func useState(backend storage.Backend, log *zap.Logger) (*state, error) {
+	identity := backend.Identity()
+	value, _, err := states.LoadOrNew(identity, func() (caddy.Destructor, error) {
+		core := &logCore{current: new(atomic.Pointer[zap.Logger])}
+		core.current.Store(log)
+		s := &state{identity: identity, backend: backend, core: core, log: zap.New(core).Named("registry")}
+		s.users.Store(1)
+		return s, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return value.(*state), nil
+}
+
+// unuse gives the reference back.
+func (s *state) unuse() error {
+	_, err := states.Delete(s.identity)
+	return err
+}
+
+// logTo sends what the state has to say where the running configuration wants
+// it.
+func (s *state) logTo(log *zap.Logger) { s.core.current.Store(log) }
+
+// enter keeps the state open for a request. It fails when the state is over.
+func (s *state) enter() bool {
+	for {
+		n := s.users.Load()
+		if n == 0 {
+			return false
+		}
+		if s.users.CompareAndSwap(n, n+1) {
+			return true
+		}
+	}
+}
+
+// leave ends what enter began.
+func (s *state) leave() {
+	if s.users.Add(-1) == 0 {
+		go s.close()
+	}
+}
+
+// Destruct drops the pool's reference. It does not wait: it runs in the middle
+// of a reload, while requests may still be reading.
+func (s *state) Destruct() error {
+	s.leave()
+	return nil
+}
+
+func (s *state) close() {
+	s.opening.Lock()
+	defer s.opening.Unlock()
+	if m := s.mirror.Load(); m != nil {
+		m.Close()
+	}
+	if s.store != nil {
+		if err := s.store.Close(); err != nil {
+			s.log.Error("closing the store", zap.String("store", s.identity), zap.Error(err))
+		}
+	}
+}
+
+// open returns the mirror, opening the store on first use.
+func (s *state) open(ctx context.Context) (*mirror.Mirror, error) {
+	if m := s.mirror.Load(); m != nil {
+		return m, nil
+	}
+	s.opening.Lock()
+	defer s.opening.Unlock()
+	if m := s.mirror.Load(); m != nil {
+		return m, nil
+	}
+	if s.users.Load() == 0 {
+		return nil, errClosed
+	}
+	store, err := s.backend.Open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	s.store = store
+	m := mirror.New(store, s.log)
+	s.mirror.Store(m)
+	return m, nil
+}
+
+var errClosed = errors.New("the store is being closed; try again")
+
+// configure gives the open store the settings of a configuration.
+func (s *state) configure(backend storage.Backend) error {
+	s.opening.Lock()
+	defer s.opening.Unlock()
+	if s.store == nil {
+		return fmt.Errorf("%s is not open", s.identity)
+	}
+	return backend.Configure(s.store)
+}

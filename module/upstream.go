@@ -1,0 +1,342 @@
+package module
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"go.uber.org/zap"
+
+	"github.com/caddy-registry/mirror/internal/mirror"
+	"github.com/caddy-registry/mirror/internal/upstream"
+)
+
+// Upstream is a registry that is mirrored.
+type Upstream struct {
+	// The registry's host, with a port unless that is 443, as clients name it:
+	// `docker.io`, `registry.corp:5000`. `*.example.com` stands for every host
+	// of one more label.
+	Name string `json:"name"`
+
+	// The first component of a path that means this registry:
+	// `/v2/<path_name>/…`. Default: the host, with `__` for a colon.
+	PathName string `json:"path_name,omitempty"`
+
+	// What stands before the names of this registry's repositories in the
+	// store. The empty string stores them as registry:2 does in proxy mode.
+	// Default: path_name.
+	RepositoryPrefix *string `json:"repository_prefix,omitempty"`
+
+	// Addresses to ask before the origin, in this order.
+	Endpoints []*Endpoint `json:"endpoints,omitempty"`
+
+	// The address of the registry itself, asked last, or `off`. Only the
+	// origin's word counts for what does not exist. Default: `https://` and
+	// the host.
+	Origin string `json:"origin,omitempty"`
+
+	// Who to be at the origin. Default: nobody.
+	Credentials *Credentials `json:"credentials,omitempty"`
+
+	// The egress proxy. Default: what HTTPS_PROXY, HTTP_PROXY and NO_PROXY in
+	// the environment say.
+	NetworkProxyRaw json.RawMessage `json:"network_proxy,omitempty" caddy:"namespace=caddy.network_proxy inline_key=from"`
+
+	// Files of PEM certificates to trust besides the system's.
+	CA []string `json:"ca,omitempty"`
+
+	// Trust any certificate. Only for a laboratory.
+	InsecureSkipVerify bool `json:"tls_insecure_skip_verify,omitempty"`
+
+	// Let redirects and token realms lead to private addresses, and to http
+	// where the endpoint itself is http.
+	AllowPrivate bool `json:"allow_private,omitempty"`
+
+	// How long a tag counts as fresh after it was checked; 0 checks at every
+	// request. Default: 1m.
+	TagTTL *caddy.Duration `json:"tag_ttl,omitempty"`
+
+	// How long to wait on the network.
+	Timeouts *Timeouts `json:"timeouts,omitempty"`
+
+	host   string // normalised
+	origin Endpoint
+}
+
+// Endpoint is one more address where a registry's content can be had: a
+// company's proxy, a national mirror.
+type Endpoint struct {
+	// http or https. A path is put before `/v2/`; of a path that has a
+	// component `v2`, what follows it is put before repository names.
+	// Harbor: `https://harbor.corp/v2/hub-proxy`. Artifactory:
+	// `https://art.corp/artifactory/api/docker/hub`.
+	URL string `json:"url"`
+
+	// What it may be asked: `pull` for content by digest, `resolve` for the
+	// meaning of tags. Default: both.
+	Capabilities []string `json:"capabilities,omitempty"`
+
+	// Who to be at this endpoint. Default: nobody; the origin's credentials
+	// are not sent here.
+	Credentials *Credentials `json:"credentials,omitempty"`
+
+	// The egress proxy. Default: that of the registry.
+	NetworkProxyRaw json.RawMessage `json:"network_proxy,omitempty" caddy:"namespace=caddy.network_proxy inline_key=from"`
+
+	// Files of PEM certificates to trust. Default: those of the registry.
+	CA []string `json:"ca,omitempty"`
+
+	config upstream.Endpoint
+}
+
+// Credentials are a user and a secret. Both may be placeholders, `{env.NAME}`
+// or `{file./path}`; one that is not set fails the load.
+type Credentials struct {
+	User   string `json:"user"`
+	Secret string `json:"secret"`
+}
+
+// Timeouts bound the waiting on an upstream.
+type Timeouts struct {
+	// Until a connection stands. Default: 10s.
+	Connect caddy.Duration `json:"connect,omitempty"`
+	// From a request to the header of its answer. Default: 20s.
+	Header caddy.Duration `json:"header,omitempty"`
+	// Between two bytes of an answer. Default: 30s.
+	Stall caddy.Duration `json:"stall,omitempty"`
+}
+
+// provision resolves and checks everything that does not depend on a host.
+func (u *Upstream) provision(ctx caddy.Context, where string) error {
+	name, err := resolve(u.Name)
+	if err != nil {
+		return fmt.Errorf("%s.name: %w", where, err)
+	}
+	u.host = mirror.NormalizeHost(name)
+	if err := checkHost(u.host); err != nil {
+		return fmt.Errorf("%s.name: %w", where, err)
+	}
+	wild := strings.HasPrefix(u.host, "*.")
+	if wild && (u.PathName != "" || u.RepositoryPrefix != nil || u.Origin != "" || len(u.Endpoints) > 0) {
+		return fmt.Errorf("%s: %s stands for many hosts, so it can have no path_name, repository_prefix, origin or endpoint of its own", where, u.host)
+	}
+	if u.PathName == "" {
+		u.PathName = mirror.DefaultPathName(u.host)
+	}
+	if u.TagTTL != nil && *u.TagTTL < 0 {
+		return fmt.Errorf("%s.tag_ttl: it cannot be negative", where)
+	}
+	u.origin = Endpoint{URL: u.Origin, Credentials: u.Credentials, CA: u.CA}
+	if err := u.origin.provision(where); err != nil {
+		return err
+	}
+	proxy, err := loadProxy(ctx, u, u.NetworkProxyRaw, where)
+	if err != nil {
+		return err
+	}
+	timeouts := upstream.Timeouts{Connect: 10 * time.Second, Header: 20 * time.Second, Stall: 30 * time.Second}
+	if t := u.Timeouts; t != nil {
+		for _, o := range []struct {
+			value caddy.Duration
+			into  *time.Duration
+		}{{t.Connect, &timeouts.Connect}, {t.Header, &timeouts.Header}, {t.Stall, &timeouts.Stall}} {
+			if o.value < 0 {
+				return fmt.Errorf("%s.timeouts: they cannot be negative", where)
+			}
+			if o.value > 0 {
+				*o.into = time.Duration(o.value)
+			}
+		}
+	}
+	finish := func(e *Endpoint, p proxyChoice) {
+		e.config.Proxy, e.config.ProxyID = p.choose, p.id
+		e.config.InsecureSkipVerify, e.config.AllowPrivate, e.config.Timeouts = u.InsecureSkipVerify, u.AllowPrivate, timeouts
+	}
+	finish(&u.origin, proxy)
+	u.origin.config.Origin, u.origin.config.Pull, u.origin.config.Resolve = true, true, true
+	for i, e := range u.Endpoints {
+		at := fmt.Sprintf("%s.endpoints[%d]", where, i)
+		if e.URL == "" {
+			return fmt.Errorf("%s.url: it is missing", at)
+		}
+		if err := e.provision(at); err != nil {
+			return err
+		}
+		own := proxy
+		if e.NetworkProxyRaw != nil {
+			if own, err = loadProxy(ctx, e, e.NetworkProxyRaw, at); err != nil {
+				return err
+			}
+		}
+		if len(e.CA) == 0 {
+			e.config.CA = u.origin.config.CA
+		}
+		finish(e, own)
+	}
+	if u.Origin == "off" && len(u.Endpoints) == 0 {
+		return fmt.Errorf("%s: with `origin off` it needs an endpoint", where)
+	}
+	if u.Origin == "off" && u.Credentials != nil {
+		return fmt.Errorf("%s.credentials: they are for the origin, which is off; give them to the endpoint", where)
+	}
+	return nil
+}
+
+// checkHost reports what cannot be the host of a registry.
+func checkHost(host string) error {
+	name := strings.TrimPrefix(host, "*.")
+	parsed, err := url.Parse("https://" + name)
+	if err != nil || name == "" || parsed.Host != name || parsed.User != nil || strings.ContainsAny(name, "*/?#@ {}") {
+		return fmt.Errorf("%q is not a host such as ghcr.io or registry.corp:5000", host)
+	}
+	return nil
+}
+
+func (e *Endpoint) provision(where string) error {
+	if e.URL != "" && e.URL != "off" {
+		text, err := resolve(e.URL)
+		if err != nil {
+			return fmt.Errorf("%s.url: %w", where, err)
+		}
+		parsed, err := url.Parse(text)
+		if err != nil || parsed.Host == "" || parsed.Scheme != "http" && parsed.Scheme != "https" {
+			return fmt.Errorf("%s.url: %q is not an address such as https://registry.corp", where, text)
+		}
+		if parsed.User != nil || parsed.RawQuery != "" || parsed.Fragment != "" {
+			return fmt.Errorf("%s.url: it can have a path, and no user, query or fragment; give credentials by their own option", where)
+		}
+		e.config.URL = parsed
+	}
+	for _, capability := range e.Capabilities {
+		switch capability {
+		case "pull":
+			e.config.Pull = true
+		case "resolve":
+			e.config.Resolve = true
+		default:
+			return fmt.Errorf("%s.capabilities: %q is none; there are pull and resolve", where, capability)
+		}
+	}
+	if len(e.Capabilities) == 0 {
+		e.config.Pull, e.config.Resolve = true, true
+	}
+	if c := e.Credentials; c != nil {
+		var err error
+		if e.config.Credentials.User, err = resolve(c.User); err != nil {
+			return fmt.Errorf("%s.credentials.user: %w", where, err)
+		}
+		if e.config.Credentials.Secret, err = resolve(c.Secret); err != nil {
+			return fmt.Errorf("%s.credentials.secret: %w", where, err)
+		}
+		if e.config.Credentials.User == "" || e.config.Credentials.Secret == "" {
+			return fmt.Errorf("%s.credentials: both a user and a secret are needed", where)
+		}
+	}
+	for i, file := range e.CA {
+		path, err := resolve(file)
+		if err != nil {
+			return fmt.Errorf("%s.ca[%d]: %w", where, i, err)
+		}
+		pem, err := os.ReadFile(path)
+		if err != nil {
+			return fmt.Errorf("%s.ca[%d]: %w", where, i, err)
+		}
+		e.config.CA = append(e.config.CA, pem)
+	}
+	return nil
+}
+
+// resolve replaces placeholders; one that is unknown or empty is an error. The
+// error does not contain the value.
+func resolve(s string) (string, error) {
+	resolved, err := caddy.NewReplacer().ReplaceOrErr(s, true, true)
+	if err != nil {
+		return "", errors.New(strings.TrimPrefix(err.Error(), "caddy: ") + " (is it set in Caddy's environment, and is the file there?)")
+	}
+	return strings.TrimSpace(resolved), nil
+}
+
+// proxyChoice is a configured egress proxy, or none.
+type proxyChoice struct {
+	choose func(*http.Request) (*url.URL, error)
+	id     string
+}
+
+func loadProxy(ctx caddy.Context, owner any, raw json.RawMessage, where string) (proxyChoice, error) {
+	if raw == nil {
+		return proxyChoice{}, nil
+	}
+	id := string(raw) // LoadModule clears it
+	loaded, err := ctx.LoadModule(owner, "NetworkProxyRaw")
+	if err != nil {
+		return proxyChoice{}, fmt.Errorf("%s.network_proxy: %w", where, err)
+	}
+	producer, ok := loaded.(caddy.ProxyFuncProducer)
+	if !ok {
+		return proxyChoice{}, fmt.Errorf("%s.network_proxy: %T is no network proxy", where, loaded)
+	}
+	choose := producer.ProxyFunc()
+	if choose == nil { // the module "none"
+		choose = func(*http.Request) (*url.URL, error) { return nil, nil }
+	}
+	return proxyChoice{choose, id}, nil
+}
+
+// open makes the registry that the policy works with.
+func (u *Upstream) open(pool *upstream.Pool, trusted []netip.Prefix) (*mirror.Upstream, error) {
+	up := &mirror.Upstream{Name: u.host, PathName: u.PathName, Prefix: u.PathName, TagTTL: time.Minute}
+	if u.RepositoryPrefix != nil {
+		up.Prefix = *u.RepositoryPrefix
+	}
+	if u.TagTTL != nil {
+		up.TagTTL = time.Duration(*u.TagTTL)
+	}
+	if strings.HasPrefix(u.host, "*.") {
+		up.Open = func(host string) (*upstream.Upstream, error) {
+			return pool.Open(host, u.endpoints(host, trusted))
+		}
+		return up, nil
+	}
+	var err error
+	up.Client, err = pool.Open(u.host, u.endpoints(u.host, trusted))
+	return up, err
+}
+
+// endpoints are where a host of this registry is asked.
+func (u *Upstream) endpoints(host string, trusted []netip.Prefix) []upstream.Endpoint {
+	var list []upstream.Endpoint
+	for _, e := range u.Endpoints {
+		list = append(list, e.config)
+	}
+	if u.Origin != "off" {
+		origin := u.origin.config
+		if origin.URL == nil {
+			origin.URL = &url.URL{Scheme: "https", Host: mirror.OriginHost(host)}
+		}
+		list = append(list, origin)
+	}
+	for i := range list {
+		list[i].TrustNetworks = trusted
+	}
+	return list
+}
+
+// warn tells of what is permitted and unwise.
+func (u *Upstream) warn(log *zap.Logger) {
+	for _, e := range u.endpoints(u.host, nil) {
+		if e.Credentials != (upstream.Credentials{}) && e.URL.Scheme == "http" {
+			log.Warn("credentials are sent over http, where everyone on the way can read them",
+				zap.String("upstream", u.host), zap.String("endpoint", e.URL.String()))
+		}
+	}
+	if u.InsecureSkipVerify {
+		log.Warn("certificates of this upstream are not verified, so anyone on the way can change what tags mean", zap.String("upstream", u.host))
+	}
+}

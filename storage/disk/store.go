@@ -1,0 +1,422 @@
+package disk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"iter"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"github.com/dustin/go-humanize"
+
+	"github.com/caddy-registry/mirror/storage"
+)
+
+// store implements storage.Store on a directory. Every write goes to a file of
+// its own in the spool, which lies on the same filesystem, and is then renamed
+// to its place; so a kill at any moment leaves old or new, and the leftovers
+// in the spool are swept by the next start.
+type store struct {
+	root     string
+	spool    string
+	lock     *lock
+	settings atomic.Pointer[settings]
+
+	mu       sync.Mutex
+	reserved uint64 // set aside and not yet used
+}
+
+func open(root string, s settings) (*store, error) {
+	st := &store{root: root}
+	st.settings.Store(&s)
+	if err := st.mkdir(filepath.Join(root, "mirror", "spool")); err != nil {
+		return nil, fmt.Errorf("disk storage: %w; make %s writable for the user that runs this process, or name another directory with `storage disk <directory>`", err, root)
+	}
+	lock, first, err := acquire(filepath.Join(root, "mirror", "lock"), s.fileMode)
+	if err != nil {
+		return nil, fmt.Errorf("disk storage %s: %w", root, err)
+	}
+	st.lock = lock
+	if first {
+		if err := sweep(filepath.Join(root, "mirror", "spool")); err != nil {
+			lock.release()
+			return nil, fmt.Errorf("disk storage: sweeping what an earlier process left: %w", err)
+		}
+	}
+	st.spool, err = os.MkdirTemp(filepath.Join(root, "mirror", "spool"), strconv.Itoa(os.Getpid())+"-")
+	if err != nil {
+		lock.release()
+		return nil, fmt.Errorf("disk storage: %w", err)
+	}
+	return st, nil
+}
+
+// sweep empties the spool. The lock guarantees that nobody else is writing
+// there.
+func sweep(spool string) error {
+	left, err := os.ReadDir(spool)
+	if err != nil {
+		return err
+	}
+	for _, entry := range left {
+		if err := os.RemoveAll(filepath.Join(spool, entry.Name())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *store) Close() error {
+	err := os.RemoveAll(s.spool)
+	s.lock.release()
+	return err
+}
+
+func (s *store) Spool() string { return s.spool }
+
+func (s *store) path(key string) (string, error) {
+	if err := storage.CheckKey(key); err != nil {
+		return "", err
+	}
+	return filepath.Join(s.root, filepath.FromSlash(key)), nil
+}
+
+// absent gives ENOTDIR, which is what a key below a value yields, the meaning
+// it has in the contract.
+func absent(err error) error {
+	if errors.Is(err, syscall.ENOTDIR) {
+		return fmt.Errorf("%w: %w", fs.ErrNotExist, err)
+	}
+	return err
+}
+
+func (s *store) Open(_ context.Context, key string, offset, length int64) (io.ReadCloser, storage.Info, error) {
+	path, err := s.path(key)
+	if err != nil {
+		return nil, storage.Info{}, err
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, storage.Info{}, absent(err)
+	}
+	stat, err := f.Stat()
+	if err == nil && stat.IsDir() {
+		err = &fs.PathError{Op: "open", Path: path, Err: fs.ErrNotExist}
+	}
+	if err != nil {
+		f.Close()
+		return nil, storage.Info{}, err
+	}
+	info := storage.Info{Key: key, Size: stat.Size(), ModTime: stat.ModTime()}
+	if offset < 0 || offset > info.Size || length > info.Size-offset {
+		f.Close()
+		return nil, storage.Info{}, fmt.Errorf("disk storage: %d bytes from %d do not lie inside the %d of %s", length, offset, info.Size, key)
+	}
+	if length >= 0 {
+		return struct {
+			io.Reader
+			io.Closer
+		}{io.NewSectionReader(f, offset, length), f}, info, nil
+	}
+	if offset > 0 {
+		if _, err := f.Seek(offset, io.SeekStart); err != nil {
+			f.Close()
+			return nil, storage.Info{}, err
+		}
+	}
+	return f, info, nil
+}
+
+func (s *store) Get(ctx context.Context, key string, limit int64) ([]byte, error) {
+	r, info, err := s.Open(ctx, key, 0, -1)
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	if info.Size > limit {
+		return nil, fmt.Errorf("disk storage: %s has %d bytes, more than the %d expected", key, info.Size, limit)
+	}
+	data := make([]byte, info.Size)
+	_, err = io.ReadFull(r, data)
+	return data, err
+}
+
+func (s *store) Stat(_ context.Context, key string) (storage.Info, error) {
+	path, err := s.path(key)
+	if err != nil {
+		return storage.Info{}, err
+	}
+	stat, err := os.Stat(path)
+	if err != nil {
+		return storage.Info{}, absent(err)
+	}
+	if stat.IsDir() {
+		return storage.Info{}, &fs.PathError{Op: "stat", Path: path, Err: fs.ErrNotExist}
+	}
+	return storage.Info{Key: key, Size: stat.Size(), ModTime: stat.ModTime()}, nil
+}
+
+func (s *store) Put(_ context.Context, key string, data []byte, d storage.Durability) error {
+	path, err := s.path(key)
+	if err != nil {
+		return err
+	}
+	temp := filepath.Join(s.spool, "put-"+strconv.FormatUint(rand.Uint64(), 36))
+	f, err := os.OpenFile(temp, os.O_CREATE|os.O_EXCL|os.O_WRONLY, s.settings.Load().fileMode)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	if err == nil && d == storage.Durable {
+		err = f.Sync()
+	}
+	if closeErr := f.Close(); err == nil {
+		err = closeErr
+	}
+	if err == nil {
+		err = s.move(temp, path, d)
+	}
+	if err != nil {
+		os.Remove(temp)
+	}
+	return err
+}
+
+func (s *store) PutFile(ctx context.Context, key, path string, d storage.Durability) error {
+	target, err := s.path(key)
+	if err != nil {
+		return err
+	}
+	if err := os.Chmod(path, s.settings.Load().fileMode); err != nil {
+		return err
+	}
+	if d == storage.Durable {
+		if err := syncPath(path); err != nil {
+			return err
+		}
+	}
+	err = s.move(path, target, d)
+	if errors.Is(err, syscall.EXDEV) {
+		return s.copyIn(ctx, target, path, d)
+	}
+	return err
+}
+
+// copyIn takes a file from another filesystem.
+func (s *store) copyIn(_ context.Context, target, path string, d storage.Durability) error {
+	from, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	temp := filepath.Join(s.spool, "put-"+strconv.FormatUint(rand.Uint64(), 36))
+	to, err := os.OpenFile(temp, os.O_CREATE|os.O_EXCL|os.O_WRONLY, s.settings.Load().fileMode)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(to, from)
+	if err == nil && d == storage.Durable {
+		err = to.Sync()
+	}
+	if closeErr := to.Close(); err == nil {
+		err = closeErr
+	}
+	if err == nil {
+		err = s.move(temp, target, d)
+	}
+	if err != nil {
+		os.Remove(temp)
+		return err
+	}
+	return os.Remove(path)
+}
+
+// move renames a finished file to its place, making the directories above it.
+// It tries again when one of them vanished in between: cleaning up removes
+// empty directories.
+func (s *store) move(from, to string, d storage.Durability) error {
+	dir := filepath.Dir(to)
+	for attempt := 0; ; attempt++ {
+		err := os.Rename(from, to)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, fs.ErrNotExist) || attempt == 3 {
+			return err
+		}
+		if _, err := os.Lstat(from); err != nil {
+			return err
+		}
+		if err := s.mkdirDurably(dir, d); err != nil {
+			return err
+		}
+	}
+	if d == storage.Durable {
+		return syncPath(dir)
+	}
+	return nil
+}
+
+func (s *store) mkdir(dir string) error {
+	return os.MkdirAll(dir, s.settings.Load().dirMode)
+}
+
+// mkdirDurably makes the directories down to dir. For a durable write the
+// parents of new ones must be synced too, or the whole branch can be lost.
+func (s *store) mkdirDurably(dir string, d storage.Durability) error {
+	if d != storage.Durable {
+		return s.mkdir(dir)
+	}
+	var fresh []string
+	for at := dir; at != s.root; at = filepath.Dir(at) {
+		if _, err := os.Stat(at); err == nil {
+			break
+		}
+		fresh = append(fresh, filepath.Dir(at))
+	}
+	if err := s.mkdir(dir); err != nil {
+		return err
+	}
+	for _, parent := range fresh {
+		if err := syncPath(parent); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func syncPath(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	err = f.Sync()
+	if closeErr := f.Close(); err == nil {
+		err = closeErr
+	}
+	return err
+}
+
+func (s *store) Delete(_ context.Context, key string) error {
+	path, err := s.path(key)
+	if err != nil {
+		return err
+	}
+	// Unlink rather than os.Remove, which would also take an empty directory.
+	err = syscall.Unlink(path)
+	if err == nil || errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ENOTDIR) || errors.Is(err, syscall.EISDIR) {
+		return nil
+	}
+	return &fs.PathError{Op: "unlink", Path: path, Err: err}
+}
+
+func (s *store) List(ctx context.Context, prefix string, deep bool) iter.Seq2[storage.Info, error] {
+	return func(yield func(storage.Info, error) bool) {
+		dir := strings.TrimSuffix(prefix, "/")
+		if prefix != "" && (dir == prefix || storage.CheckKey(dir) != nil) {
+			yield(storage.Info{}, fmt.Errorf("disk storage: %.200q is not a prefix to list", prefix))
+			return
+		}
+		s.list(ctx, dir, deep, yield)
+	}
+}
+
+// list reports whether to go on.
+func (s *store) list(ctx context.Context, dir string, deep bool, yield func(storage.Info, error) bool) bool {
+	if err := ctx.Err(); err != nil {
+		yield(storage.Info{}, err)
+		return false
+	}
+	f, err := os.Open(filepath.Join(s.root, filepath.FromSlash(dir)))
+	if err != nil {
+		if errors.Is(absent(err), fs.ErrNotExist) {
+			return true
+		}
+		yield(storage.Info{}, err)
+		return false
+	}
+	defer f.Close()
+	for {
+		entries, err := f.ReadDir(1024)
+		for _, entry := range entries {
+			key := entry.Name()
+			if dir != "" {
+				key = dir + "/" + key
+			}
+			if entry.IsDir() {
+				if deep && !s.list(ctx, key, deep, yield) || !deep && !yield(storage.Info{Key: key + "/"}, nil) {
+					return false
+				}
+				continue
+			}
+			if !entry.Type().IsRegular() {
+				continue
+			}
+			stat, err := entry.Info()
+			if errors.Is(err, fs.ErrNotExist) {
+				continue // removed since
+			}
+			if err != nil {
+				yield(storage.Info{}, err)
+				return false
+			}
+			if !yield(storage.Info{Key: key, Size: stat.Size(), ModTime: stat.ModTime()}, nil) {
+				return false
+			}
+		}
+		if errors.Is(err, io.EOF) || errors.Is(absent(err), fs.ErrNotExist) {
+			return true
+		}
+		if err != nil {
+			yield(storage.Info{}, err)
+			return false
+		}
+	}
+}
+
+func (s *store) Reserve(n int64) (storage.Reservation, error) {
+	var fsStat syscall.Statfs_t
+	if err := syscall.Statfs(s.root, &fsStat); err != nil {
+		return nil, fmt.Errorf("disk storage: asking for the free space of %s: %w", s.root, err)
+	}
+	unit := uint64(fsStat.Bsize)
+	total, free := fsStat.Blocks*unit, fsStat.Bavail*unit
+	limit := s.settings.Load().minFree
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if need := limit.of(total) + s.reserved + uint64(n); need < uint64(n) || need > free {
+		return nil, fmt.Errorf("disk storage: %w for %s: %s has %s free, and min_free %s keeps %s of that; free some space or lower min_free",
+			storage.ErrFull, humanize.IBytes(uint64(n)), s.root, humanize.IBytes(free), limit.text, humanize.IBytes(limit.of(total)))
+	}
+	s.reserved += uint64(n)
+	return &reservation{store: s, left: uint64(n)}, nil
+}
+
+type reservation struct {
+	store *store
+	left  uint64 // guarded by store.mu
+}
+
+func (r *reservation) Use(n int64) {
+	r.store.mu.Lock()
+	defer r.store.mu.Unlock()
+	used := min(uint64(n), r.left)
+	r.left -= used
+	r.store.reserved -= used
+}
+
+func (r *reservation) Release() {
+	r.store.mu.Lock()
+	defer r.store.mu.Unlock()
+	r.store.reserved -= r.left
+	r.left = 0
+}

@@ -1,0 +1,148 @@
+// Package storage is the contract between the mirror and the place where its
+// bytes lie.
+package storage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"iter"
+	"strings"
+	"time"
+)
+
+// A Store maps keys to bytes. It is the only truth about content: whatever
+// else the mirror remembers can be rebuilt from it.
+//
+// Keys are slash-separated paths as [CheckKey] allows them. Values below a
+// blob's key never change, since the key is their digest; links and records
+// are replaced whole.
+//
+// Absence. A key that holds nothing is reported as an error for which
+// errors.Is(err, fs.ErrNotExist) holds, and by nothing else: any other error
+// means that the store could not say. Deleting an absent key is not an error.
+// A key may not be both a value and the parent of values.
+//
+// Atomicity. A reader sees the old value or the new one, whole. A Put that
+// fails or is killed half way leaves the old value, or none. A value that was
+// opened stays readable to its end though it is replaced or deleted meanwhile.
+//
+// Concurrency. All methods may be called at once from any number of
+// goroutines. Of two Puts to one key either may win. A Get, Open, Stat or List that
+// begins after a Put or Delete has returned sees its effect.
+//
+// Durability. After a Put with [Durable] the value survives a loss of power.
+// With [Lazy] it survives the death of the process, and after a loss of power
+// it may be missing, empty or short: Lazy is for what can be fetched again and
+// is checked before it is trusted.
+//
+// Contexts bound the waiting of a backend on a network; a local backend may
+// ignore them.
+type Store interface {
+	// Open returns the length bytes of a value from offset, or all of them
+	// from there when length is negative, and what Stat would say of the
+	// value. A span that does not lie inside the value is an error. Where
+	// values are local files and length is negative, the reader is an
+	// *os.File positioned at offset, so that it can be sent by sendfile.
+	Open(ctx context.Context, key string, offset, length int64) (io.ReadCloser, Info, error)
+
+	// Get returns a whole value of at most limit bytes; a larger one is an
+	// error.
+	Get(ctx context.Context, key string, limit int64) ([]byte, error)
+
+	// Stat describes a value without reading it.
+	Stat(ctx context.Context, key string) (Info, error)
+
+	// Put stores data under key.
+	Put(ctx context.Context, key string, data []byte, d Durability) error
+
+	// PutFile stores the content of the local file at path under key, and
+	// takes the file: when it returns nil, path is gone or about to be. The
+	// file must not be written any more. A file in the directory that Spool
+	// names is moved rather than copied where that is possible.
+	PutFile(ctx context.Context, key, path string, d Durability) error
+
+	// Delete removes a value.
+	Delete(ctx context.Context, key string) error
+
+	// List yields, in no order, the keys that begin with prefix, which is
+	// empty or ends in a slash. A deep listing yields every value below. A
+	// shallow one yields the values directly below, and each directory once,
+	// as a key that ends in a slash. What is added or removed during a
+	// listing may or may not appear. An error ends it.
+	List(ctx context.Context, prefix string, deep bool) iter.Seq2[Info, error]
+
+	// Spool is a local directory, already made, for files on their way into
+	// the store. It belongs to this process alone.
+	Spool() string
+
+	// Reserve sets n bytes aside for a value that is about to be written, or
+	// fails with an error that wraps [ErrFull]. What is reserved and not yet
+	// used counts as used for every later call.
+	Reserve(n int64) (Reservation, error)
+
+	// Close lets go of the store. No other method may be called afterwards.
+	Close() error
+}
+
+// Info describes a value, or in a shallow listing a directory.
+type Info struct {
+	Key     string
+	Size    int64
+	ModTime time.Time
+}
+
+// Durability says what a Put must survive.
+type Durability int
+
+const (
+	Lazy    Durability = iota // the death of the process
+	Durable                   // a loss of power
+)
+
+// A Reservation is room set aside by [Store.Reserve].
+type Reservation interface {
+	// Use says that n of the reserved bytes now occupy the disk.
+	Use(n int64)
+	// Release gives back what was not used. It may be called twice.
+	Release()
+}
+
+// ErrFull is wrapped by the error of a Reserve that would take the store
+// beyond a limit its operator set. The message names the option.
+var ErrFull = errors.New("not enough room")
+
+// ErrLocked is wrapped by the error of a Backend.Open that finds the store in
+// use by another process.
+var ErrLocked = errors.New("in use by another process")
+
+// A Backend is a Caddy module in the namespace registry.storage: one
+// configuration of one kind of store.
+type Backend interface {
+	// Identity names the store this configuration means, and nothing of how it
+	// is to be used: two configurations with one identity share one open
+	// store, across reloads and while both are running.
+	Identity() string
+
+	// Open opens the store: makes directories, takes locks, sweeps what an
+	// earlier process left. It is called on first use, never while a
+	// configuration is only being checked.
+	Open(ctx context.Context) (Store, error)
+
+	// Configure gives the settings of this configuration to a store that a
+	// Backend of the same identity has opened. It is called once the whole
+	// configuration has loaded.
+	Configure(s Store) error
+}
+
+// CheckKey reports what is wrong with a key: it must be a relative path of
+// non-empty components, none of them "." or "..", without NUL bytes, and not
+// longer than 1,024 bytes, which is what S3 takes.
+func CheckKey(key string) error {
+	if !fs.ValidPath(key) || key == "." || strings.IndexByte(key, 0) >= 0 || len(key) > 1024 {
+		return fmt.Errorf("storage: %.200q is not a key", key)
+	}
+	return nil
+}
