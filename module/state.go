@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"go.uber.org/zap"
@@ -30,7 +31,8 @@ type state struct {
 
 	// users are the requests under way, and one for the pool. At 0 it is
 	// over, and stays so.
-	users atomic.Int64
+	users  atomic.Int64
+	closed chan struct{} // when it is over and everything is closed
 
 	opening sync.Mutex
 	store   storage.Store // guarded by opening
@@ -43,7 +45,7 @@ func useState(backend storage.Backend, log *zap.Logger) (*state, error) {
 	value, _, err := states.LoadOrNew(identity, func() (caddy.Destructor, error) {
 		core := &logCore{current: new(atomic.Pointer[zap.Logger])}
 		core.current.Store(log)
-		s := &state{identity: identity, backend: backend, core: core, log: zap.New(core).Named("registry")}
+		s := &state{identity: identity, backend: backend, core: core, log: zap.New(core).Named("registry"), closed: make(chan struct{})}
 		s.users.Store(1)
 		return s, nil
 	})
@@ -83,14 +85,27 @@ func (s *state) leave() {
 	}
 }
 
-// Destruct drops the pool's reference. It does not wait: it runs in the middle
-// of a reload, while requests may still be reading.
+// exitPatience is how long the end of the process waits for a state to be
+// closed in good order.
+const exitPatience = 5 * time.Second
+
+// Destruct drops the pool's reference. It does not wait, since it runs in the
+// middle of a reload while requests may still be reading; unless the process
+// is ending, when nothing would finish behind it.
 func (s *state) Destruct() error {
 	s.leave()
+	if caddy.Exiting() {
+		select {
+		case <-s.closed:
+		case <-time.After(exitPatience):
+			s.log.Warn("ending with requests or fills under way; what they had is swept at the next start", zap.String("store", s.identity))
+		}
+	}
 	return nil
 }
 
 func (s *state) close() {
+	defer close(s.closed)
 	s.opening.Lock()
 	defer s.opening.Unlock()
 	if m := s.mirror.Load(); m != nil {

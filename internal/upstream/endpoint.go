@@ -230,6 +230,9 @@ func (e *endpoint) problem(resp *http.Response, trial bool) *Error {
 	switch status := resp.StatusCode; {
 	case status == http.StatusNotFound:
 		err.Kind = NotFound
+	case (status == http.StatusBadRequest || status == http.StatusUnauthorized || status == http.StatusForbidden) && !e.transports.guard.trusts(resp.Request.URL):
+		// A presigned address lives for minutes. The endpoint gives a new one.
+		err.Kind, err.Reason = Unavailable, "so says "+resp.Request.URL.Host+", where it redirected to"+theirWords(body)
 	case status == http.StatusUnauthorized, status == http.StatusForbidden:
 		err.Kind = Unauthorized
 		if e.configured {
