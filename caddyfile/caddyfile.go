@@ -49,10 +49,10 @@ func init() {
 //		}
 //	}
 func parseApp(d *caddyfile.Dispenser, earlier any) (any, error) {
+	d.Next() // registry
 	if earlier != nil {
 		return nil, d.Err("the registry option is given twice; one store and one set of upstreams serve all sites")
 	}
-	d.Next() // registry
 	if d.NextArg() {
 		return nil, d.ArgErr()
 	}
@@ -87,14 +87,9 @@ func parseApp(d *caddyfile.Dispenser, earlier any) (any, error) {
 				}
 			}
 		case "upstream":
-			u, err := parseUpstream(d)
+			u, err := parseUpstream(d, hosts)
 			if err != nil {
 				return nil, err
-			}
-			if host := mirror.NormalizeHost(u.Name); hosts[host] {
-				return nil, d.Errf("upstream %s is configured twice", host)
-			} else {
-				hosts[host] = true
 			}
 			app.Upstreams = append(app.Upstreams, u)
 		default:
@@ -118,11 +113,16 @@ func (o *options) once(d *caddyfile.Dispenser) error {
 	return nil
 }
 
-func parseUpstream(d *caddyfile.Dispenser) (*module.Upstream, error) {
+func parseUpstream(d *caddyfile.Dispenser, hosts map[string]bool) (*module.Upstream, error) {
 	u := new(module.Upstream)
 	if !d.AllArgs(&u.Name) {
 		return nil, d.ArgErr()
 	}
+	host := mirror.NormalizeHost(u.Name)
+	if hosts[host] {
+		return nil, d.Errf("upstream %s is configured twice", host)
+	}
+	hosts[host] = true
 	var seen options
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
 		if d.Val() != "endpoint" {
@@ -176,8 +176,8 @@ func parseUpstream(d *caddyfile.Dispenser) (*module.Upstream, error) {
 			return nil, err
 		}
 	}
-	if u.Origin == "off" && len(u.Endpoints) == 0 {
-		return nil, d.Errf("upstream %s: with `origin off` it needs an endpoint", u.Name)
+	if err := u.Check(); err != nil {
+		return nil, d.Errf("upstream %s: %v", u.Name, err)
 	}
 	return u, nil
 }
@@ -197,11 +197,8 @@ func parseEndpoint(d *caddyfile.Dispenser) (*module.Endpoint, error) {
 		case "capabilities":
 			if e.Capabilities = d.RemainingArgs(); len(e.Capabilities) == 0 {
 				err = d.ArgErr()
-			}
-			for _, c := range e.Capabilities {
-				if c != "pull" && c != "resolve" {
-					err = d.Errf("%q is no capability; there are pull and resolve", c)
-				}
+			} else if err = e.Check(); err != nil {
+				err = d.WrapErr(err)
 			}
 		case "credentials":
 			e.Credentials, err = parseCredentials(d)
@@ -217,6 +214,9 @@ func parseEndpoint(d *caddyfile.Dispenser) (*module.Endpoint, error) {
 		if err != nil {
 			return nil, err
 		}
+	}
+	if err := e.Check(); err != nil {
+		return nil, d.Errf("endpoint %s: %v", e.URL, err)
 	}
 	return e, nil
 }
@@ -321,8 +321,8 @@ func parseMirror(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 			return nil, err
 		}
 	}
-	if m.ShadowDefault && len(m.Hosted) == 0 {
-		return nil, d.Err("shadow_default without hosted names permits nothing")
+	if err := m.Check(); err != nil {
+		return nil, d.WrapErr(err)
 	}
 	return m, nil
 }

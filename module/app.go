@@ -159,7 +159,7 @@ func (a *App) Start() error {
 		return err
 	}
 	if a.sites > 0 {
-		a.log.Warn("this mirror answers everyone who can reach it; keep it inside your network, or put remote_ip, basic_auth or forward_auth in front of it",
+		a.log.Warn("registry_mirror itself refuses nobody who reaches it; keep it inside your network, or put remote_ip, basic_auth or forward_auth in front of it",
 			zap.Int("sites", a.sites))
 	}
 	return nil

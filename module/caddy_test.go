@@ -65,6 +65,7 @@ type mirror struct {
 	URL  string
 	dir  string // of the store
 	logs *logs
+	died chan struct{} // of one that is a process of its own; see child
 }
 
 // start runs Caddy with the app's options and the site's, as they stand in a
@@ -103,15 +104,18 @@ func unlocked(t testing.TB, dir string) {
 // load loads a configuration, in place of the one that runs.
 func (m *mirror) load(app, site string) error {
 	m.t.Helper()
-	return caddy.Load(m.adapt(app, site), true)
+	adapted, err := m.adapt(app, site)
+	if err != nil {
+		return err
+	}
+	return caddy.Load(adapted, true)
 }
 
-func (m *mirror) adapt(app, site string) []byte {
-	m.t.Helper()
+func (m *mirror) adapt(app, site string) ([]byte, error) {
 	if !strings.Contains(app, "storage ") {
 		app = "storage disk " + m.dir + " {\n min_free 1MB\n}\n" + app
 	}
-	adapted, err := adapt(fmt.Sprintf(`{
+	return adapt(fmt.Sprintf(`{
 		admin off
 		auto_https off
 		persist_config off
@@ -130,10 +134,6 @@ func (m *mirror) adapt(app, site string) []byte {
 		}
 		respond "not the mirror" 418
 	}`, app, m.URL, site))
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	return adapted
 }
 
 func adapt(text string) ([]byte, error) {
@@ -181,18 +181,22 @@ func (m *mirror) do(method, path string, header ...string) *answer {
 // names and values.
 func (m *mirror) open(method, path string, header ...string) *http.Response {
 	m.t.Helper()
-	req, err := http.NewRequest(method, m.URL+path, nil)
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	for i := 0; i < len(header); i += 2 {
-		req.Header.Add(header[i], header[i+1])
-	}
-	resp, err := client.Do(req)
+	resp, err := m.send(method, path, header...)
 	if err != nil {
 		m.t.Fatalf("%s %s: %v", method, path, err)
 	}
 	return resp
+}
+
+func (m *mirror) send(method, path string, header ...string) (*http.Response, error) {
+	req, err := http.NewRequest(method, m.URL+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	for i := 0; i < len(header); i += 2 {
+		req.Header.Add(header[i], header[i+1])
+	}
+	return client.Do(req)
 }
 
 // want asks and checks the status.
@@ -285,6 +289,14 @@ func check(a *answer, want regtest.Content) error {
 		return errors.New("it is encoded")
 	}
 	return nil
+}
+
+// forgetRecords makes a store look as if registry:2 had written it.
+func forgetRecords(t testing.TB, dir string) {
+	t.Helper()
+	if err := os.RemoveAll(filepath.Join(dir, "mirror", "records")); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // eventually waits for a condition.

@@ -27,7 +27,7 @@ func init() {
 //
 // It adds these fields to access logs: `registry_upstream`,
 // `registry_repository`, `registry_reference`, `registry_cache` (`hit`,
-// `revalidated`, `stale` or `miss`) and, for a request that failed,
+// `revalidated`, `stale`, `stored` or `miss`) and, for a request that failed,
 // `registry_error`.
 type Mirror struct {
 	// Registries this site answers for. Default: all that the app knows.
@@ -69,12 +69,32 @@ func (m *Mirror) Provision(ctx caddy.Context) error {
 		return fmt.Errorf("registry app: %w", err)
 	}
 	app := loaded.(*App)
-	cfg := mirror.SiteConfig{
-		Upstreams:     app.upstreams,
-		Allowed:       m.Upstreams,
-		Default:       m.Default,
-		ShadowDefault: m.ShadowDefault,
+	cfg, err := m.config()
+	if err != nil {
+		return err
 	}
+	cfg.Upstreams = app.upstreams
+	if m.site, err = mirror.NewSite(cfg); err != nil {
+		return err
+	}
+	m.state = app.state
+	app.sites++
+	return nil
+}
+
+// Check reports what is wrong with the site whatever the app's configuration
+// is.
+func (m *Mirror) Check() error {
+	cfg, err := m.config()
+	if err != nil {
+		return err
+	}
+	return cfg.Check()
+}
+
+// config is the site's configuration less the registries, which the app has.
+func (m *Mirror) config() (mirror.SiteConfig, error) {
+	cfg := mirror.SiteConfig{Allowed: m.Upstreams, Default: m.Default, ShadowDefault: m.ShadowDefault}
 	switch m.Default {
 	case "":
 		cfg.Default = "docker.io"
@@ -86,21 +106,16 @@ func (m *Mirror) Provision(ctx caddy.Context) error {
 	case "ignore":
 		cfg.IgnoreNS = true
 	default:
-		return fmt.Errorf("ns: %q is neither on nor ignore", m.NS)
+		return cfg, fmt.Errorf("ns: %q is neither on nor ignore", m.NS)
 	}
-	for i, s := range m.Hosted {
+	for _, s := range m.Hosted {
 		pattern, err := mirror.ParsePattern(s)
 		if err != nil {
-			return fmt.Errorf("hosted[%d]: %w", i, err)
+			return cfg, fmt.Errorf("hosted: %w", err)
 		}
 		cfg.Hosted = append(cfg.Hosted, pattern)
 	}
-	if m.site, err = mirror.NewSite(cfg); err != nil {
-		return err
-	}
-	m.state = app.state
-	app.sites++
-	return nil
+	return cfg, nil
 }
 
 func (m *Mirror) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {

@@ -1,6 +1,7 @@
 package module
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -15,6 +17,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/mirror"
+	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/upstream"
 )
 
@@ -113,8 +116,75 @@ type Timeouts struct {
 	Stall caddy.Duration `json:"stall,omitempty"`
 }
 
+// Check reports what contradicts itself, or cannot be meant. What holds
+// placeholders is looked at again once they are resolved.
+func (u *Upstream) Check() error {
+	switch wild := strings.HasPrefix(u.Name, "*."); {
+	case wild && (u.PathName != "" || u.RepositoryPrefix != nil || u.Origin != "" || len(u.Endpoints) > 0):
+		return errors.New("it stands for many hosts, so it can have no path_name, repository_prefix, origin or endpoint of its own")
+	case u.Origin == "off" && len(u.Endpoints) == 0:
+		return errors.New("with `origin off` it needs an endpoint")
+	case u.Origin == "off" && u.Credentials != nil:
+		return errors.New("credentials are for the origin, which is off; give them to the endpoint")
+	case u.PathName != "" && !oci.ValidComponent(u.PathName):
+		return fmt.Errorf("path_name: %q is no component of a repository name", u.PathName)
+	case u.RepositoryPrefix != nil && *u.RepositoryPrefix != "" && !oci.ValidName(*u.RepositoryPrefix):
+		return fmt.Errorf("repository_prefix: %q is no repository name", *u.RepositoryPrefix)
+	case u.TagTTL != nil && *u.TagTTL < 0:
+		return errors.New("tag_ttl: it cannot be negative")
+	}
+	if !strings.Contains(u.Name, "{") {
+		if err := checkHost(mirror.NormalizeHost(u.Name)); err != nil {
+			return err
+		}
+	}
+	if u.Origin != "" && u.Origin != "off" {
+		if _, err := parseURL(u.Origin); err != nil {
+			return fmt.Errorf("origin: %w", err)
+		}
+	}
+	if t := u.Timeouts; t != nil && (t.Connect < 0 || t.Header < 0 || t.Stall < 0) {
+		return errors.New("timeouts: they cannot be negative")
+	}
+	return nil
+}
+
+// Check is like that of Upstream.
+func (e *Endpoint) Check() error {
+	if _, err := parseURL(e.URL); err != nil {
+		return fmt.Errorf("url: %w", err)
+	}
+	for i, capability := range e.Capabilities {
+		if capability != "pull" && capability != "resolve" {
+			return fmt.Errorf("capabilities: %q is none; there are pull and resolve", capability)
+		}
+		if slices.Contains(e.Capabilities[:i], capability) {
+			return fmt.Errorf("capabilities: %s is given twice", capability)
+		}
+	}
+	return nil
+}
+
+// parseURL reads an address; one with placeholders is nil.
+func parseURL(text string) (*url.URL, error) {
+	if strings.Contains(text, "{") {
+		return nil, nil
+	}
+	parsed, err := url.Parse(text)
+	if err != nil || parsed.Host == "" || parsed.Scheme != "http" && parsed.Scheme != "https" {
+		return nil, fmt.Errorf("%q is not an address such as https://registry.corp", text)
+	}
+	if parsed.User != nil || parsed.RawQuery != "" || parsed.Fragment != "" {
+		return nil, errors.New("an address can have a path, and no user, query or fragment; give credentials by their own option")
+	}
+	return parsed, nil
+}
+
 // provision resolves and checks everything that does not depend on a host.
 func (u *Upstream) provision(ctx caddy.Context, where string) error {
+	if err := u.Check(); err != nil {
+		return fmt.Errorf("%s: %w", where, err)
+	}
 	name, err := resolve(u.Name)
 	if err != nil {
 		return fmt.Errorf("%s.name: %w", where, err)
@@ -123,17 +193,13 @@ func (u *Upstream) provision(ctx caddy.Context, where string) error {
 	if err := checkHost(u.host); err != nil {
 		return fmt.Errorf("%s.name: %w", where, err)
 	}
-	wild := strings.HasPrefix(u.host, "*.")
-	if wild && (u.PathName != "" || u.RepositoryPrefix != nil || u.Origin != "" || len(u.Endpoints) > 0) {
-		return fmt.Errorf("%s: %s stands for many hosts, so it can have no path_name, repository_prefix, origin or endpoint of its own", where, u.host)
-	}
 	if u.PathName == "" {
 		u.PathName = mirror.DefaultPathName(u.host)
 	}
-	if u.TagTTL != nil && *u.TagTTL < 0 {
-		return fmt.Errorf("%s.tag_ttl: it cannot be negative", where)
-	}
 	u.origin = Endpoint{URL: u.Origin, Credentials: u.Credentials, CA: u.CA}
+	if u.Origin == "off" {
+		u.origin.URL = ""
+	}
 	if err := u.origin.provision(where); err != nil {
 		return err
 	}
@@ -147,9 +213,6 @@ func (u *Upstream) provision(ctx caddy.Context, where string) error {
 			value caddy.Duration
 			into  *time.Duration
 		}{{t.Connect, &timeouts.Connect}, {t.Header, &timeouts.Header}, {t.Stall, &timeouts.Stall}} {
-			if o.value < 0 {
-				return fmt.Errorf("%s.timeouts: they cannot be negative", where)
-			}
 			if o.value > 0 {
 				*o.into = time.Duration(o.value)
 			}
@@ -160,11 +223,11 @@ func (u *Upstream) provision(ctx caddy.Context, where string) error {
 		e.config.InsecureSkipVerify, e.config.AllowPrivate, e.config.Timeouts = u.InsecureSkipVerify, u.AllowPrivate, timeouts
 	}
 	finish(&u.origin, proxy)
-	u.origin.config.Origin, u.origin.config.Pull, u.origin.config.Resolve = true, true, true
+	u.origin.config.Origin = true
 	for i, e := range u.Endpoints {
 		at := fmt.Sprintf("%s.endpoints[%d]", where, i)
-		if e.URL == "" {
-			return fmt.Errorf("%s.url: it is missing", at)
+		if err := e.Check(); err != nil {
+			return fmt.Errorf("%s.%w", at, err)
 		}
 		if err := e.provision(at); err != nil {
 			return err
@@ -180,12 +243,6 @@ func (u *Upstream) provision(ctx caddy.Context, where string) error {
 		}
 		finish(e, own)
 	}
-	if u.Origin == "off" && len(u.Endpoints) == 0 {
-		return fmt.Errorf("%s: with `origin off` it needs an endpoint", where)
-	}
-	if u.Origin == "off" && u.Credentials != nil {
-		return fmt.Errorf("%s.credentials: they are for the origin, which is off; give them to the endpoint", where)
-	}
 	return nil
 }
 
@@ -200,33 +257,17 @@ func checkHost(host string) error {
 }
 
 func (e *Endpoint) provision(where string) error {
-	if e.URL != "" && e.URL != "off" {
+	if e.URL != "" {
 		text, err := resolve(e.URL)
+		if err == nil {
+			e.config.URL, err = parseURL(text)
+		}
 		if err != nil {
 			return fmt.Errorf("%s.url: %w", where, err)
 		}
-		parsed, err := url.Parse(text)
-		if err != nil || parsed.Host == "" || parsed.Scheme != "http" && parsed.Scheme != "https" {
-			return fmt.Errorf("%s.url: %q is not an address such as https://registry.corp", where, text)
-		}
-		if parsed.User != nil || parsed.RawQuery != "" || parsed.Fragment != "" {
-			return fmt.Errorf("%s.url: it can have a path, and no user, query or fragment; give credentials by their own option", where)
-		}
-		e.config.URL = parsed
 	}
-	for _, capability := range e.Capabilities {
-		switch capability {
-		case "pull":
-			e.config.Pull = true
-		case "resolve":
-			e.config.Resolve = true
-		default:
-			return fmt.Errorf("%s.capabilities: %q is none; there are pull and resolve", where, capability)
-		}
-	}
-	if len(e.Capabilities) == 0 {
-		e.config.Pull, e.config.Resolve = true, true
-	}
+	e.config.Pull = len(e.Capabilities) == 0 || slices.Contains(e.Capabilities, "pull")
+	e.config.Resolve = len(e.Capabilities) == 0 || slices.Contains(e.Capabilities, "resolve")
 	if c := e.Credentials; c != nil {
 		var err error
 		if e.config.Credentials.User, err = resolve(c.User); err != nil {
@@ -284,9 +325,12 @@ func loadProxy(ctx caddy.Context, owner any, raw json.RawMessage, where string) 
 	}
 	choose := producer.ProxyFunc()
 	if choose == nil { // the module "none"
-		choose = func(*http.Request) (*url.URL, error) { return nil, nil }
+		return proxyChoice{func(*http.Request) (*url.URL, error) { return nil, nil }, id}, nil
 	}
-	return proxyChoice{choose, id}, nil
+	return proxyChoice{func(r *http.Request) (*url.URL, error) {
+		// Placeholders in its address are resolved with what a request carries.
+		return choose(r.WithContext(context.WithValue(r.Context(), caddy.ReplacerCtxKey, caddy.NewReplacer())))
+	}, id}, nil
 }
 
 // open makes the registry that the policy works with.

@@ -435,6 +435,14 @@ func (f *Fill) fetch(ctx context.Context, report *Summary) (path string, canonic
 	if f.digest.Algorithm() != digest.Canonical {
 		w.asked = f.digest.Algorithm().Hash()
 	}
+	f.mu.Lock()
+	promised := f.promised
+	f.mu.Unlock()
+	if promised >= 0 { // before anything is asked for that may have no room
+		if err := w.reserve(promised); err != nil {
+			return "", "", err
+		}
+	}
 	progress := time.Now()
 	backoff := firstBackoff
 	exhausted := map[Source]bool{}

@@ -112,12 +112,10 @@ func (w *writer) begin(stream *Stream) error {
 	size := max(expected, stream.Size)
 	f.mu.Unlock()
 
+	if err := w.reserve(size); err != nil {
+		return err
+	}
 	if w.file == nil {
-		reservation, err := f.table.store.Reserve(max(size, 0))
-		if err != nil {
-			return err
-		}
-		w.reservation = reservation
 		path := filepath.Join(f.table.store.Spool(), "fill-"+f.digest.Encoded()[:16]+"-"+strconv.FormatUint(rand.Uint64(), 36))
 		file, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
 		if err != nil {
@@ -134,6 +132,14 @@ func (w *writer) begin(stream *Stream) error {
 		f.publish()
 	}
 	return nil
+}
+
+// reserve sets room aside, once.
+func (w *writer) reserve(size int64) (err error) {
+	if w.reservation == nil {
+		w.reservation, err = w.fill.table.store.Reserve(max(size, 0))
+	}
+	return err
 }
 
 // append hashes and writes the next run, and publishes it now or soon.

@@ -69,7 +69,7 @@ func (m *Mirror) blob(ctx context.Context, t Target, d digest.Digest) (content, 
 		f.Release()
 		return nil, miss, err
 	}
-	return &liveBlob{fill: f, bytes: size}, miss, nil
+	return &liveBlob{fill: f, bytes: size}, stored, nil
 }
 
 // link writes down that a repository has a blob that another one brought.

@@ -99,7 +99,7 @@ func judge(err error) *failure {
 		}
 	case errors.Is(err, errInvalidName):
 		f.situation = badName
-	case errors.Is(err, errUnknownUpstream), errors.Is(err, errHostedName):
+	case errors.Is(err, errUnknownUpstream), errors.Is(err, errTakenName):
 		f.situation = unknownName
 	case errors.Is(err, oci.ErrRange):
 		f.situation = badRange

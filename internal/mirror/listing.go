@@ -278,26 +278,17 @@ func (s *Site) address(repository string) (string, bool) {
 	if s.hosts(repository) {
 		return repository, true
 	}
-	first, _, nested := strings.Cut(repository, "/")
-	if nested {
-		if up, err := s.upstreams.match(first); err == nil && up != nil && s.permits(up) {
-			return repository, true
+	if entry := s.upstreams.owner(repository); entry != nil {
+		if entry.Client == nil { // a wildcard's: stored under the host itself
+			host, _, _ := strings.Cut(repository, "/")
+			return repository, s.permits(entry, host)
 		}
+		return entry.PathName + strings.TrimPrefix(repository, entry.Prefix), s.permits(entry, entry.Name)
 	}
-	var empty *Upstream
 	for _, up := range s.upstreams.byName {
-		switch {
-		case up.Client == nil || !s.permits(up):
-		case up.Prefix == "":
-			empty = up
-		default:
-			if rest, ok := strings.CutPrefix(repository, up.Prefix+"/"); ok {
-				return up.PathName + "/" + rest, true
-			}
+		if up.Client != nil && up.Prefix == "" {
+			return up.PathName + "/" + repository, s.permits(up, up.Name)
 		}
-	}
-	if empty != nil {
-		return empty.PathName + "/" + repository, true
 	}
 	return "", false
 }

@@ -64,9 +64,9 @@ func notHosted(err error, what string) error {
 
 // byDigest answers from the store, or by one GET for all who ask.
 func (m *Mirror) byDigest(ctx context.Context, t Target, d digest.Digest, head bool) (*manifestAnswer, error) {
-	stored, err := m.tree.Manifest(ctx, t.Repository, d)
+	had, err := m.tree.Manifest(ctx, t.Repository, d)
 	if err == nil {
-		return held(stored, hit), nil
+		return held(had, hit), nil
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
@@ -83,13 +83,13 @@ func (m *Mirror) byDigest(ctx context.Context, t Target, d digest.Digest, head b
 			return &manifestAnswer{digest: d, mediaType: described.MediaType, size: described.Size, cache: miss}, nil
 		}
 	}
-	stored, err = share(ctx, m, "get "+ref.Join(t.Repository), func(ctx context.Context) (*tree.Manifest, error) {
+	fetched, err := share(ctx, m, "get "+ref.Join(t.Repository), func(ctx context.Context) (*tree.Manifest, error) {
 		return m.fetch(ctx, t, ref)
 	})
 	if err != nil {
 		return nil, err
 	}
-	return held(stored, miss), nil
+	return held(fetched, stored), nil
 }
 
 // fetch gets a manifest and stores it, with every tag that is known to mean

@@ -148,50 +148,71 @@ func NewUpstreams(list []*Upstream) (*Upstreams, error) {
 	return u, nil
 }
 
-// Named returns the registry of a normalised host, or nil. It opens no
-// connection: a host that no configuration names is never dialled.
-func (u *Upstreams) Named(host string) (*Upstream, error) {
+// named returns the entry of a normalised host, which may be a wildcard's, or
+// nil.
+func (u *Upstreams) named(host string) *Upstream {
 	if up := u.byName[host]; up != nil && up.Client != nil {
-		return up, nil
+		return up
 	}
-	return u.match(host)
-}
-
-// InPath returns the registry that the first component of a path means, or nil.
-func (u *Upstreams) InPath(component string) (*Upstream, error) {
-	if up := u.byPath[component]; up != nil {
-		return up, nil
-	}
-	if canonical, ok := aliases[component]; ok {
-		return u.Named(canonical)
-	}
-	return u.match(component)
-}
-
-// match finds a host that a wildcard stands for.
-func (u *Upstreams) match(host string) (*Upstream, error) {
 	for _, w := range u.wild {
 		label, ok := strings.CutSuffix(host, w.Name[1:])
-		if !ok || !oci.ValidComponent(label) || strings.Contains(label, ".") || len(label) > 63 {
-			continue
+		if ok && oci.ValidComponent(label) && !strings.Contains(label, ".") && len(label) <= 63 {
+			return w
 		}
-		u.mu.Lock()
-		defer u.mu.Unlock()
-		if up := u.opened[host]; up != nil {
-			return up, nil
-		}
-		if u.closed || len(u.opened) >= maxWild {
-			return nil, fmt.Errorf("more than %d hosts of %s have been asked for", maxWild, w.Name)
-		}
-		client, err := w.Open(host)
-		if err != nil {
-			return nil, err
-		}
-		up := &Upstream{Name: host, PathName: host, Prefix: host, TagTTL: w.TagTTL, Client: client}
-		u.opened[host] = up
+	}
+	return nil
+}
+
+// inPath returns the entry that the first component of a path means, and the
+// host it names, or nil.
+func (u *Upstreams) inPath(component string) (up *Upstream, host string) {
+	if up := u.byPath[component]; up != nil {
+		return up, up.Name
+	}
+	host = component
+	if canonical, ok := aliases[component]; ok {
+		host = canonical
+	}
+	return u.named(host), host
+}
+
+// concrete is an entry itself, or for a wildcard's the registry of the host.
+// It opens no connection.
+func (u *Upstreams) concrete(entry *Upstream, host string) (*Upstream, error) {
+	if entry.Client != nil {
+		return entry, nil
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if up := u.opened[host]; up != nil {
 		return up, nil
 	}
-	return nil, nil
+	if u.closed || len(u.opened) >= maxWild {
+		return nil, fmt.Errorf("more than %d hosts of %s have been asked for", maxWild, entry.Name)
+	}
+	client, err := entry.Open(host)
+	if err != nil {
+		return nil, err
+	}
+	up := &Upstream{Name: host, PathName: host, Prefix: host, TagTTL: entry.TagTTL, Client: client}
+	u.opened[host] = up
+	return up, nil
+}
+
+// owner is the entry under whose prefix a stored name lies, or nil. The empty
+// prefix owns nothing: it has what is left.
+func (u *Upstreams) owner(repository string) *Upstream {
+	if first, _, nested := strings.Cut(repository, "/"); nested {
+		if w := u.named(first); w != nil && w.Client == nil {
+			return w
+		}
+	}
+	for _, up := range u.byName {
+		if up.Client != nil && up.Prefix != "" && strings.HasPrefix(repository, up.Prefix+"/") {
+			return up
+		}
+	}
+	return nil
 }
 
 // Close closes the clients of all registries.

@@ -20,7 +20,7 @@ const (
 // them. An anonymous probe decides; its verdict is kept in the record, for
 // times when nobody can be asked. Unknown means private.
 func (m *Mirror) public(ctx context.Context, t Target, kind oci.Kind, ref oci.Reference) error {
-	if t.Upstream == nil || !t.Upstream.Client.Credentialed() {
+	if t.Upstream == nil || t.Upstream.Client.Anonymous() == nil {
 		return nil
 	}
 	verdict, known := m.probes.Get(t.Repository)
@@ -37,40 +37,46 @@ func (m *Mirror) public(ctx context.Context, t Target, kind oci.Kind, ref oci.Re
 	if known && !verdict.Public && age < privateFor {
 		return private
 	}
+	if known && verdict.Public {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, checkPatience, errNoAnswer)
+		defer cancel()
+	}
 	open, err := share(ctx, m, "probe "+t.Repository+" "+ref.String(), func(ctx context.Context) (bool, error) {
-		return m.probe(ctx, t, kind, ref)
+		return m.probe(ctx, t, kind, ref, !known)
 	})
 	switch {
-	case err != nil && known && verdict.Public:
+	case err == nil && open:
 		return nil
-	case err != nil:
-		var refusal *upstream.Error
-		if errors.As(err, &refusal) && refusal.Kind == upstream.NotFound {
-			return err
-		}
-		return fail(privateName, "nobody could be asked whether %s is public at %s (%v), and it counts as private until then", t.Name, t.Upstream.Name, err)
-	case open:
+	case err == nil:
+		return private
+	case known && verdict.Public:
+		// Believed until somebody can be asked again, and not asked at every
+		// request meanwhile.
+		verdict.Checked = m.now().Add(privateFor - publicFor)
+		m.probes.Add(t.Repository, verdict)
 		return nil
 	}
-	return private
+	var refusal *upstream.Error
+	if errors.As(err, &refusal) && (refusal.Kind == upstream.NotFound || refusal.Kind == upstream.Denied) {
+		return err
+	}
+	return fail(privateName, "nobody could be asked whether %s is public at %s (%v), and it counts as private until then", t.Name, t.Upstream.Name, err)
 }
 
 // probe asks, and remembers what it learns of the repository.
-func (m *Mirror) probe(ctx context.Context, t Target, kind oci.Kind, ref oci.Reference) (bool, error) {
-	open, err := t.Upstream.Client.Public(ctx, t.Name, kind, ref)
-	if err != nil {
-		return false, err
-	}
+func (m *Mirror) probe(ctx context.Context, t Target, kind oci.Kind, ref oci.Reference, must bool) (bool, error) {
+	client := t.Upstream.Client
+	err := client.Anonymous().Readable(ctx, t.Name, kind, ref, must)
+	open := err == nil
 	if !open {
+		var refusal *upstream.Error
+		if !errors.As(err, &refusal) || refusal.Kind != upstream.NotFound && refusal.Kind != upstream.Unauthorized {
+			return false, err
+		}
 		// That someone without credentials does not find it says something of
 		// the repository only if someone with credentials does.
-		switch kind {
-		case oci.KindBlob:
-			_, err = t.Upstream.Client.BlobSize(ctx, t.Name, ref.Digest)
-		case oci.KindManifest:
-			_, err = t.Upstream.Client.Head(ctx, t.Name, ref, true)
-		}
-		if err != nil {
+		if err := client.Readable(ctx, t.Name, kind, ref, must); err != nil {
 			return false, err
 		}
 	}

@@ -23,6 +23,7 @@ const (
 	revalidated cache = "revalidated" // held, and the upstream confirmed it
 	stale       cache = "stale"       // held, and the upstream could not be asked
 	miss        cache = "miss"        // the upstream was asked
+	stored      cache = "stored"      // as miss, and its answer is kept
 )
 
 // status is the Cache-Status member (RFC 9211) for where an answer came from.
@@ -34,8 +35,10 @@ func (c cache) status() string {
 		return "registry; fwd=stale; fwd-status=304"
 	case stale:
 		return `registry; hit; ttl=-1; detail="upstream failed"`
-	default:
+	case stored:
 		return "registry; fwd=uri-miss; stored"
+	default:
+		return "registry; fwd=uri-miss"
 	}
 }
 

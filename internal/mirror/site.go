@@ -36,36 +36,47 @@ type SiteConfig struct {
 	ShadowDefault bool
 }
 
+// Check reports what contradicts itself, whatever registries there are.
+func (cfg SiteConfig) Check() error {
+	switch {
+	case cfg.ShadowDefault && (len(cfg.Hosted) == 0 || cfg.Default == ""):
+		return errors.New("shadow_default permits hosted names beside a default registry, and there are not both here")
+	case len(cfg.Hosted) > 0 && cfg.Default != "" && !cfg.ShadowDefault:
+		// dockerd sends no ns: what `docker pull apps/web` means must not
+		// change silently.
+		return fmt.Errorf("hosted %s: this site has the default registry %s, and hosted names would silently take the place of its names; write `default off`, or `shadow_default` if that is what you want", cfg.Hosted[0], cfg.Default)
+	}
+	return nil
+}
+
 // NewSite checks a site's configuration.
 func NewSite(cfg SiteConfig) (*Site, error) {
+	if err := cfg.Check(); err != nil {
+		return nil, err
+	}
 	s := &Site{upstreams: cfg.Upstreams, ns: !cfg.IgnoreNS, hosted: cfg.Hosted}
 	if len(cfg.Allowed) > 0 {
 		s.allowed = map[string]bool{}
 		for _, name := range cfg.Allowed {
 			host := NormalizeHost(name)
-			if cfg.Upstreams.byName[host] == nil {
-				if up, err := cfg.Upstreams.Named(host); up == nil || err != nil {
-					return nil, fmt.Errorf("upstreams: %s is not a configured registry", name)
-				}
+			if cfg.Upstreams.byName[host] == nil && cfg.Upstreams.named(host) == nil {
+				return nil, fmt.Errorf("upstreams: %s is not a configured registry", name)
 			}
 			s.allowed[host] = true
 		}
 	}
 	if cfg.Default != "" {
 		host := NormalizeHost(cfg.Default)
-		up, err := cfg.Upstreams.Named(host)
-		if err != nil {
-			return nil, fmt.Errorf("default: %w", err)
-		}
-		if up == nil {
+		entry := cfg.Upstreams.named(host)
+		if entry == nil {
 			return nil, fmt.Errorf("default: %s is not a configured registry", cfg.Default)
 		}
-		if !s.permits(up) {
+		if !s.permits(entry, host) {
 			return nil, fmt.Errorf("default: %s is not among this site's upstreams", cfg.Default)
 		}
-		s.byDefault = up
-		if len(cfg.Hosted) > 0 && !cfg.ShadowDefault {
-			return nil, fmt.Errorf("hosted %s: this site has the default registry %s, and hosted names would silently take the place of its names; write `default off`, or `shadow_default` if that is what you want", cfg.Hosted[0], up.Name)
+		var err error
+		if s.byDefault, err = cfg.Upstreams.concrete(entry, host); err != nil {
+			return nil, fmt.Errorf("default: %w", err)
 		}
 	}
 	for _, pattern := range cfg.Hosted {
@@ -84,11 +95,7 @@ func (u *Upstreams) overlap(pattern Pattern) error {
 	if strings.HasPrefix(first, "*") {
 		return nil
 	}
-	up, err := u.InPath(first)
-	if err != nil {
-		return err
-	}
-	if up != nil {
+	if up, _ := u.inPath(first); up != nil {
 		return fmt.Errorf("%s is the path name of upstream %s", first, up.Name)
 	}
 	for _, up := range u.byName {
@@ -100,13 +107,10 @@ func (u *Upstreams) overlap(pattern Pattern) error {
 	return nil
 }
 
-// permits reports whether the site answers for a registry.
-func (s *Site) permits(up *Upstream) bool {
-	if s.allowed == nil || s.allowed[up.Name] {
-		return true
-	}
-	_, domain, _ := strings.Cut(up.Name, ".")
-	return s.allowed["*."+domain]
+// permits reports whether the site answers for a host, which an entry stands
+// for.
+func (s *Site) permits(entry *Upstream, host string) bool {
+	return s.allowed == nil || s.allowed[entry.Name] || s.allowed[host]
 }
 
 // A Target is what a request is about.
@@ -124,7 +128,7 @@ type Target struct {
 var (
 	errUnknownUpstream = errors.New("unknown registry")
 	errInvalidName     = errors.New("invalid repository name")
-	errHostedName      = errors.New("a hosted name")
+	errTakenName       = errors.New("the place is taken")
 )
 
 // Resolve finds out what a request is about, from the name in its path, its
@@ -144,34 +148,31 @@ func (s *Site) Resolve(host, rawQuery, name string) (Target, error) {
 	}
 	first, rest, nested := strings.Cut(name, "/")
 	if ns := s.namespace(host, rawQuery); ns != "" {
-		up, err := s.upstreams.Named(NormalizeHost(ns))
-		if err != nil {
-			return Target{}, err
-		}
-		if up == nil || !s.permits(up) {
-			return Target{}, fmt.Errorf("%w %.300q in ?ns=: this mirror does not know it; add `upstream %s` to its configuration", errUnknownUpstream, ns, printable(ns))
+		named := NormalizeHost(ns)
+		entry := s.upstreams.named(named)
+		if entry == nil || !s.permits(entry, named) {
+			return Target{}, fmt.Errorf("%w %q in ?ns=: this mirror does not know it; add `upstream %s` to its configuration", errUnknownUpstream, printable(ns), printable(ns))
 		}
 		if nested {
-			if inPath, err := s.upstreams.InPath(first); err == nil && inPath == up {
+			if inPath, itsHost := s.upstreams.inPath(first); inPath == entry && itsHost == named {
 				name = rest
 			}
 		}
-		return s.mirrored(up, name, ns)
+		return s.mirrored(entry, named, name, ns)
 	}
 	if nested {
-		up, err := s.upstreams.InPath(first)
-		if err != nil {
-			return Target{}, err
-		}
-		if up != nil && s.permits(up) {
-			return s.mirrored(up, rest, "")
+		if entry, itsHost := s.upstreams.inPath(first); entry != nil {
+			if !s.permits(entry, itsHost) {
+				return Target{}, fmt.Errorf("%w: this site does not answer for %s", errUnknownUpstream, itsHost)
+			}
+			return s.mirrored(entry, itsHost, rest, "")
 		}
 	}
 	if s.hosts(name) {
 		return Target{Name: name, Repository: name}, nil
 	}
 	if s.byDefault != nil {
-		return s.mirrored(s.byDefault, name, "")
+		return s.mirrored(s.byDefault, s.byDefault.Name, name, "")
 	}
 	return Target{}, fmt.Errorf("%w: the name %s begins with no registry this mirror knows, is not hosted here, and this site has no default registry", errUnknownUpstream, name)
 }
@@ -188,18 +189,34 @@ func (s *Site) namespace(host, rawQuery string) string {
 	return ns
 }
 
-func (s *Site) mirrored(up *Upstream, name, ns string) (Target, error) {
+func (s *Site) mirrored(entry *Upstream, host, name, ns string) (Target, error) {
+	up, err := s.upstreams.concrete(entry, host)
+	if err != nil {
+		return Target{}, err
+	}
 	if up.Name == "docker.io" && !strings.Contains(name, "/") {
 		name = "library/" + name
 	}
 	t := Target{Upstream: up, Name: name, Repository: up.repository(name), Namespace: ns}
 	if s.hosts(t.Repository) {
-		return Target{}, fmt.Errorf("%w: %s of upstream %s would lie where this site hosts images of its own", errHostedName, name, up.Name)
+		return Target{}, fmt.Errorf("%w: %s of upstream %s would lie where this site hosts images of its own", errTakenName, name, up.Name)
+	}
+	if up.Prefix == "" {
+		if other := s.upstreams.owner(t.Repository); other != nil {
+			return Target{}, fmt.Errorf("%w: %s of upstream %s would lie where images of %s are stored", errTakenName, name, up.Name, other.Name)
+		}
 	}
 	return t, nil
 }
 
+// hosts reports whether a name is one of the site's own. What begins with a
+// registry's path name is not, whatever the patterns.
 func (s *Site) hosts(repository string) bool {
+	if first, _, nested := strings.Cut(repository, "/"); nested {
+		if entry, _ := s.upstreams.inPath(first); entry != nil {
+			return false
+		}
+	}
 	return slices.ContainsFunc(s.hosted, func(p Pattern) bool { return p.Match(repository) })
 }
 

@@ -52,17 +52,17 @@ func (m *Mirror) tag(ctx context.Context, t Target, tag string, head bool) (*man
 	if fresh && state.gone {
 		return nil, fail(unknownContent, "upstream %s said %s ago that it has no such tag", t.Upstream.Name, age.Round(time.Second))
 	}
-	var stored *tree.Manifest
+	var had *tree.Manifest
 	if ok && !state.gone {
-		stored, err = m.tree.Manifest(ctx, t.Repository, state.digest)
+		had, err = m.tree.Manifest(ctx, t.Repository, state.digest)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, err
 		}
 	}
 	if fresh {
 		switch {
-		case stored != nil:
-			return held(stored, hit), nil
+		case had != nil:
+			return held(had, hit), nil
 		case head && state.size > 0:
 			return state.describe(), nil
 		}
@@ -72,10 +72,10 @@ func (m *Mirror) tag(ctx context.Context, t Target, tag string, head bool) (*man
 		}
 		// The tag may have moved on since; ask by name.
 	}
-	if stored == nil {
+	if had == nil {
 		return m.discover(ctx, t, tag, head)
 	}
-	return m.revalidate(ctx, t, tag, state, stored)
+	return m.revalidate(ctx, t, tag, state, had)
 }
 
 func (s tagState) describe() *manifestAnswer {
@@ -97,13 +97,13 @@ func (m *Mirror) discover(ctx context.Context, t Target, tag string, head bool) 
 			return state.describe(), nil
 		}
 	}
-	stored, err := share(ctx, m, "get "+ref.Join(t.Repository), func(ctx context.Context) (*tree.Manifest, error) {
+	fetched, err := share(ctx, m, "get "+ref.Join(t.Repository), func(ctx context.Context) (*tree.Manifest, error) {
 		return m.fetchTag(ctx, t, tag)
 	})
 	if err != nil {
 		return nil, err
 	}
-	return held(stored, miss), nil
+	return held(fetched, stored), nil
 }
 
 // head asks what a tag means and remembers the answer. The state is empty
@@ -176,23 +176,23 @@ func (m *Mirror) fetchTag(ctx context.Context, t Target, tag string) (*tree.Mani
 var errNoAnswer = errors.New("no answer in time")
 
 // revalidate answers for a tag that is held and due for a check.
-func (m *Mirror) revalidate(ctx context.Context, t Target, tag string, state tagState, stored *tree.Manifest) (*manifestAnswer, error) {
+func (m *Mirror) revalidate(ctx context.Context, t Target, tag string, state tagState, had *tree.Manifest) (*manifestAnswer, error) {
 	ref := oci.Reference{Tag: tag}
 	patient, cancel := context.WithTimeoutCause(ctx, checkPatience, errNoAnswer)
 	defer cancel()
 	current, err := share(patient, m, "check "+ref.Join(t.Repository), func(ctx context.Context) (*tree.Manifest, error) {
-		return m.check(ctx, t, tag, stored)
+		return m.check(ctx, t, tag, had)
 	})
 	var refusal *upstream.Error
 	switch {
-	case err == nil && current.Digest == stored.Digest:
+	case err == nil && current.Digest == had.Digest:
 		return held(current, revalidated), nil
 	case err == nil:
-		return held(current, miss), nil
+		return held(current, stored), nil
 	case errors.As(err, &refusal) && refusal.Kind == upstream.NotFound:
 		return nil, err
 	}
-	answer := held(stored, stale)
+	answer := held(had, stale)
 	answer.stale = err.Error()
 	if !state.checked.IsZero() {
 		answer.age = m.now().Sub(state.checked)
@@ -202,7 +202,7 @@ func (m *Mirror) revalidate(ctx context.Context, t Target, tag string, state tag
 
 // check asks what a held tag means now, and fetches the new manifest before
 // the tag moves to it.
-func (m *Mirror) check(ctx context.Context, t Target, tag string, stored *tree.Manifest) (*tree.Manifest, error) {
+func (m *Mirror) check(ctx context.Context, t Target, tag string, had *tree.Manifest) (*tree.Manifest, error) {
 	described, err := t.Upstream.Client.Head(ctx, t.Name, oci.Reference{Tag: tag}, false)
 	if err != nil {
 		m.missing(t, tag, err)
@@ -211,8 +211,8 @@ func (m *Mirror) check(ctx context.Context, t Target, tag string, stored *tree.M
 	if described == nil {
 		return m.fetchTag(ctx, t, tag)
 	}
-	current := stored
-	if described.Digest != stored.Digest {
+	current := had
+	if described.Digest != had.Digest {
 		if current, err = m.tree.Manifest(ctx, t.Repository, described.Digest); err != nil {
 			if current, err = m.fetch(ctx, t, oci.Reference{Digest: described.Digest}); err != nil {
 				return nil, err

@@ -84,6 +84,8 @@ type Fault struct {
 	At   int64
 	// Count is how often it strikes; 0: always.
 	Count int
+
+	wait chan struct{}
 }
 
 // A Registry is a fake upstream.
@@ -157,6 +159,12 @@ func (r *Registry) serve(name string, handle func(http.ResponseWriter, *http.Req
 			})
 		}()
 		if fault := r.strike(name, req); fault != nil {
+			if fault.wait != nil {
+				select {
+				case <-fault.wait:
+				case <-req.Context().Done():
+				}
+			}
 			if fault.Status != 0 {
 				for key, values := range fault.Header {
 					w.Header()[key] = values
@@ -242,6 +250,12 @@ func (r *Registry) Fail(f Fault) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.faults = append(r.faults, &f)
+}
+
+// FailSlowly lets requests for a path wait, before any answer, until the
+// channel is closed.
+func (r *Registry) FailSlowly(path string, until chan struct{}) {
+	r.Fail(Fault{Path: path, wait: until})
 }
 
 // Heal takes all faults away.

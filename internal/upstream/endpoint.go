@@ -16,6 +16,7 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/docker/distribution/registry/client/auth/challenge"
@@ -91,6 +92,14 @@ type endpoint struct {
 	blamed     *lru.Cache[digest.Digest, time.Time]
 	configured bool // has credentials
 	now        func() time.Time
+	// retired is set when no configuration has the endpoint any more. What is
+	// still under way leaves no idle connection behind.
+	retired atomic.Bool
+}
+
+func (e *endpoint) retire() {
+	e.retired.Store(true)
+	e.transports.closeIdle()
 }
 
 func newEndpoint(cfg Endpoint, now func() time.Time) (*endpoint, error) {
@@ -241,6 +250,9 @@ func (e *endpoint) problem(resp *http.Response, trial bool) *Error {
 	case status == http.StatusTooManyRequests:
 		err.Kind = RateLimited
 		err.After = e.health.limit(resp.Header)
+		if rate := e.health.rateLimit(); rate.Limit > 0 {
+			err.Reason = strings.TrimPrefix(fmt.Sprintf("%s; %d of %d requests are left in %v", err.Reason, rate.Remaining, rate.Limit, rate.Window), "; ")
+		}
 	case status >= 500, status == http.StatusRequestTimeout:
 		err.Kind = Unavailable
 		err.After, _ = retryAfter(resp.Header, e.now())
@@ -316,6 +328,7 @@ func (e *endpoint) send(ctx context.Context, c call, path, authorization string)
 			req.Header[key] = values
 		}
 		req.Header.Set("User-Agent", userAgent)
+		req.Close = e.retired.Load()
 		// Credentials are for this host and port alone.
 		if authorization != "" && hostPort(at) == hostPort(e.base) && at.Scheme == e.base.Scheme {
 			req.Header.Set("Authorization", authorization)

@@ -112,26 +112,20 @@ func (u *Upstream) Head(ctx context.Context, repository string, ref oci.Referenc
 	return got, err
 }
 
-// Public reports whether someone without credentials may read a reference, as
-// an anonymous probe finds. An error means that nobody could be asked.
-func (u *Upstream) Public(ctx context.Context, repository string, kind oci.Kind, ref oci.Reference) (bool, error) {
-	if u.anonymous == nil {
-		return true, nil
-	}
+// Readable reports by its error whether what a request is about can be read at
+// this upstream: the manifest or blob it names, or for a listing the list of
+// tags. must is as in Head.
+func (u *Upstream) Readable(ctx context.Context, repository string, kind oci.Kind, ref oci.Reference, must bool) error {
 	var err error
-	if kind == oci.KindBlob {
-		_, err = u.anonymous.BlobSize(ctx, repository, ref.Digest)
-	} else {
-		_, err = u.anonymous.Head(ctx, repository, ref, true)
+	switch kind {
+	case oci.KindManifest:
+		_, err = u.Head(ctx, repository, ref, must)
+	case oci.KindBlob:
+		_, err = u.BlobSize(ctx, repository, ref.Digest)
+	default:
+		_, _, err = u.Tags(ctx, repository, 1, "")
 	}
-	var refusal *Error
-	if errors.As(err, &refusal) {
-		switch refusal.Kind {
-		case NotFound, Unauthorized:
-			return false, nil
-		}
-	}
-	return err == nil, err
+	return err
 }
 
 const (

@@ -117,7 +117,7 @@ func (p *Pool) put(ids []string) {
 		held := p.endpoints[id]
 		if held.refs--; held.refs == 0 {
 			delete(p.endpoints, id)
-			held.transports.closeIdle()
+			held.retire()
 		}
 	}
 }
@@ -131,17 +131,9 @@ func (u *Upstream) Close() {
 	}
 }
 
-// Credentialed reports whether any endpoint is asked with credentials.
-func (u *Upstream) Credentialed() bool { return u.anonymous != nil }
-
-// RateLimit is what the origin, or the last endpoint, said last of our budget.
-// It is zero where the upstream does not say.
-func (u *Upstream) RateLimit() RateLimit {
-	if len(u.endpoints) == 0 {
-		return RateLimit{}
-	}
-	return u.endpoints[len(u.endpoints)-1].health.rateLimit()
-}
+// Anonymous is the same upstream asked by nobody in particular, or nil where no
+// endpoint is asked with credentials anyway.
+func (u *Upstream) Anonymous() *Upstream { return u.anonymous }
 
 // rounds is how often a call goes over all endpoints while they fail in
 // passing.

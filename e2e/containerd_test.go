@@ -1,0 +1,78 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// pullWithContainerd uses Debian's containerd.
+func pullWithContainerd(t *testing.T, mirror string, img *image, ref string) {
+	containerd(t, 2, "/usr/bin", mirror, img, ref)
+}
+
+// pullWithContainerd2 uses the containerd that install.sh has built.
+func pullWithContainerd2(t *testing.T, mirror string, img *image, ref string) {
+	containerd(t, 3, filepath.Join(checkout, ".cache/containerd2"), mirror, img, ref)
+}
+
+// containerd pulls by `ctr`, which finds the mirror through hosts.toml and
+// tells it the registry by ?ns=, and then runs the image.
+func containerd(t *testing.T, configVersion int, bin, mirror string, img *image, ref string) {
+	t.Helper()
+	for _, name := range []string{"containerd", "ctr"} {
+		if _, err := os.Stat(filepath.Join(bin, name)); err != nil {
+			t.Fatalf("%v: run e2e/install.sh", err)
+		}
+	}
+	dir := workDir(t)
+	env := bare(dir, "PATH="+bin+":"+systemPath)
+	config := writeFile(t, dir+"/config.toml", fmt.Sprintf(`version = %d
+root = "%s/root"
+state = "%s/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime"]
+[grpc]
+  address = "%s/sock"
+[ttrpc]
+  address = "%s/ttrpc"
+`, configVersion, dir, dir, dir, dir))
+	writeFile(t, dir+"/certs.d/docker.io/hosts.toml", fmt.Sprintf(`server = "http://%s"
+[host."http://%s"]
+  capabilities = ["pull", "resolve"]
+`, deadAddr, mirror))
+	daemon := start(t, env, filepath.Join(bin, "containerd"), "--config", config)
+	ctr := func(args ...string) (string, error) {
+		t.Helper()
+		return try(t, env, filepath.Join(bin, "ctr"), append([]string{"--address", dir + "/sock"}, args...)...)
+	}
+	do := func(args ...string) string {
+		t.Helper()
+		out, err := ctr(args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	daemon.untilReady(t, func() bool { _, err := ctr("version"); return err == nil })
+
+	name := "docker.io/library/hello" + ref
+	do("images", "pull", "--hosts-dir", dir+"/certs.d", name)
+	held := map[string]bool{}
+	for _, digest := range strings.Fields(do("content", "ls", "--quiet")) {
+		held[digest] = true
+		if got := fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(do("content", "get", digest)))); got != digest {
+			t.Errorf("blob %s has the digest %s", digest, got)
+		}
+	}
+	for _, digest := range append(img.amd64, img.digest) {
+		if !held[digest] {
+			t.Errorf("containerd lacks %s", digest)
+		}
+	}
+	checkSaid(t, img, do("run", "--rm", name, "hello"))
+}

@@ -1,0 +1,53 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+)
+
+// pullWithDocker starts a Docker daemon whose registry-mirrors name the
+// mirror, pulls from "Docker Hub", and runs the image.
+func pullWithDocker(t *testing.T, mirror string, img *image, ref string) {
+	dir := workDir(t)
+	config, err := json.Marshal(map[string]any{
+		"registry-mirrors": []string{"http://" + mirror},
+		"hosts":            []string{"unix://" + dir + "/sock"},
+		"data-root":        dir + "/root",
+		"exec-root":        dir + "/exec",
+		"pidfile":          dir + "/pid",
+		"storage-driver":   "overlay2",
+		// No network for containers: it would need the machine's firewall.
+		"bridge": "none", "iptables": false, "ip6tables": false, "ip-forward": false, "ip-masq": false, "userland-proxy": false,
+		// A mirror that fails should fail the test, not be asked for a minute.
+		"max-download-attempts": 2,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The true Hub is out of reach; loopback is not.
+	env := bare(dir, "HTTPS_PROXY=http://"+deadAddr, "NO_PROXY=127.0.0.0/8")
+	daemon := start(t, env, tool(t, "dockerd"), "--config-file", writeFile(t, dir+"/daemon.json", string(config)))
+	docker := func(args ...string) (string, error) {
+		t.Helper()
+		return try(t, bare(dir, "DOCKER_HOST=unix://"+dir+"/sock"), tool(t, "docker"), args...)
+	}
+	do := func(args ...string) string {
+		t.Helper()
+		out, err := docker(args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	daemon.untilReady(t, func() bool { _, err := docker("version"); return err == nil })
+
+	name := "hello" + ref
+	do("pull", name)
+	if got := strings.TrimSpace(do("image", "inspect", "--format", "{{.Id}}", name)); got != img.config {
+		t.Errorf("docker has image %s, not %s", got, img.config)
+	}
+	checkSaid(t, img, do("run", "--rm", "--network", "none", name))
+}

@@ -1,0 +1,70 @@
+#!/bin/bash
+# Installs what the end-to-end tests run: clients and servers from Debian 12,
+# the others by `go install` into .cache. Needs root and Go. What is there
+# already is left alone.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+crane=github.com/google/go-containerregistry/cmd/crane@v0.22.1
+regctl=github.com/regclient/regclient/cmd/regctl@v0.11.7
+containerd=github.com/containerd/containerd/v2
+containerd_version=v2.4.2
+
+packages=(
+  skopeo podman buildah # the containers/image family
+  docker-registry       # registry:2
+  containerd runc docker.io
+  gcc libc6-dev         # for go test -race
+)
+
+[ "$(id -u)" = 0 ] || { echo "e2e/install.sh: installing packages needs root" >&2; exit 1; }
+
+installed() { # PACKAGE
+  [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
+}
+
+missing=()
+for package in "${packages[@]}"; do
+  installed "$package" || missing+=("$package")
+done
+
+if [ ${#missing[@]} -gt 0 ]; then
+  # Debian starts what it installs, unless this file says no. The tests start
+  # their own.
+  policy=/usr/sbin/policy-rc.d
+  saved=
+  if [ -e $policy ]; then
+    saved=$(mktemp)
+    cp -p $policy "$saved"
+  fi
+  restore() {
+    if [ -n "$saved" ]; then mv "$saved" $policy; else rm -f $policy; fi
+  }
+  trap restore EXIT
+  printf '#!/bin/sh\nexit 101\n' >$policy
+  chmod 755 $policy
+
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -qq
+  apt-get install -y -qq --no-install-recommends "${missing[@]}" </dev/null
+fi
+
+go_install() { # FOLDER PACKAGE@VERSION
+  local binary=$PWD/.cache/$1/${2##*/} package=${2%@*} version=${2#*@}
+  binary=${binary%@*}
+  if [ -x "$binary" ] && go version -m "$binary" | awk -v package="$package" -v version="$version" '
+      $1 == "path" { right = $2 == package }
+      $1 == "mod" { right = right && $3 == version }
+      END { exit !right }'; then
+    return
+  fi
+  echo "go install $2"
+  CGO_ENABLED=0 GOFLAGS= GOBIN=$PWD/.cache/$1 go install -ldflags='-s -w' "$2"
+}
+
+go_install bin $crane
+go_install bin $regctl
+# Not in .cache/bin: Docker must find Debian's containerd first.
+for command in containerd ctr containerd-shim-runc-v2; do
+  go_install containerd2 $containerd/cmd/$command@$containerd_version
+done

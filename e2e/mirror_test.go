@@ -1,0 +1,80 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"fmt"
+	"path/filepath"
+	"testing"
+)
+
+// deadAddr is where every client believes the true registry to be: nothing
+// listens there, so a pull that succeeds came from the mirror.
+const deadAddr = "127.0.0.1:9"
+
+// A mirror is the product at work.
+type mirror struct {
+	*process
+	addr   string
+	config string // its Caddyfile
+	store  string // its directory
+}
+
+// A setup is what the tests vary in a mirror's configuration.
+type setup struct {
+	addr     string // default: a free one
+	admin    string // default: off
+	store    string // default: a new directory
+	options  string // of Caddy
+	registry string // of the registry app
+	site     string // of the mirror's site
+}
+
+func (s setup) caddyfile() string {
+	return fmt.Sprintf(`{
+	admin %s
+	%s
+	registry {
+		storage disk %s
+		%s
+	}
+}
+
+http://%s {
+	bind 127.0.0.1
+	registry_mirror {
+		%s
+	}
+}
+`, s.admin, s.options, s.store, s.registry, s.addr, s.site)
+}
+
+// startMirror starts a mirror that answers on loopback.
+func startMirror(t *testing.T, s setup) *mirror {
+	t.Helper()
+	if s.addr == "" {
+		s.addr = freeAddr(t)
+	}
+	if s.admin == "" {
+		s.admin = "off"
+	}
+	if s.store == "" {
+		s.store = workDir(t)
+	}
+	home := workDir(t)
+	m := &mirror{addr: s.addr, store: s.store}
+	m.config = writeFile(t, filepath.Join(home, "Caddyfile"), s.caddyfile())
+	m.process = start(t, bare(home), caddyBin, "run", "--config", m.config, "--adapter", "caddyfile")
+	m.untilReady(t, answers(m.addr))
+	return m
+}
+
+// dockerHub is the configuration of an upstream docker.io whose origin is at
+// the address. Its tags are checked at every pull.
+func dockerHub(addr string, more ...string) string {
+	text := "upstream docker.io {\n origin http://" + addr + "\n tag_ttl 0s\n"
+	for _, option := range more {
+		text += " " + option + "\n"
+	}
+	return text + "}\n"
+}

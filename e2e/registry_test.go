@@ -1,0 +1,181 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"path/filepath"
+	"regexp"
+	"sync"
+	"testing"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+)
+
+// A registry is a stock registry:2.
+type registry struct {
+	*process
+	addr string
+	dir  string
+}
+
+// startRegistry starts a registry:2 on a directory. With a remote, it is a
+// pull-through cache of that.
+func startRegistry(t *testing.T, dir, remote string) *registry {
+	t.Helper()
+	r := &registry{addr: freeAddr(t), dir: dir}
+	config := fmt.Sprintf(`version: 0.1
+log: {level: warn, accesslog: {disabled: true}}
+storage:
+  filesystem: {rootdirectory: %s}
+http: {addr: %s}
+`, dir, r.addr)
+	if remote != "" {
+		config += fmt.Sprintf("proxy: {remoteurl: %q}\n", remote)
+	}
+	home := workDir(t)
+	file := writeFile(t, filepath.Join(home, "config.yml"), config)
+	r.process = start(t, bare(home), tool(t, "docker-registry"), "serve", file)
+	r.untilReady(t, answers(r.addr))
+	return r
+}
+
+// push puts an image into the registry under a repository, tagged latest.
+func (r *registry) push(t *testing.T, repository string, img *image) {
+	t.Helper()
+	ref, err := name.NewTag(r.addr+"/"+repository+":latest", name.Insecure)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.WriteIndex(ref, img.index, remote.WithContext(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A counter stands between the mirror and a registry, and knows what has been
+// fetched. It can hold a blob back in the middle.
+type counter struct {
+	addr   string
+	server *http.Server
+
+	mu    sync.Mutex
+	bytes map[string]int64 // of each blob
+	gets  map[string]int
+	held  string        // the blob to hold back
+	after int64         // after so many bytes
+	holds chan struct{} // closed when it is held
+	goOn  chan struct{} // closed to let it go
+}
+
+var blobPath = regexp.MustCompile(`^/v2/.+/blobs/(sha256:[0-9a-f]{64})$`)
+
+func startCounter(t *testing.T, target string) *counter {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &counter{addr: ln.Addr().String(), bytes: map[string]int64{}, gets: map[string]int{}}
+	proxy := &httputil.ReverseProxy{
+		Rewrite:       func(r *httputil.ProxyRequest) { r.SetURL(&url.URL{Scheme: "http", Host: target}) },
+		FlushInterval: -1,
+	}
+	c.server = &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if path := blobPath.FindStringSubmatch(r.URL.Path); path != nil && r.Method == http.MethodGet {
+			c.mu.Lock()
+			c.gets[path[1]]++
+			c.mu.Unlock()
+			w = &countingWriter{ResponseWriter: w, c: c, digest: path[1], ctx: r.Context()}
+		}
+		proxy.ServeHTTP(w, r)
+	})}
+	go c.server.Serve(ln)
+	t.Cleanup(c.stop)
+	return c
+}
+
+// stop makes the upstream unreachable.
+func (c *counter) stop() { c.server.Close() }
+
+// hold arranges for a blob to stop after so many bytes. The first result is
+// closed when it has; the second lets it go on.
+func (c *counter) hold(t *testing.T, digest string, after int64) (<-chan struct{}, func()) {
+	t.Helper()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.held, c.after = digest, after
+	c.holds, c.goOn = make(chan struct{}), make(chan struct{})
+	release := sync.OnceFunc(func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.held = ""
+		close(c.goOn)
+	})
+	t.Cleanup(release)
+	return c.holds, release
+}
+
+// fetchedOnce checks that of each blob exactly its bytes were fetched, and
+// that all of want were.
+func (c *counter) fetchedOnce(t *testing.T, img *image, want []string) {
+	t.Helper()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for digest, n := range c.bytes {
+		if n != img.blobs[digest] {
+			t.Errorf("blob %s has %d bytes; %d came from upstream, in %d requests", digest, img.blobs[digest], n, c.gets[digest])
+		}
+	}
+	for _, digest := range want {
+		if c.bytes[digest] == 0 {
+			t.Errorf("blob %s did not come from upstream", digest)
+		}
+	}
+}
+
+type countingWriter struct {
+	http.ResponseWriter
+	c      *counter
+	digest string
+	ctx    context.Context
+	failed bool
+}
+
+func (w *countingWriter) WriteHeader(status int) {
+	w.failed = status >= 300
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *countingWriter) Write(p []byte) (int, error) {
+	n, err := w.ResponseWriter.Write(p)
+	if w.failed {
+		return n, err
+	}
+	w.c.mu.Lock()
+	w.c.bytes[w.digest] += int64(n)
+	var goOn chan struct{}
+	if w.c.held == w.digest && w.c.bytes[w.digest] >= w.c.after {
+		goOn = w.c.goOn
+		select {
+		case <-w.c.holds:
+		default:
+			close(w.c.holds)
+		}
+	}
+	w.c.mu.Unlock()
+	if goOn != nil {
+		select {
+		case <-goOn:
+		case <-w.ctx.Done():
+		}
+	}
+	return n, err
+}
+
+func (w *countingWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
