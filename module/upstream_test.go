@@ -2,11 +2,15 @@ package module_test
 
 import (
 	"encoding/base64"
+	"encoding/pem"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -166,22 +170,30 @@ func redirecting(t *testing.T, up *regtest.Registry, location string) string {
 			w.WriteHeader(http.StatusTemporaryRedirect)
 			return
 		}
-		req, _ := http.NewRequest(r.Method, up.URL+r.URL.Path, nil)
-		req.Header = r.Header
-		resp, err := client.Do(req)
-		if err != nil {
-			w.WriteHeader(http.StatusBadGateway)
-			return
-		}
-		defer resp.Body.Close()
-		for key, values := range resp.Header {
-			w.Header()[key] = values
-		}
-		w.WriteHeader(resp.StatusCode)
-		io.Copy(w, resp.Body)
+		passOn(w, r, up.URL)
 	}))
 	t.Cleanup(s.Close)
 	return s.URL
+}
+
+// passOn answers with what another server says.
+func passOn(w http.ResponseWriter, r *http.Request, base string) {
+	req, err := http.NewRequest(r.Method, base+r.URL.Path, nil)
+	if err != nil {
+		panic(err)
+	}
+	req.Header = r.Header
+	resp, err := client.Do(req)
+	if err != nil {
+		w.WriteHeader(http.StatusBadGateway)
+		return
+	}
+	defer resp.Body.Close()
+	for key, values := range resp.Header {
+		w.Header()[key] = values
+	}
+	w.WriteHeader(resp.StatusCode)
+	io.Copy(w, resp.Body)
 }
 
 // TestEgressProxy: everything goes through the proxy that is configured, and
@@ -191,9 +203,9 @@ func TestEgressProxy(t *testing.T) {
 	layer := regtest.Random("x", 1000)
 	image := regtest.NewImage("x", layer)
 	up.Push("library/x", image, "latest")
-	var asked []string
+	var asked atomic.Int64
 	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		asked = append(asked, r.URL.Host)
+		asked.Add(1)
 		if r.URL.Host != "registry.test" {
 			t.Errorf("the proxy was sent to %s", r.URL)
 		}
@@ -202,29 +214,13 @@ func TestEgressProxy(t *testing.T) {
 			w.WriteHeader(http.StatusTemporaryRedirect)
 			return
 		}
-		resp, err := client.Get(up.URL + r.URL.Path)
-		if r.Method == "HEAD" {
-			resp, err = client.Head(up.URL + r.URL.Path)
-		}
-		if req, _ := http.NewRequest(r.Method, up.URL+r.URL.Path, nil); req != nil {
-			req.Header = r.Header
-			resp, err = client.Do(req)
-		}
-		if err != nil {
-			w.WriteHeader(http.StatusBadGateway)
-			return
-		}
-		defer resp.Body.Close()
-		for key, values := range resp.Header {
-			w.Header()[key] = values
-		}
-		w.WriteHeader(resp.StatusCode)
-		io.Copy(w, resp.Body)
+		passOn(w, r, up.URL)
 	}))
 	defer proxy.Close()
-	m := start(t, fmt.Sprintf("upstream registry.test {\n origin http://registry.test\n network_proxy url %s\n}", proxy.URL), "default registry.test")
+	t.Setenv("TEST_PROXY", proxy.URL)
+	m := start(t, "upstream registry.test {\n origin http://registry.test\n network_proxy url {env.TEST_PROXY}\n}", "default registry.test")
 	m.want(200, "GET", "/v2/library/x/manifests/latest")
-	if len(asked) == 0 {
+	if asked.Load() == 0 {
 		t.Error("the proxy was not asked")
 	}
 	m.wantError(503, oci.CodeUnavailable, "GET", "/v2/library/x/blobs/"+layer.Digest.String(), "not a public address")
@@ -352,4 +348,67 @@ func TestBreaker(t *testing.T) {
 	up.Heal()
 	up.Push("library/new", image, "latest")
 	m.pull("library/new", "latest", image)
+}
+
+// TestCertificates: an upstream's certificate is checked, against the system's
+// authorities and those that are configured.
+func TestCertificates(t *testing.T) {
+	up := regtest.New(t, regtest.Options{NoToken: true, NoRedirect: true})
+	image := regtest.NewImage("x", regtest.Random("x", 1000))
+	up.Push("library/x", image, "latest")
+	secure := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { passOn(w, r, up.URL) }))
+	defer secure.Close()
+	secure.Config.ErrorLog = log.New(io.Discard, "", 0)
+	ca := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: secure.Certificate().Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	block := func(options string) string {
+		return fmt.Sprintf("upstream docker.io {\n origin %s\n %s\n}", secure.URL, options)
+	}
+	m := start(t, block(""), "")
+	m.wantError(503, oci.CodeUnavailable, "GET", "/v2/library/x/manifests/latest", "certificate")
+	if err := m.load(block("ca "+ca), ""); err != nil {
+		t.Fatal(err)
+	}
+	m.pull("library/x", "latest", image)
+	if err := m.load(block("tls_insecure_skip_verify"), ""); err != nil {
+		t.Fatal(err)
+	}
+	up.Push("library/y", image, "latest")
+	m.pull("library/y", "latest", image)
+	if n := len(m.logs.with("certificates of this upstream are not verified, so anyone on the way can change what tags mean")); n != 1 {
+		t.Errorf("%d warnings about it", n)
+	}
+	broken := filepath.Join(t.TempDir(), "broken.pem")
+	if err := os.WriteFile(broken, []byte("no certificate"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.load(block("ca "+broken), ""); err == nil || !strings.Contains(err.Error(), "no certificate in PEM") {
+		t.Errorf("a CA file with nothing in it: %v", err)
+	}
+}
+
+// TestTimeouts: an upstream that stands still is given up as configured, and
+// asked for the rest.
+func TestTimeouts(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	layer := regtest.Random("x", 1<<20)
+	image := regtest.NewImage("x", layer)
+	up.Push("library/x", image, "latest")
+	m := start(t, upstreamFor("docker.io", up, "timeouts 1s 200ms 200ms"), "")
+	m.want(200, "GET", "/v2/library/x/manifests/latest")
+	hold := make(chan struct{})
+	defer close(hold)
+	up.Fail(regtest.Fault{Path: layer.Digest.String(), Hold: hold, Count: 1})
+	m.pull("library/x", "latest", image)
+	eventually(t, "the stalled request to end", func() bool {
+		sent := up.Sent(layer.Digest)
+		return sent >= 1<<20
+	})
+	if sent := up.Sent(layer.Digest); sent > 1<<20+100_000 {
+		t.Errorf("%d bytes were fetched after a stall", sent)
+	}
+	up.FailSlowly("/manifests/", hold)
+	m.wantError(503, oci.CodeUnavailable, "GET", "/v2/library/x/manifests/other", "timeout")
 }
