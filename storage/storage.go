@@ -48,8 +48,8 @@ type Store interface {
 	// *os.File positioned at offset, so that it can be sent by sendfile.
 	Open(ctx context.Context, key string, offset, length int64) (io.ReadCloser, Info, error)
 
-	// Get returns a whole value of at most limit bytes; a larger one is an
-	// error.
+	// Get returns a whole value of at most limit bytes. For a larger one the
+	// error wraps [ErrTooLarge].
 	Get(ctx context.Context, key string, limit int64) ([]byte, error)
 
 	// Stat describes a value without reading it.
@@ -113,6 +113,9 @@ type Reservation interface {
 // ErrFull is wrapped by the error of a Reserve that would take the store
 // beyond a limit its operator set. The message names the option.
 var ErrFull = errors.New("not enough room")
+
+// ErrTooLarge is wrapped by the error of a Get of a value beyond its limit.
+var ErrTooLarge = errors.New("larger than expected")
 
 // ErrLocked is wrapped by the error of a Backend.Open that finds the store in
 // use by another process.

@@ -1,11 +1,14 @@
 package mirror
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"strings"
 	"sync"
 	"time"
+
+	lru "github.com/hashicorp/golang-lru/v2"
 
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/upstream"
@@ -76,10 +79,13 @@ func OriginHost(name string) string {
 // lower case, no trailing dot, no default port, no alias.
 func NormalizeHost(host string) string {
 	host = strings.ToLower(host)
-	if name, port, err := net.SplitHostPort(host); err == nil && port == "443" {
-		host = name
+	if name, port, err := net.SplitHostPort(host); err == nil {
+		name = strings.TrimSuffix(name, ".")
 		if strings.Contains(name, ":") {
-			host = "[" + name + "]"
+			name = "[" + name + "]"
+		}
+		if host = name; port != "443" {
+			host += ":" + port
 		}
 	}
 	host = strings.TrimSuffix(host, ".")
@@ -95,7 +101,7 @@ func DefaultPathName(host string) string {
 	return strings.ReplaceAll(host, ":", "__")
 }
 
-// maxWild bounds the hosts a wildcard has opened clients for.
+// maxWild bounds the hosts that wildcards have open clients for.
 const maxWild = 256
 
 // Upstreams are all registries that a configuration knows.
@@ -105,14 +111,16 @@ type Upstreams struct {
 	wild   []*Upstream
 
 	mu     sync.Mutex
-	opened map[string]*Upstream // by host
+	opened *lru.Cache[string, *Upstream] // by host; one that falls out is closed
 	closed bool
 }
 
 // NewUpstreams checks that no two registries claim one name, path name or
 // place in the store.
 func NewUpstreams(list []*Upstream) (*Upstreams, error) {
-	u := &Upstreams{byName: map[string]*Upstream{}, byPath: map[string]*Upstream{}, opened: map[string]*Upstream{}}
+	u := &Upstreams{byName: map[string]*Upstream{}, byPath: map[string]*Upstream{}}
+	// It fails only for a size below 1.
+	u.opened, _ = lru.NewWithEvict(maxWild, func(_ string, up *Upstream) { up.Client.Close() })
 	prefixes := map[string]*Upstream{}
 	for _, up := range list {
 		if u.byName[up.Name] != nil {
@@ -172,6 +180,8 @@ func (u *Upstreams) inPath(component string) (up *Upstream, host string) {
 	host = component
 	if canonical, ok := aliases[component]; ok {
 		host = canonical
+	} else if u.byName[component] != nil {
+		return nil, "" // it has another path name
 	}
 	return u.named(host), host
 }
@@ -184,18 +194,18 @@ func (u *Upstreams) concrete(entry *Upstream, host string) (*Upstream, error) {
 	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if up := u.opened[host]; up != nil {
+	if up, ok := u.opened.Get(host); ok {
 		return up, nil
 	}
-	if u.closed || len(u.opened) >= maxWild {
-		return nil, fmt.Errorf("more than %d hosts of %s have been asked for", maxWild, entry.Name)
+	if u.closed {
+		return nil, errors.New("the configuration is gone; try again")
 	}
 	client, err := entry.Open(host)
 	if err != nil {
 		return nil, err
 	}
 	up := &Upstream{Name: host, PathName: host, Prefix: host, TagTTL: entry.TagTTL, Client: client}
-	u.opened[host] = up
+	u.opened.Add(host, up)
 	return up, nil
 }
 
@@ -220,11 +230,10 @@ func (u *Upstreams) Close() {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.closed = true
-	for _, list := range []map[string]*Upstream{u.byName, u.opened} {
-		for _, up := range list {
-			if up.Client != nil {
-				up.Client.Close()
-			}
+	u.opened.Purge()
+	for _, up := range u.byName {
+		if up.Client != nil {
+			up.Client.Close()
 		}
 	}
 }

@@ -63,6 +63,23 @@ func newUpstreams(t testing.TB, list []*Upstream) *Upstreams {
 	return u
 }
 
+// byHost is the registry of a host, or nil; byPath that of a first component.
+func byHost(u *Upstreams, host string) (*Upstream, error) {
+	entry := u.named(host)
+	if entry == nil {
+		return nil, nil
+	}
+	return u.concrete(entry, host)
+}
+
+func byPath(u *Upstreams, component string) (*Upstream, error) {
+	entry, host := u.inPath(component)
+	if entry == nil {
+		return nil, nil
+	}
+	return u.concrete(entry, host)
+}
+
 func TestNormalizeHost(t *testing.T) {
 	for in, want := range map[string]string{
 		"ghcr.io":                   "ghcr.io",
@@ -98,19 +115,19 @@ func TestNormalizeHost(t *testing.T) {
 func TestAliasesAndBuiltins(t *testing.T) {
 	u := newUpstreams(t, builtin(t))
 	for alias, name := range aliases {
-		if up, err := u.Named(name); err != nil || up == nil || up.Name != name {
-			t.Errorf("alias %s: Named(%s) = %v, %v", alias, name, up, err)
+		if up, err := byHost(u, name); err != nil || up == nil || up.Name != name {
+			t.Errorf("alias %s: of host %s = %v, %v", alias, name, up, err)
 		}
-		if up, err := u.InPath(alias); err != nil || up == nil || up.Name != name {
-			t.Errorf("alias %s: InPath = %v, %v", alias, up, err)
+		if up, err := byPath(u, alias); err != nil || up == nil || up.Name != name {
+			t.Errorf("alias %s: in path = %v, %v", alias, up, err)
 		}
 	}
 	for _, name := range []string{"docker.io", "ghcr.io", "gcr.io", "quay.io", "registry.k8s.io", "mcr.microsoft.com", "nvcr.io", "docker.elastic.co", "public.ecr.aws", "registry.gitlab.com", "lscr.io", "us-docker.pkg.dev"} {
-		if up, err := u.Named(name); err != nil || up == nil || up.Name != name || up.Client == nil {
-			t.Errorf("Named(%s) = %v, %v", name, up, err)
+		if up, err := byHost(u, name); err != nil || up == nil || up.Name != name || up.Client == nil {
+			t.Errorf("of host %s = %v, %v", name, up, err)
 		}
-		if up, err := u.InPath(name); err != nil || up == nil || up.Name != name {
-			t.Errorf("InPath(%s) = %v, %v", name, up, err)
+		if up, err := byPath(u, name); err != nil || up == nil || up.Name != name {
+			t.Errorf("in path %s = %v, %v", name, up, err)
 		}
 	}
 	if OriginHost("docker.io") != "registry-1.docker.io" || OriginHost("ghcr.io") != "ghcr.io" {
@@ -173,46 +190,45 @@ func TestWildcard(t *testing.T) {
 	u := newUpstreams(t, []*Upstream{wildcard(t, "*.pkg.dev", &opened), known(t, "own.pkg.dev")})
 	for _, host := range []string{"", "pkg.dev", ".pkg.dev", "*.pkg.dev", "a.b.pkg.dev", "-.pkg.dev", "A.pkg.dev", "a.pkg.dev.evil.example", "apkg.dev",
 		"a/b.pkg.dev", "a:1.pkg.dev", "a@b.pkg.dev", "us-docker.pkg.dev:5000", strings.Repeat("a", 64) + ".pkg.dev"} {
-		if up, err := u.Named(host); up != nil || err != nil {
-			t.Errorf("Named(%q) = %v, %v", host, up, err)
+		if up, err := byHost(u, host); up != nil || err != nil {
+			t.Errorf("of host %q = %v, %v", host, up, err)
 		}
 	}
 	if len(opened) != 0 {
 		t.Fatalf("opened %q", opened)
 	}
-	first, err := u.Named("us-docker.pkg.dev")
+	first, err := byHost(u, "us-docker.pkg.dev")
 	if err != nil || first == nil {
 		t.Fatalf("%v, %v", first, err)
 	}
 	if first.Name != "us-docker.pkg.dev" || first.PathName != first.Name || first.Prefix != first.Name || first.Client == nil {
 		t.Errorf("%+v", first)
 	}
-	if again, err := u.InPath("us-docker.pkg.dev"); err != nil || again != first {
+	if again, err := byPath(u, "us-docker.pkg.dev"); err != nil || again != first {
 		t.Errorf("asked again: %p, %v; want %p", again, err, first)
 	}
-	if own, err := u.Named("own.pkg.dev"); err != nil || own == nil || own.Open != nil {
+	if own, err := byHost(u, "own.pkg.dev"); err != nil || own == nil || own.Open != nil {
 		t.Errorf("a host with a configuration of its own: %+v, %v", own, err)
 	}
 	if len(opened) != 1 {
 		t.Errorf("opened %q, want one", opened)
 	}
-	// Whoever asks for ever new hosts must not fill the memory.
-	var refused error
-	for i := 0; i < 2*maxWild && refused == nil; i++ {
-		_, refused = u.Named("h" + strconv.Itoa(i) + ".pkg.dev")
+	// Whoever asks for ever new hosts neither fills the memory nor keeps others
+	// out.
+	for i := range 2 * maxWild {
+		if up, err := byHost(u, "h"+strconv.Itoa(i)+".pkg.dev"); err != nil || up == nil {
+			t.Fatalf("host %d: %v, %v", i, up, err)
+		}
 	}
-	if refused == nil || len(opened) > maxWild {
-		t.Errorf("%d hosts opened, error %v", len(opened), refused)
-	}
-	if again, err := u.Named("us-docker.pkg.dev"); err != nil || again != first {
-		t.Errorf("one that was open: %v, %v", again, err)
+	if n := u.opened.Len(); n > maxWild {
+		t.Errorf("%d hosts are open", n)
 	}
 }
 
 func TestWildcardAfterClose(t *testing.T) {
 	u := newUpstreams(t, []*Upstream{wildcard(t, "*.pkg.dev", nil)})
 	u.Close()
-	if up, err := u.Named("us-docker.pkg.dev"); err == nil {
+	if up, err := byHost(u, "us-docker.pkg.dev"); err == nil {
 		t.Errorf("opened %+v, which nobody will close", up)
 	}
 }

@@ -110,7 +110,8 @@ func (u *Upstreams) overlap(pattern Pattern) error {
 // permits reports whether the site answers for a host, which an entry stands
 // for.
 func (s *Site) permits(entry *Upstream, host string) bool {
-	return s.allowed == nil || s.allowed[entry.Name] || s.allowed[host]
+	_, domain, _ := strings.Cut(host, ".")
+	return s.allowed == nil || s.allowed[entry.Name] || s.allowed[host] || s.allowed["*."+domain]
 }
 
 // A Target is what a request is about.
@@ -210,10 +211,11 @@ func (s *Site) mirrored(entry *Upstream, host, name, ns string) (Target, error) 
 }
 
 // hosts reports whether a name is one of the site's own. What begins with a
-// registry's path name is not, whatever the patterns.
+// registry's path name, or lies where its images are stored, is not, whatever
+// the patterns.
 func (s *Site) hosts(repository string) bool {
 	if first, _, nested := strings.Cut(repository, "/"); nested {
-		if entry, _ := s.upstreams.inPath(first); entry != nil {
+		if entry, _ := s.upstreams.inPath(first); entry != nil || s.upstreams.owner(repository) != nil {
 			return false
 		}
 	}

@@ -24,7 +24,7 @@ type siteOptions struct {
 
 func (o siteOptions) site(t testing.TB) (*Site, error) {
 	t.Helper()
-	list := builtin(t, known(t, "registry.corp:5000"), known(t, "plain.corp"))
+	list := builtin(t, known(t, "registry.corp:5000"), known(t, "own.pkg.dev"))
 	named := known(t, "images.corp")
 	named.PathName, named.Prefix = "corp", "mirrors/corp"
 	bare := known(t, "bare.corp")
@@ -170,8 +170,8 @@ func TestResolve(t *testing.T) {
 		{"anything hosted that looks like a host", anything, "", "", "evil.example/a", "hosted", "evil.example/a", "evil.example/a", "", nil},
 		{"a single component is hosted, be it a registry's name", anything, "", "", "web", "hosted", "web", "web", "", nil},
 
-		{"mirrored is never stored inside hosted, ns", inPlace, "", "ns=docker.io", "apps/web", "", "", "", "", errHostedName},
-		{"mirrored is never stored inside hosted, path", inPlace, "", "", "docker.io/apps/web", "", "", "", "", errHostedName},
+		{"mirrored is never stored inside hosted, ns", inPlace, "", "ns=docker.io", "apps/web", "", "", "", "", errTakenName},
+		{"mirrored is never stored inside hosted, path", inPlace, "", "", "docker.io/apps/web", "", "", "", "", errTakenName},
 		{"mirrored is never stored inside hosted, beside it", inPlace, "", "", "docker.io/other/web", "docker.io", "other/web", "other/web", "", nil},
 		{"without a registry it is hosted", inPlace, "", "", "apps/web", "hosted", "apps/web", "apps/web", "", nil},
 
@@ -200,10 +200,13 @@ func TestResolve(t *testing.T) {
 		{"narrowed, ns", ghcr, "", "ns=ghcr.io", "org/img", "ghcr.io", "org/img", "ghcr.io/org/img", "ghcr.io", nil},
 		{"narrowed away, ns", ghcr, "", "ns=docker.io", "library/nginx", "", "", "", "", errUnknownUpstream},
 		{"narrowed away, ns by alias", ghcr, "", "ns=index.docker.io", "library/nginx", "", "", "", "", errUnknownUpstream},
-		{"narrowed away, path: just a name of the default's", ghcr, "", "", "quay.io/org/img", "ghcr.io", "quay.io/org/img", "ghcr.io/quay.io/org/img", "", nil},
+		{"narrowed away, path: no name of the default's", ghcr, "", "", "quay.io/org/img", "", "", "", "", errUnknownUpstream},
+		{"narrowed away, path by alias", ghcr, "", "", "index.docker.io/org/img", "", "", "", "", errUnknownUpstream},
+		{"narrowed away, path of a wildcard", ghcr, "", "", "us-docker.pkg.dev/p/i", "", "", "", "", errUnknownUpstream},
 		{"narrowed away, path, no default", siteOptions{byDefault: "off", allowed: "ghcr.io"}, "", "", "quay.io/org/img", "", "", "", "", errUnknownUpstream},
 		{"narrowed by alias", siteOptions{byDefault: "off", allowed: "index.docker.io"}, "", "", "docker.io/nginx", "docker.io", "library/nginx", "docker.io/library/nginx", "", nil},
 		{"narrowed to a wildcard", siteOptions{byDefault: "off", allowed: "*.pkg.dev"}, "", "", "us-docker.pkg.dev/p/r/i", "us-docker.pkg.dev", "p/r/i", "us-docker.pkg.dev/p/r/i", "", nil},
+		{"narrowed to a wildcard, a host with a configuration of its own", siteOptions{byDefault: "off", allowed: "*.pkg.dev"}, "", "", "own.pkg.dev/p/r/i", "own.pkg.dev", "p/r/i", "own.pkg.dev/p/r/i", "", nil},
 		{"narrowed to a wildcard, others", siteOptions{byDefault: "off", allowed: "*.pkg.dev"}, "", "ns=gcr.io", "p/i", "", "", "", "", errUnknownUpstream},
 		{"narrowed to one host of a wildcard", siteOptions{byDefault: "off", allowed: "us-docker.pkg.dev"}, "", "ns=us-docker.pkg.dev", "p/r/i", "us-docker.pkg.dev", "p/r/i", "us-docker.pkg.dev/p/r/i", "us-docker.pkg.dev", nil},
 		{"narrowed to one host of a wildcard, another", siteOptions{byDefault: "off", allowed: "us-docker.pkg.dev"}, "", "ns=eu-docker.pkg.dev", "p/r/i", "", "", "", "", errUnknownUpstream},
@@ -257,8 +260,8 @@ func TestEmptyPrefixStaysOutOfOthers(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"ghcr.io/org/img", "mirrors/corp/img", "us-docker.pkg.dev/p/img"} {
-		if got, err := site.Resolve(self, "ns=bare.corp", name); err == nil {
-			t.Errorf("%s of bare.corp would be stored as %s, which is another registry's place", name, got.Repository)
+		if got, err := site.Resolve(self, "ns=bare.corp", name); !errors.Is(err, errTakenName) {
+			t.Errorf("%s of bare.corp would be stored as %q, which is another registry's place: %v", name, got.Repository, err)
 		}
 	}
 }
@@ -309,6 +312,8 @@ func TestNewSite(t *testing.T) {
 		{"hosted beside a prefix", siteOptions{byDefault: "off", hosted: "mirrors2/**"}, nil},
 		{"hosted and a default", siteOptions{hosted: "apps/**"}, []string{"apps/**", "docker.io", "shadow_default"}},
 		{"hosted and another default", siteOptions{byDefault: "ghcr.io", hosted: "apps/**"}, []string{"apps/**", "ghcr.io", "shadow_default"}},
+		{"shadow_default without hosted", siteOptions{shadow: true}, []string{"shadow_default"}},
+		{"shadow_default without default", siteOptions{byDefault: "off", hosted: "apps/**", shadow: true}, []string{"shadow_default"}},
 		{"hosted over a path name", siteOptions{byDefault: "off", hosted: "apps/** ghcr.io/**"}, []string{"ghcr.io/**", "path name", "ghcr.io"}},
 		{"hosted over part of one", siteOptions{byDefault: "off", hosted: "ghcr.io/own/*"}, []string{"ghcr.io/own/*", "path name"}},
 		{"hosted over a path name, shadow_default", siteOptions{hosted: "quay.io/**", shadow: true}, []string{"quay.io/**", "path name"}},

@@ -42,8 +42,13 @@ func NextLink(header http.Header, asked *url.URL) *url.URL {
 func isNext(params string) bool {
 	for param := range strings.SplitSeq(params, ";") {
 		key, value, _ := strings.Cut(strings.Trim(param, " \t,"), "=")
-		if strings.EqualFold(strings.TrimSpace(key), "rel") && strings.EqualFold(strings.Trim(value, `" `), "next") {
-			return true
+		if !strings.EqualFold(strings.TrimSpace(key), "rel") {
+			continue
+		}
+		for relation := range strings.FieldsSeq(strings.Trim(value, `" `)) {
+			if strings.EqualFold(relation, "next") {
+				return true
+			}
 		}
 	}
 	return false

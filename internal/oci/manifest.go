@@ -56,7 +56,15 @@ func ParseManifest(body []byte) (*Manifest, error) {
 	if err := json.Unmarshal(body, &raw); err != nil {
 		return nil, fmt.Errorf("not a manifest: %w", err)
 	}
-	if raw.Manifests != nil && (raw.Config != nil || raw.Layers != nil || raw.FSLayers != nil) {
+	image := raw.Config != nil || raw.Layers != nil || raw.FSLayers != nil
+	index := raw.Manifests != nil
+	switch raw.MediaType {
+	case v1.MediaTypeImageManifest, MediaTypeDockerManifest:
+		image = true
+	case v1.MediaTypeImageIndex, MediaTypeDockerList:
+		index = true
+	}
+	if image && index {
 		return nil, errors.New("ambiguous manifest: both an index and an image (CVE-2021-41190)")
 	}
 	m := &Manifest{
@@ -73,7 +81,7 @@ func ParseManifest(body []byte) (*Manifest, error) {
 			m.MediaType = MediaTypeDockerSchema1Signed
 		case raw.SchemaVersion == 1:
 			m.MediaType = MediaTypeDockerSchema1
-		case raw.Config != nil || raw.Layers != nil:
+		case raw.Config != nil && raw.Config.Digest != "" || raw.Layers != nil: // an image's config has a config, too
 			m.MediaType = v1.MediaTypeImageManifest
 		default:
 			return nil, errors.New("not a manifest: no mediaType, and neither manifests, config nor layers")

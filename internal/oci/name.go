@@ -1,6 +1,7 @@
 package oci
 
 import (
+	_ "crypto/sha512" // so that its digests can be verified
 	"fmt"
 	"strings"
 

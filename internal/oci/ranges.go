@@ -30,9 +30,6 @@ func (s Span) ContentRange(size int64) string {
 // A RangeRequest is a Range header taken apart against a size.
 type RangeRequest struct {
 	Spans []Span // none: the whole content, status 200
-	// Suffix marks a single range counted from the end. Lazy pullers read an
-	// archive's index so.
-	Suffix bool
 	// Open marks a single range without an end: whoever asks wants the rest.
 	Open bool
 }
@@ -61,6 +58,7 @@ func ParseRange(header string, size int64) (RangeRequest, error) {
 		}
 		from, to = strings.TrimSpace(from), strings.TrimSpace(to)
 		var span Span
+		open := false
 		switch {
 		case from == "":
 			n, err := parseOffset(to)
@@ -69,14 +67,13 @@ func ParseRange(header string, size int64) (RangeRequest, error) {
 			}
 			n = min(n, size)
 			span = Span{size - n, n}
-			req.Suffix = true
 		case to == "":
 			start, err := parseOffset(from)
 			if err != nil {
 				return RangeRequest{}, err
 			}
 			span = Span{start, size - start}
-			req.Open = true
+			open = true
 		default:
 			start, err := parseOffset(from)
 			if err != nil {
@@ -93,19 +90,20 @@ func ParseRange(header string, size int64) (RangeRequest, error) {
 			continue
 		}
 		req.Spans = append(req.Spans, span)
+		req.Open = open
 	}
 	if len(req.Spans) == 0 && unsatisfied {
 		return RangeRequest{}, ErrRange
 	}
 	if len(req.Spans) != 1 {
-		req.Suffix, req.Open = false, false
+		req.Open = false
 	}
 	return req, nil
 }
 
 func parseOffset(s string) (int64, error) {
 	n, err := strconv.ParseInt(s, 10, 64)
-	if err != nil || n < 0 || s[0] == '+' {
+	if err != nil || s[0] == '+' || s[0] == '-' {
 		return 0, ErrRange
 	}
 	return n, nil

@@ -2,7 +2,6 @@ package tree
 
 import (
 	"context"
-	"slices"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
@@ -16,7 +15,8 @@ func (t *Tree) Referrers(ctx context.Context, repository string, subject digest.
 		if m.Subject == nil || m.Subject.Digest != subject {
 			return
 		}
-		if slices.ContainsFunc(found, func(d v1.Descriptor) bool { return d.Digest == m.Digest }) {
+		// One that was asked for by sha512 is linked by its sha256, too.
+		if m.Digest.Algorithm() != digest.Canonical {
 			return
 		}
 		found = append(found, v1.Descriptor{

@@ -14,6 +14,7 @@ import (
 
 	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/opencontainers/go-digest"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/singleflight"
 
 	"github.com/caddy-registry/mirror/internal/failpoint"
@@ -56,6 +57,8 @@ type Member struct {
 	// Linked says that the repository's own link proves it, so that the proof
 	// survives.
 	Linked bool
+	// Child says that an index of the repository names it as a manifest.
+	Child bool
 }
 
 // New returns the tree in a store.
@@ -71,6 +74,9 @@ func New(store storage.Store) *Tree {
 // it, is absent.
 func (t *Tree) link(ctx context.Context, key string) (digest.Digest, error) {
 	data, err := t.store.Get(ctx, key, maxLink)
+	if errors.Is(err, storage.ErrTooLarge) {
+		return "", fmt.Errorf("%w: the link %s is damaged: %w", fs.ErrNotExist, key, err)
+	}
 	if err != nil {
 		return "", err
 	}
@@ -97,21 +103,42 @@ type Manifest struct {
 // held for another repository. Bytes that do not match the digest count as
 // absent, so that they are fetched again.
 func (t *Tree) Manifest(ctx context.Context, repository string, d digest.Digest) (*Manifest, error) {
-	canonical, err := t.link(ctx, layout.RevisionLink(repository, d))
-	named := false
-	if errors.Is(err, fs.ErrNotExist) {
-		known, ok := t.members.Get(member{repository, d})
-		if !ok || d.Algorithm() != digest.Canonical {
+	m, err := t.linkedManifest(ctx, repository, d)
+	if !errors.Is(err, fs.ErrNotExist) || d.Algorithm() != digest.Canonical {
+		return m, err
+	}
+	// Is it the child of an index? After a start that is not known before the
+	// index has been read.
+	if _, err := t.store.Stat(ctx, layout.Blob(d)); err != nil {
+		return nil, err
+	}
+	if known, ok := t.members.Get(member{repository, d}); !ok || !known.Child {
+		if err := t.scan(ctx, repository); err != nil {
 			return nil, err
 		}
-		canonical, err, named = d, nil, !known.Linked
+		if known, ok = t.members.Get(member{repository, d}); !ok || !known.Child {
+			return nil, fmt.Errorf("%w: manifest %s is not part of %s", fs.ErrNotExist, d, repository)
+		}
 	}
+	if m, err = t.readManifest(ctx, repository, d, d); err == nil {
+		err = t.setLink(ctx, layout.RevisionLink(repository, d), d)
+	}
+	return m, err
+}
+
+// linkedManifest returns a manifest that was stored in the repository.
+func (t *Tree) linkedManifest(ctx context.Context, repository string, d digest.Digest) (*Manifest, error) {
+	canonical, err := t.link(ctx, layout.RevisionLink(repository, d))
 	if err != nil {
 		return nil, err
 	}
+	return t.readManifest(ctx, repository, d, canonical)
+}
+
+func (t *Tree) readManifest(ctx context.Context, repository string, d, canonical digest.Digest) (*Manifest, error) {
 	body, err := t.store.Get(ctx, layout.Blob(canonical), oci.MaxManifestSize)
-	if err != nil && named {
-		return nil, fmt.Errorf("%w: %w", fs.ErrNotExist, err) // a layer, say, and too large for a manifest
+	if errors.Is(err, storage.ErrTooLarge) {
+		return nil, fmt.Errorf("%w: %s is no manifest: %w", fs.ErrNotExist, d, err)
 	}
 	if err != nil {
 		return nil, err
@@ -123,23 +150,27 @@ func (t *Tree) Manifest(ctx context.Context, repository string, d digest.Digest)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %s is no manifest: %w", fs.ErrNotExist, d, err)
 	}
-	if named {
-		if err := t.setLink(ctx, layout.RevisionLink(repository, d), canonical); err != nil {
-			return nil, err
-		}
-	}
 	t.learn(repository, parsed)
 	return &Manifest{Digest: d, Body: body, Manifest: parsed}, nil
 }
 
 // learn remembers what a manifest makes a member.
 func (t *Tree) learn(repository string, m *oci.Manifest) {
-	for _, d := range append(m.Blobs, m.Children...) {
+	add := func(d v1.Descriptor, child bool) {
 		key := member{repository, d.Digest}
-		if known, ok := t.members.Peek(key); ok && (known.Linked || known.Size >= 0) {
-			continue
+		known, ok := t.members.Peek(key)
+		if !ok {
+			known = Member{Canonical: canonicalOf(d.Digest), Size: d.Size}
 		}
-		t.members.Add(key, Member{Canonical: canonicalOf(d.Digest), Size: d.Size})
+		known.Child = known.Child || child
+		known.Size = max(known.Size, d.Size)
+		t.members.Add(key, known)
+	}
+	for _, d := range m.Blobs {
+		add(d, false)
+	}
+	for _, d := range m.Children {
+		add(d, true)
 	}
 }
 
@@ -216,12 +247,12 @@ func (t *Tree) Member(ctx context.Context, repository string, d digest.Digest) (
 	canonical, err := t.link(ctx, layout.LayerLink(repository, d))
 	switch {
 	case err == nil:
-		linked := Member{Canonical: canonical, Size: -1, Linked: true}
-		if ok {
-			linked.Size = known.Size
+		if !ok {
+			known.Size = -1
 		}
-		t.members.Add(key, linked)
-		return linked, true, nil
+		known.Canonical, known.Linked = canonical, true
+		t.members.Add(key, known)
+		return known, true, nil
 	case !errors.Is(err, fs.ErrNotExist):
 		return Member{}, false, err
 	case ok:
@@ -276,7 +307,7 @@ func (t *Tree) manifests(ctx context.Context, repository string, visit func(*Man
 		if n++; n > maxRevision {
 			break
 		}
-		m, err := t.Manifest(ctx, repository, d)
+		m, err := t.linkedManifest(ctx, repository, d)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -305,11 +336,12 @@ func (t *Tree) LinkBlob(ctx context.Context, repository string, asked, canonical
 		if err := t.setLink(ctx, layout.LayerLink(repository, d), canonical); err != nil {
 			return err
 		}
-		size := int64(-1)
-		if known, ok := t.members.Peek(member{repository, d}); ok {
-			size = known.Size
+		known, ok := t.members.Peek(member{repository, d})
+		if !ok {
+			known.Size = -1
 		}
-		t.members.Add(member{repository, d}, Member{Canonical: canonical, Size: size, Linked: true})
+		known.Canonical, known.Linked = canonical, true
+		t.members.Add(member{repository, d}, known)
 		if asked == canonical {
 			break
 		}

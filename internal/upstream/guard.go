@@ -51,9 +51,12 @@ func (g *guard) check(ctx context.Context, target *url.URL, proxied bool) error 
 	if target.User != nil || target.Hostname() == "" {
 		return fmt.Errorf("%w: an address with user information, or without a host", errGuard)
 	}
-	host := target.Hostname()
+	host := strings.TrimSuffix(target.Hostname(), ".")
 	if ip, err := netip.ParseAddr(host); err == nil {
 		return g.checkAddr(ip)
+	}
+	if numeric(host) {
+		return fmt.Errorf("%w: %s is an address in disguise", errGuard, host)
 	}
 	if !proxied {
 		return nil
@@ -116,6 +119,16 @@ var special = []netip.Prefix{
 func public(ip netip.Addr) bool {
 	return ip.IsGlobalUnicast() && !ip.IsPrivate() &&
 		!slices.ContainsFunc(special, func(p netip.Prefix) bool { return p.Contains(ip) })
+}
+
+// numeric reports what inet_aton, and so many a proxy, takes for an IPv4
+// address though netip does not: 127.1, 0x7f.0.0.1. No name ends in a number.
+func numeric(host string) bool {
+	last := strings.ToLower(host[strings.LastIndexByte(host, '.')+1:])
+	if hex, ok := strings.CutPrefix(last, "0x"); ok {
+		return strings.Trim(hex, "0123456789abcdef") == ""
+	}
+	return strings.Trim(last, "0123456789") == ""
 }
 
 // privateName reports names that public DNS does not have.

@@ -2,6 +2,7 @@ package upstream
 
 import (
 	"errors"
+	"math"
 	"net/http"
 	"strconv"
 	"strings"
@@ -85,7 +86,8 @@ func (h *health) failure(trial bool, err error) {
 	}
 	h.failures++
 	h.last = err
-	if h.failures >= breakerThreshold {
+	// Requests that were under way when it opened add nothing.
+	if h.failures == breakerThreshold || trial && h.failures > breakerThreshold {
 		h.pause = min(max(2*h.pause, breakerFirst), breakerLongest)
 		h.until = h.now().Add(h.pause)
 	}
@@ -154,7 +156,7 @@ func rateField(s string) (n int, window time.Duration, ok bool) {
 	for param := range strings.SplitSeq(params, ";") {
 		if value, ok := strings.CutPrefix(strings.TrimSpace(param), "w="); ok {
 			if seconds, err := strconv.Atoi(value); err == nil && seconds > 0 {
-				window = time.Duration(seconds) * time.Second
+				window = time.Duration(min(seconds, math.MaxInt32)) * time.Second
 			}
 		}
 	}
@@ -165,7 +167,7 @@ func rateField(s string) (n int, window time.Duration, ok bool) {
 func retryAfter(header http.Header, now time.Time) (time.Duration, bool) {
 	value := header.Get("Retry-After")
 	if seconds, err := strconv.Atoi(value); err == nil && seconds >= 0 {
-		return min(time.Duration(seconds)*time.Second, longestBlock), true
+		return time.Duration(min(seconds, int(longestBlock/time.Second))) * time.Second, true
 	}
 	if date, err := http.ParseTime(value); err == nil {
 		return max(0, date.Sub(now)), true

@@ -143,7 +143,7 @@ func (s *store) Get(ctx context.Context, key string, limit int64) ([]byte, error
 	}
 	defer r.Close()
 	if info.Size > limit {
-		return nil, fmt.Errorf("disk storage: %s has %d bytes, more than the %d expected", key, info.Size, limit)
+		return nil, fmt.Errorf("disk storage: %s has %d bytes, %w (%d)", key, info.Size, storage.ErrTooLarge, limit)
 	}
 	data := make([]byte, info.Size)
 	_, err = io.ReadFull(r, data)

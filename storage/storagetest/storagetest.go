@@ -160,7 +160,7 @@ func testLimit(t *testing.T, s storage.Store) {
 	if _, err := s.Get(context.Background(), "v", 10); err != nil {
 		t.Errorf("Get at the limit: %v", err)
 	}
-	if _, err := s.Get(context.Background(), "v", 9); err == nil || errors.Is(err, fs.ErrNotExist) {
+	if _, err := s.Get(context.Background(), "v", 9); !errors.Is(err, storage.ErrTooLarge) || errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("Get over the limit: %v", err)
 	}
 }
