@@ -1,6 +1,9 @@
 # The flags are xcaddy's: what comes out is what `xcaddy build` would make.
 GOBUILD = CGO_ENABLED=0 go build -trimpath -tags nobadger,nomysql,nopgx -ldflags '-w -s'
 
+# What gofmt looks at: not ./data, which may be somebody else's.
+SOURCE = *.go caddyfile e2e examples internal module storage xcaddy
+
 # For `go test`; CI adds -v.
 TESTFLAGS ?=
 
@@ -50,7 +53,7 @@ run: build ## start a mirror on port 5000 that keeps its content in ./data
 	@exec ./caddy run --config examples/lan/Caddyfile
 
 test: ## check the format, vet, and run the tests that need Go only
-	@unformatted=$$(gofmt -l .) && test -z "$$unformatted" || { echo "run make fmt; unformatted: $$unformatted" >&2; exit 1; }
+	@unformatted=$$(gofmt -l $(SOURCE)) && test -z "$$unformatted" || { echo "run make fmt; unformatted: $$unformatted" >&2; exit 1; }
 	go vet ./...
 	go vet -tags e2e ./e2e
 	go test $(TESTFLAGS) ./...
@@ -64,7 +67,7 @@ e2e: ## as root on Debian 12: install real clients and servers, and test with th
 	exit $$status
 
 fmt: ## format the source
-	gofmt -w .
+	gofmt -w $(SOURCE)
 
 clean: ## remove what was built and installed here; ./data stays
 	rm -rf caddy .cache

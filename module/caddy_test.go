@@ -108,6 +108,8 @@ func (m *mirror) load(app, site string) error {
 	if err != nil {
 		return err
 	}
+	// Connections of the configuration that ends are closed under the client.
+	defer client.CloseIdleConnections()
 	return caddy.Load(adapted, true)
 }
 

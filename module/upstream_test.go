@@ -1,6 +1,7 @@
 package module_test
 
 import (
+	"bytes"
 	"encoding/base64"
 	"encoding/pem"
 	"fmt"
@@ -289,8 +290,12 @@ func TestEndpointWithWrongBytes(t *testing.T) {
 	near.Fail(regtest.Fault{Path: "/blobs/" + layer.Digest.String(), Corrupt: 0.5})
 	m := start(t, fmt.Sprintf("upstream docker.io {\n endpoint %s\n origin %s\n allow_private\n}", near.URL, origin.URL), "")
 	m.want(200, "GET", "/v2/library/x/manifests/latest")
-	if a := m.do("GET", "/v2/library/x/blobs/"+layer.Digest.String()); a.err == nil && a.StatusCode == 200 {
-		t.Error("wrong bytes arrived complete")
+	if resp, err := m.send("GET", "/v2/library/x/blobs/"+layer.Digest.String()); err == nil {
+		body, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err == nil && resp.StatusCode == 200 && !bytes.Equal(body, layer.Data) {
+			t.Error("wrong bytes arrived complete")
+		}
 	}
 	m.pull("library/x", "latest", image)
 }
