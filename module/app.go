@@ -53,7 +53,8 @@ type App struct {
 	backend   storage.Backend
 	state     *state
 	upstreams *mirror.Upstreams
-	sites     int // mirror sites of this configuration
+	sites     int    // mirror sites of this configuration
+	before    tuning // of the state, before this configuration's Start
 }
 
 // CaddyModule returns the Caddy module information.
@@ -151,11 +152,11 @@ func (a *App) buildUpstreams(ctx caddy.Context, pool *upstream.Pool, trusted []n
 // same: Caddy starts apps in any order, and a request that comes first opens
 // the store itself.
 func (a *App) Start() error {
-	a.state.logTo(a.log)
 	if _, err := a.state.open(context.Background()); err != nil {
 		return err
 	}
-	if err := a.state.configure(a.backend); err != nil {
+	var err error
+	if a.before, err = a.state.tune(tuning{a.backend, a.log}); err != nil {
 		return err
 	}
 	if a.sites > 0 {
@@ -175,10 +176,15 @@ func (a *App) Cleanup() error {
 	if a.upstreams != nil {
 		a.upstreams.Close()
 	}
-	if a.state != nil {
-		return a.state.unuse()
+	if a.state == nil {
+		return nil
 	}
-	return nil
+	// Another app may have failed to start after this one: then the
+	// configuration before it runs on, and its settings are put back.
+	if !caddy.Exiting() {
+		a.state.untune(a.backend, a.before)
+	}
+	return a.state.unuse()
 }
 
 var (

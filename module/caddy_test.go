@@ -49,6 +49,7 @@ func TestMain(m *testing.M) {
 			goleak.IgnoreTopFunction("github.com/caddyserver/caddy/v2.(*fakeCloseListener).Accept"),
 			goleak.IgnoreAnyFunction("github.com/caddyserver/certmagic.(*RingBufferRateLimiter).loop"),
 			goleak.IgnoreAnyFunction("github.com/caddyserver/caddy/v2/modules/caddyhttp/caddyauth.init.0.func1"),
+			goleak.IgnoreAnyFunction("github.com/caddyserver/certmagic.keepLockfileFresh"),
 			goleak.IgnoreAnyFunction("github.com/golang/glog.(*fileSink).flushDaemon"),
 		); err != nil {
 			fmt.Fprintln(os.Stderr, err)

@@ -68,6 +68,8 @@ func child(t *testing.T, dir, upstream, dies string) *mirror {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	late := time.AfterFunc(20*time.Second, func() { cmd.Process.Kill() })
+	defer late.Stop()
 	lines := bufio.NewScanner(out)
 	for lines.Scan() && lines.Text() != "serving" {
 	}

@@ -36,6 +36,7 @@ type state struct {
 
 	opening sync.Mutex
 	store   storage.Store // guarded by opening
+	tuned   tuning        // guarded by opening
 	mirror  atomic.Pointer[mirror.Mirror]
 }
 
@@ -60,10 +61,6 @@ func (s *state) unuse() error {
 	_, err := states.Delete(s.identity)
 	return err
 }
-
-// logTo sends what the state has to say where the running configuration wants
-// it.
-func (s *state) logTo(log *zap.Logger) { s.core.current.Store(log) }
 
 // enter keeps the state open for a request. It fails when the state is over.
 func (s *state) enter() bool {
@@ -143,12 +140,40 @@ func (s *state) open(ctx context.Context) (*mirror.Mirror, error) {
 
 var errClosed = errors.New("the store is being closed; try again")
 
-// configure gives the open store the settings of a configuration.
-func (s *state) configure(backend storage.Backend) error {
+// tuning is what a configuration changes in a state that is open.
+type tuning struct {
+	backend storage.Backend // nil: none yet
+	log     *zap.Logger
+}
+
+// tune gives the state the settings of a configuration that starts, and returns
+// those it had.
+func (s *state) tune(to tuning) (before tuning, err error) {
 	s.opening.Lock()
 	defer s.opening.Unlock()
 	if s.store == nil {
-		return fmt.Errorf("%s is not open", s.identity)
+		return tuning{}, fmt.Errorf("%s is not open", s.identity)
 	}
-	return backend.Configure(s.store)
+	if err := to.backend.Configure(s.store); err != nil {
+		return tuning{}, err
+	}
+	before, s.tuned = s.tuned, to
+	s.core.current.Store(to.log)
+	return before, nil
+}
+
+// untune puts back the settings that a configuration found, if its own are the
+// latest.
+func (s *state) untune(latest storage.Backend, before tuning) {
+	s.opening.Lock()
+	defer s.opening.Unlock()
+	if s.tuned.backend != latest || before.backend == nil || s.store == nil {
+		return
+	}
+	if err := before.backend.Configure(s.store); err != nil {
+		s.log.Error("putting settings back", zap.String("store", s.identity), zap.Error(err))
+		return
+	}
+	s.tuned = before
+	s.core.current.Store(before.log)
 }

@@ -55,6 +55,7 @@ import (
 	"io/fs"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -70,10 +71,11 @@ const Segment = 64 << 10
 
 const (
 	maxLive      = 1024                   // fills at once
-	maxSources   = 8                      // remembered per fill
+	maxSources   = 16                     // remembered per fill
 	bufferSize   = 256 << 10              // read at once, and published at once
+	reserveStep  = 64 << 20               // of room, where no size is known
 	publishDelay = 2 * time.Millisecond   // longest that bytes stay unpublished
-	patience     = 20 * time.Second       // longest without a byte, over all attempts
+	patience     = 20 * time.Second       // without a byte, if each source was asked again
 	firstBackoff = 100 * time.Millisecond // doubled up to lastBackoff, with jitter
 	lastBackoff  = 5 * time.Second
 )
@@ -95,16 +97,19 @@ var (
 // An error of Open or of a Stream's Read may implement
 //
 //	Retry() (after time.Duration, worthwhile bool)
+//	Final() bool
 //
-// to say whether, and how soon, it makes sense to ask this source again. An
-// error that does not is worth another try after a pause.
+// to say whether, and how soon, it makes sense to ask this source again, and
+// that no other source need be asked either. An error that does not is worth
+// another try after a pause. Sources are compared by ==.
 type Source interface {
 	// Open starts to deliver length bytes from offset, or all from there when
 	// length is negative. A source that cannot start in the middle starts
 	// earlier, and says so in the stream.
 	Open(ctx context.Context, offset, length int64) (*Stream, error)
-	// String names the source for logs and errors.
-	String() string
+	// Blame says that what the source delivered, as part or whole of a
+	// content, turned out wrong.
+	Blame(err error)
 }
 
 // A Stream is bytes on their way from a source.
@@ -114,11 +119,8 @@ type Stream struct {
 	Offset int64
 	// Size is that of the whole content, or -1 while the source does not say.
 	Size int64
-	// From names who delivers, for logs.
+	// From names who delivers, for logs and errors.
 	From string
-	// Blame, if set, tells the source that what this stream delivered was
-	// wrong.
-	Blame func(error)
 }
 
 // Want is what a joiner asks of a table.
@@ -129,7 +131,9 @@ type Want struct {
 	// Repository is linked to the content once it is verified. The joiner has
 	// proven beforehand that the content belongs to it.
 	Repository string
-	Source     Source
+	// Sources are asked in this order, each going on where the one before
+	// failed.
+	Sources []Source
 }
 
 // Summary describes a fill that has ended.
@@ -191,7 +195,7 @@ func (t *Table) Join(want Want) (*Fill, error) {
 		changed:      make(chan struct{}),
 		promised:     want.Size,
 		size:         -1,
-		sources:      []Source{want.Source},
+		sources:      slices.Clone(want.Sources),
 		repository:   want.Repository,
 		repositories: map[string]bool{want.Repository: false},
 		users:        2, // run and the caller
@@ -277,8 +281,10 @@ func (f *Fill) join(want Want) bool {
 		}
 		f.promised = want.Size
 	}
-	if len(f.sources) < maxSources {
-		f.sources = append(f.sources, want.Source)
+	for _, source := range want.Sources {
+		if len(f.sources) < maxSources && !slices.Contains(f.sources, source) {
+			f.sources = append(f.sources, source)
+		}
 	}
 	if _, ok := f.repositories[want.Repository]; !ok {
 		f.repositories[want.Repository] = false
@@ -418,9 +424,11 @@ func (f *Fill) held(ctx context.Context) (bool, error) {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.promised >= 0 && f.promised != info.Size {
+	if f.promised >= 0 && f.promised != info.Size || info.Size == 0 && f.digest != digest.FromBytes(nil) {
+		// What a loss of power left behind, or a manifest that lies. Fetching
+		// tells, and heals the former.
 		file.Close()
-		return false, fmt.Errorf("%w: %s has %d bytes, a manifest says %d", ErrSize, f.digest, info.Size, f.promised)
+		return false, nil
 	}
 	f.file, f.size, f.written, f.state = file, info.Size, info.Size, verified
 	f.publish()
@@ -430,7 +438,7 @@ func (f *Fill) held(ctx context.Context) (bool, error) {
 // fetch brings the content into a spool file and proves its digest. It returns
 // the file's path even on error, for removal.
 func (f *Fill) fetch(ctx context.Context, report *Summary) (path string, canonical digest.Digest, err error) {
-	w := &writer{fill: f, sha256: digest.Canonical.Hash(), report: report}
+	w := &writer{fill: f, sha256: digest.Canonical.Hash(), report: report, from: map[Source]bool{}}
 	defer w.finish()
 	if f.digest.Algorithm() != digest.Canonical {
 		w.asked = f.digest.Algorithm().Hash()
@@ -446,40 +454,47 @@ func (f *Fill) fetch(ctx context.Context, report *Summary) (path string, canonic
 	progress := time.Now()
 	backoff := firstBackoff
 	exhausted := map[Source]bool{}
-	for turn := 0; ; turn++ {
-		source := f.source(turn, exhausted)
-		if source == nil {
+	notBefore := map[Source]time.Time{}
+	for idle := 1; ; idle++ { // rounds over all sources without a byte
+		for _, source := range f.remaining(exhausted) {
+			if time.Now().Before(notBefore[source]) {
+				continue
+			}
+			before := w.written
+			var complete bool
+			complete, err = w.copyFrom(ctx, source)
+			if complete {
+				canonical, err := w.verify()
+				return w.path, canonical, err
+			}
+			if ctx.Err() != nil || errors.Is(err, storage.ErrFull) || w.broken {
+				return w.path, "", err
+			}
+			if w.written > before {
+				progress, backoff, idle = time.Now(), firstBackoff, 0
+			}
+			after, verdict := judge(err)
+			switch verdict {
+			case final:
+				return w.path, "", err
+			case hopeless:
+				exhausted[source] = true
+			default:
+				notBefore[source] = time.Now().Add(after)
+			}
+		}
+		rest := f.remaining(exhausted)
+		if len(rest) == 0 {
 			return w.path, "", err
-		}
-		before := w.written
-		var complete bool
-		complete, err = w.copyFrom(ctx, source)
-		if complete {
-			canonical, err := w.verify()
-			return w.path, canonical, err
-		}
-		if ctx.Err() != nil || errors.Is(err, storage.ErrFull) || errors.Is(err, ErrDigest) || w.broken {
-			return w.path, "", err
-		}
-		if w.written > before {
-			progress, backoff = time.Now(), firstBackoff
 		}
 		pause := backoff/2 + rand.N(backoff/2)
 		backoff = min(2*backoff, lastBackoff)
-		var hint interface{ Retry() (time.Duration, bool) }
-		if errors.As(err, &hint) {
-			after, worthwhile := hint.Retry()
-			if !worthwhile {
-				exhausted[source] = true
-				continue
-			}
-			pause = max(pause, after)
+		soonest := time.Until(notBefore[rest[0]])
+		for _, source := range rest[1:] {
+			soonest = min(soonest, time.Until(notBefore[source]))
 		}
-		if errors.Is(err, ErrSize) {
-			exhausted[source] = true
-			continue
-		}
-		if time.Since(progress)+pause > patience {
+		pause = max(pause, soonest)
+		if time.Since(progress)+pause > patience && idle >= 2 {
 			return w.path, "", err
 		}
 		select {
@@ -490,16 +505,39 @@ func (f *Fill) fetch(ctx context.Context, report *Summary) (path string, canonic
 	}
 }
 
-// source picks the next source that may still have the content.
-func (f *Fill) source(turn int, exhausted map[Source]bool) Source {
+// remaining are the sources that may still have the content. Joiners may have
+// brought more since the last look.
+func (f *Fill) remaining(exhausted map[Source]bool) []Source {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for i := range f.sources {
-		if s := f.sources[(turn+i)%len(f.sources)]; !exhausted[s] {
-			return s
+	return slices.DeleteFunc(slices.Clone(f.sources), func(s Source) bool { return exhausted[s] })
+}
+
+type verdict int
+
+const (
+	again    verdict = iota
+	hopeless         // of this source
+	final            // of all of them
+)
+
+// judge says what an error means for the source it comes from.
+func judge(err error) (after time.Duration, v verdict) {
+	var last interface{ Final() bool }
+	var hint interface{ Retry() (time.Duration, bool) }
+	switch {
+	case errors.As(err, &last) && last.Final():
+		return 0, final
+	case errors.Is(err, ErrSize):
+		return 0, hopeless
+	case errors.As(err, &hint):
+		after, worthwhile := hint.Retry()
+		if !worthwhile {
+			return 0, hopeless
 		}
+		return after, again
 	}
-	return nil
+	return 0, again
 }
 
 // commit stores verified content and links it. Readers do not wait for it, and
@@ -508,7 +546,8 @@ func (f *Fill) commit(ctx context.Context, path string, canonical digest.Digest)
 	failpoint.Hit("fill.verified")
 	var err error
 	if path != "" {
-		err = f.table.store.PutFile(ctx, layout.Blob(canonical), path, storage.Lazy)
+		// Durable, since nothing hashes a blob again before it is served.
+		err = f.table.store.PutFile(ctx, layout.Blob(canonical), path, storage.Durable)
 		if err != nil {
 			os.Remove(path)
 		}

@@ -108,7 +108,7 @@ type source struct {
 	cutsLeft atomic.Int64
 }
 
-func (s *source) String() string { return s.name }
+func (s *source) Blame(error) { s.blamed.Add(1) }
 
 func (s *source) Open(ctx context.Context, offset, length int64) (*fill.Stream, error) {
 	s.opened.Add(1)
@@ -121,7 +121,6 @@ func (s *source) Open(ctx context.Context, offset, length int64) (*fill.Stream, 
 	stream := &fill.Stream{
 		ReadCloser: io.NopCloser(&stream{ctx: ctx, source: s, offset: offset}),
 		Offset:     offset, Size: int64(len(s.data)), From: s.name,
-		Blame: func(error) { s.blamed.Add(1) },
 	}
 	if s.size != 0 {
 		stream.Size = s.size
@@ -194,7 +193,7 @@ func read(t *testing.T, f *fill.Fill) ([]byte, error) {
 
 func (x *table) join(t *testing.T, d digest.Digest, size int64, repository string, s fill.Source) *fill.Fill {
 	t.Helper()
-	f, err := x.Join(fill.Want{Digest: d, Size: size, Repository: repository, Source: s})
+	f, err := x.Join(fill.Want{Digest: d, Size: size, Repository: repository, Sources: []fill.Source{s}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -513,7 +512,7 @@ func TestClose(t *testing.T) {
 	if _, err := read(t, f); !errors.Is(err, fill.ErrClosed) {
 		t.Errorf("a reader at the end: %v", err)
 	}
-	if _, err := x.Join(fill.Want{Digest: d, Size: -1, Repository: "r", Source: &source{}}); !errors.Is(err, fill.ErrClosed) {
+	if _, err := x.Join(fill.Want{Digest: d, Size: -1, Repository: "r", Sources: []fill.Source{&source{}}}); !errors.Is(err, fill.ErrClosed) {
 		t.Errorf("a joiner after the end: %v", err)
 	}
 	if len(x.ended) != 1 || !errors.Is(x.ended[0].Err, fill.ErrClosed) {

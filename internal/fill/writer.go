@@ -26,10 +26,10 @@ type writer struct {
 	file        *os.File
 	path        string
 	reservation storage.Reservation
-	written     int64 // and hashed; fill.written trails it
-	broken      bool  // the spool cannot be written
-
-	last *Stream // the one that delivered the end
+	reserved    int64           // the offset up to which room is set aside
+	from        map[Source]bool // who contributed
+	written     int64           // and hashed; fill.written trails it
+	broken      bool            // the spool cannot be written
 
 	// Guarded by Fill.mu, since a timer publishes too.
 	pending   int64 // written, as far as the lock holder knows
@@ -50,10 +50,11 @@ func (w *writer) copyFrom(ctx context.Context, source Source) (complete bool, er
 		return false, err
 	}
 	defer stream.Close()
-	w.report.From = stream.From
 	if err := w.begin(stream); err != nil {
 		return false, err
 	}
+	w.report.From = stream.From
+	w.from[source] = true
 	buffer := buffers.Get().(*[bufferSize]byte)
 	defer buffers.Put(buffer)
 	skip := w.written - stream.Offset
@@ -68,7 +69,7 @@ func (w *writer) copyFrom(ctx context.Context, source Source) (complete bool, er
 		}
 		if size >= 0 && w.written+int64(len(run)) > size {
 			err := fmt.Errorf("%w: %s delivers more than %d bytes", ErrSize, stream.From, size)
-			w.blame(stream, err)
+			source.Blame(err)
 			return false, err
 		}
 		if len(run) > 0 {
@@ -78,13 +79,22 @@ func (w *writer) copyFrom(ctx context.Context, source Source) (complete bool, er
 			}
 		}
 		switch {
-		case errors.Is(err, io.EOF) && skip == 0 && (size < 0 || w.written == size):
-			if size < 0 {
-				w.fill.mu.Lock()
-				w.fill.size = w.written
-				w.fill.mu.Unlock()
+		case size >= 0 && w.written == size:
+			// Every byte is here: how the stream ends says nothing more. One
+			// that does not end is looked at for more, and read to its end so
+			// that its connection can be used again.
+			if err == nil {
+				if n, _ := stream.Read(buffer[:1]); n > 0 {
+					err := fmt.Errorf("%w: %s delivers more than %d bytes", ErrSize, stream.From, size)
+					source.Blame(err)
+					return false, err
+				}
 			}
-			w.last = stream
+			return true, nil
+		case errors.Is(err, io.EOF) && skip == 0 && size < 0:
+			w.fill.mu.Lock()
+			w.fill.size = w.written
+			w.fill.mu.Unlock()
 			return true, nil
 		case errors.Is(err, io.EOF):
 			return false, fmt.Errorf("%s: cut at %d of %d bytes: %w", stream.From, w.written, size, io.ErrUnexpectedEOF)
@@ -112,7 +122,7 @@ func (w *writer) begin(stream *Stream) error {
 	size := max(expected, stream.Size)
 	f.mu.Unlock()
 
-	if err := w.reserve(size); err != nil {
+	if err := w.reserve(max(size, w.written)); err != nil {
 		return err
 	}
 	if w.file == nil {
@@ -134,16 +144,29 @@ func (w *writer) begin(stream *Stream) error {
 	return nil
 }
 
-// reserve sets room aside, once.
-func (w *writer) reserve(size int64) (err error) {
-	if w.reservation == nil {
-		w.reservation, err = w.fill.table.store.Reserve(max(size, 0))
+// reserve sets room aside for the content up to an offset.
+func (w *writer) reserve(to int64) error {
+	if w.reservation != nil && to <= w.reserved {
+		return nil
 	}
-	return err
+	reservation, err := w.fill.table.store.Reserve(to - w.written)
+	if err != nil {
+		return err
+	}
+	if w.reservation != nil {
+		w.reservation.Release()
+	}
+	w.reservation, w.reserved = reservation, to
+	return nil
 }
 
 // append hashes and writes the next run, and publishes it now or soon.
 func (w *writer) append(run []byte) error {
+	if need := w.written + int64(len(run)); need > w.reserved { // a size nobody has said
+		if err := w.reserve(need + reserveStep); err != nil {
+			return err
+		}
+	}
 	w.sha256.Write(run)
 	if w.asked != nil {
 		w.asked.Write(run)
@@ -191,8 +214,11 @@ func (w *writer) verify() (canonical digest.Digest, err error) {
 		got = digest.NewDigestFromBytes(w.fill.digest.Algorithm(), w.asked.Sum(nil))
 	}
 	if got != w.fill.digest {
-		err := fmt.Errorf("%w: %s delivered %s for %s", ErrDigest, w.last.From, got, w.fill.digest)
-		w.blame(w.last, err)
+		err := fmt.Errorf("%w: %s delivered %s for %s", ErrDigest, w.report.From, got, w.fill.digest)
+		// Of several it may have been any.
+		for source := range w.from {
+			source.Blame(err)
+		}
 		return "", err
 	}
 	f := w.fill
@@ -201,12 +227,6 @@ func (w *writer) verify() (canonical digest.Digest, err error) {
 	f.written, f.size, f.state = w.written, w.written, verified
 	f.publish()
 	return canonical, nil
-}
-
-func (w *writer) blame(stream *Stream, err error) {
-	if stream.Blame != nil {
-		stream.Blame(err)
-	}
 }
 
 // finish gives back what is not needed any more. The file stays open for the

@@ -3,10 +3,12 @@ package mirror
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 
 	"github.com/opencontainers/go-digest"
+	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/fill"
 	"github.com/caddy-registry/mirror/internal/tree"
@@ -31,6 +33,10 @@ func (m *Mirror) blob(ctx context.Context, t Target, d digest.Digest) (content, 
 	}
 	if known.Canonical != "" {
 		r, info, err := m.tree.OpenBlob(ctx, known.Canonical)
+		if err == nil && !intact(known, info.Size) {
+			r.Close()
+			err = m.damaged(t, d, known, info.Size)
+		}
 		if err == nil {
 			if !known.Linked && t.Upstream != nil {
 				if err := m.link(ctx, t, d, known.Canonical); err != nil {
@@ -54,22 +60,41 @@ func (m *Mirror) blob(ctx context.Context, t Target, d digest.Digest) (content, 
 		Digest:     d,
 		Size:       known.Size,
 		Repository: t.Repository,
-		Source:     t.Upstream.Client.Blob(t.Name, d),
+		Sources:    t.Upstream.Client.Blob(t.Name, d),
 	})
 	if err != nil {
 		return nil, miss, err
 	}
-	patient, cancel := context.WithTimeoutCause(ctx, blobPatience, errNoAnswer)
-	defer cancel()
-	size, err := f.Size(patient)
-	if err == nil && known.Size >= 0 && size != known.Size {
+	size, err := f.Size(ctx)
+	switch {
+	case err != nil:
+	case known.Size >= 0 && size != known.Size:
 		err = fail(noUpstream, "the blob has %d bytes, its manifest says %d", size, known.Size)
+	case size == 0 && d != d.Algorithm().FromBytes(nil):
+		// There would be no byte to withhold.
+		err = fail(noUpstream, "the upstream says that the blob is empty, and its digest says that it is not")
 	}
 	if err != nil {
 		f.Release()
 		return nil, miss, err
 	}
 	return &liveBlob{fill: f, bytes: size}, stored, nil
+}
+
+// intact reports whether stored bytes can be a blob's, by their length. After a
+// loss of power a file may be short or empty.
+func intact(known tree.Member, size int64) bool {
+	if known.Size >= 0 {
+		return size == known.Size
+	}
+	return size > 0 || known.Canonical == known.Canonical.Algorithm().FromBytes(nil)
+}
+
+// damaged makes a mirrored blob that is not intact count as absent, so that it
+// is fetched again.
+func (m *Mirror) damaged(t Target, d digest.Digest, known tree.Member, size int64) error {
+	m.log.Warn("a stored blob has the wrong length", zap.String("reference", t.Repository+"@"+d.String()), zap.Int64("bytes", size), zap.Int64("expected", known.Size))
+	return fmt.Errorf("%w: the stored bytes of %s are damaged", fs.ErrNotExist, d)
 }
 
 // link writes down that a repository has a blob that another one brought.
@@ -108,6 +133,9 @@ func (m *Mirror) describeBlob(ctx context.Context, t Target, d digest.Digest) (i
 	}
 	if known.Canonical != "" {
 		info, err := m.tree.StatBlob(ctx, known.Canonical)
+		if err == nil && !intact(known, info.Size) {
+			err = m.damaged(t, d, known, info.Size)
+		}
 		if err == nil {
 			return info.Size, hit, nil
 		}

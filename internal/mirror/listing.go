@@ -151,10 +151,13 @@ func merge(page, held []string, more bool) []string {
 // referrers answers with what refers to a manifest, at the upstream and held.
 func (x *exchange) referrers(ctx context.Context, subject digest.Digest) error {
 	t := x.target
-	held, err := x.mirror.tree.Referrers(ctx, t.Repository, subject)
+	held, err := share(ctx, x.mirror, "held referrers "+t.Repository+" "+subject.String(), func(ctx context.Context) ([]v1.Descriptor, error) {
+		return x.mirror.tree.Referrers(ctx, t.Repository, subject)
+	})
 	if err != nil {
 		return err
 	}
+	held = slices.Clip(held)
 	found := held
 	if t.Upstream != nil {
 		theirs, err := share(ctx, x.mirror, "referrers "+t.Repository+" "+subject.String(), func(ctx context.Context) ([]v1.Descriptor, error) {
@@ -245,7 +248,8 @@ func (x *exchange) catalog() error {
 			x.w.Header().Set("Warning", `299 - "there are more repositories than could be listed"`)
 			break
 		}
-		if name, ok := x.site.address(repository); ok && name > last && x.listed(ctx, repository) {
+		name, up, ok := x.site.address(repository)
+		if ok && name > last && x.listed(ctx, repository, up) {
 			names = append(names, name)
 		}
 	}
@@ -266,29 +270,39 @@ func (x *exchange) catalog() error {
 	return x.json(body)
 }
 
-// listed keeps private repositories out of the catalog.
-func (x *exchange) listed(ctx context.Context, repository string) bool {
+// listed keeps private repositories out of the catalog, and of an upstream that
+// is asked with credentials those nobody has looked at.
+func (x *exchange) listed(ctx context.Context, repository string, up *Upstream) bool {
 	record, err := x.mirror.tree.Record(ctx, repository)
-	return err != nil || record.Public == nil || record.Public.Public
+	if err == nil && record.Public != nil {
+		return record.Public.Public
+	}
+	return up == nil || up.Client.Anonymous() == nil
 }
 
 // address is the name by which a stored repository can be asked for at this
-// site.
-func (s *Site) address(repository string) (string, bool) {
+// site, and whose it is; nil: the site's own.
+func (s *Site) address(repository string) (string, *Upstream, bool) {
 	if s.hosts(repository) {
-		return repository, true
+		return repository, nil, true
 	}
 	if entry := s.upstreams.owner(repository); entry != nil {
+		host := entry.Name
+		name := entry.PathName + strings.TrimPrefix(repository, entry.Prefix)
 		if entry.Client == nil { // a wildcard's: stored under the host itself
-			host, _, _ := strings.Cut(repository, "/")
-			return repository, s.permits(entry, host)
+			host, _, _ = strings.Cut(repository, "/")
+			name = repository
 		}
-		return entry.PathName + strings.TrimPrefix(repository, entry.Prefix), s.permits(entry, entry.Name)
+		if !s.permits(entry, host) {
+			return "", nil, false
+		}
+		up, err := s.upstreams.concrete(entry, host)
+		return name, up, err == nil
 	}
 	for _, up := range s.upstreams.byName {
 		if up.Client != nil && up.Prefix == "" {
-			return up.PathName + "/" + repository, s.permits(up, up.Name)
+			return up.PathName + "/" + repository, up, s.permits(up, up.Name)
 		}
 	}
-	return "", false
+	return "", nil, false
 }

@@ -112,13 +112,6 @@ func (m *Mirror) fetch(ctx context.Context, t Target, ref oci.Reference) (*tree.
 		}
 		return &tree.Manifest{Digest: got.Digest, Body: got.Body, Manifest: parsed}, nil
 	}
-	key := manifestKey{t.Repository, got.Digest}
-	tags, _ := m.pending.Get(key)
-	m.pending.Remove(key)
-	for _, tag := range tags {
-		if err := m.tree.SetTag(ctx, t.Repository, tag, got.Digest); err != nil {
-			m.log.Error("storing a tag", zap.String("reference", t.Repository+":"+tag), zap.Error(err))
-		}
-	}
+	m.settle(ctx, manifestKey{t.Repository, got.Digest})
 	return stored, nil
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/fill"
 	"github.com/caddy-registry/mirror/internal/tree"
+	"github.com/caddy-registry/mirror/internal/upstream"
 	"github.com/caddy-registry/mirror/storage"
 )
 
@@ -24,8 +25,9 @@ const (
 	// checkPatience is how long a client waits for the check of a tag that is
 	// held. The check goes on behind.
 	checkPatience = 2 * time.Second
-	// blobPatience is how long a client waits for a blob's first answer.
-	blobPatience = 25 * time.Second
+	// blobPatience is how long a client waits for a blob's first byte, all
+	// asking included.
+	blobPatience = 20 * time.Second
 
 	maxTags = 100_000 // remembered
 )
@@ -40,11 +42,14 @@ type Mirror struct {
 
 	ctx    context.Context
 	cancel context.CancelFunc
-	wg     sync.WaitGroup
+	ending sync.Mutex
+	ended  bool           // guarded by ending
+	wg     sync.WaitGroup // added to under ending, while not ended
 
 	tags    *lru.Cache[tagKey, tagState]
 	pending *lru.Cache[manifestKey, []string]
 	claims  sync.Mutex
+	pendMu  sync.Mutex // makes changes of pending whole
 	flights singleflight.Group
 	probes  *lru.Cache[string, tree.Verdict] // verdicts not worth a record
 }
@@ -70,6 +75,9 @@ func New(store storage.Store, log *zap.Logger) *Mirror {
 
 // Close ends every fill and every question to an upstream, and waits for them.
 func (m *Mirror) Close() {
+	m.ending.Lock()
+	m.ended = true
+	m.ending.Unlock()
 	m.cancel()
 	m.fills.Close()
 	m.wg.Wait()
@@ -79,9 +87,15 @@ func (m *Mirror) Close() {
 // mirror's own time: who asked may leave. It returns early when ctx ends.
 func share[T any](ctx context.Context, m *Mirror, key string, f func(context.Context) (T, error)) (T, error) {
 	result := m.flights.DoChan(key, func() (any, error) {
+		m.ending.Lock()
+		if m.ended {
+			m.ending.Unlock()
+			return nil, fill.ErrClosed
+		}
 		m.wg.Add(1)
+		m.ending.Unlock()
 		defer m.wg.Done()
-		ctx, cancel := context.WithTimeout(m.ctx, manifestBudget)
+		ctx, cancel := context.WithTimeoutCause(m.ctx, manifestBudget, upstream.ErrSlow)
 		defer cancel()
 		return f(ctx)
 	})

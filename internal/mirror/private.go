@@ -50,16 +50,22 @@ func (m *Mirror) public(ctx context.Context, t Target, kind oci.Kind, ref oci.Re
 		return nil
 	case err == nil:
 		return private
-	case known && verdict.Public:
+	}
+	var refusal *upstream.Error
+	if errors.As(err, &refusal) {
+		switch refusal.Kind {
+		case upstream.NotFound, upstream.Denied:
+			return err
+		case upstream.Invalid, upstream.Refused:
+			known = false // an answer, if an odd one: nothing to believe the old verdict for
+		}
+	}
+	if known && verdict.Public {
 		// Believed until somebody can be asked again, and not asked at every
 		// request meanwhile.
 		verdict.Checked = m.now().Add(privateFor - publicFor)
 		m.probes.Add(t.Repository, verdict)
 		return nil
-	}
-	var refusal *upstream.Error
-	if errors.As(err, &refusal) && (refusal.Kind == upstream.NotFound || refusal.Kind == upstream.Denied) {
-		return err
 	}
 	return fail(privateName, "nobody could be asked whether %s is public at %s (%v), and it counts as private until then", t.Name, t.Upstream.Name, err)
 }

@@ -133,7 +133,13 @@ func (x *exchange) serve() error {
 			return fail(badReference, "%v", err)
 		}
 	}
-	ctx := x.r.Context()
+	// What is sent may take as long as it takes; what is looked for may not.
+	budget := manifestBudget + time.Second // beyond that of what is shared
+	if x.route.Kind == oci.KindBlob {
+		budget = blobPatience
+	}
+	ctx, cancel := context.WithTimeoutCause(x.r.Context(), budget, errNoAnswer)
+	defer cancel()
 	if err := x.mirror.admit(ctx, x.target); err != nil {
 		return err
 	}
@@ -276,22 +282,23 @@ func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) error {
 		}
 	}
 	describe(c)
+	sending := x.r.Context()
 	switch len(ranges.Spans) {
 	case 0:
-		return x.send(ctx, content, oci.Span{Length: size}, http.StatusOK, true)
+		return x.send(sending, content, oci.Span{Length: size}, http.StatusOK, true)
 	case 1:
 		span := ranges.Spans[0]
 		header.Set("Content-Range", span.ContentRange(size))
 		// Whoever asked for the rest, or for everything, could take it for
 		// the whole. A bounded part or an archive's end is not.
 		proven := ranges.Open || span.Length == size
-		return x.send(ctx, content, span, http.StatusPartialContent, proven)
+		return x.send(sending, content, span, http.StatusPartialContent, proven)
 	default:
 		var sum int64
 		for _, span := range ranges.Spans {
 			sum += span.Length
 		}
-		parts := &seeker{ctx: ctx, content: content, proven: sum >= size}
+		parts := &seeker{ctx: sending, content: content, proven: sum >= size}
 		http.ServeContent(x.w, x.r, "", time.Time{}, parts)
 		if parts.err != nil {
 			x.report.Abort = true

@@ -3,6 +3,7 @@ package mirror
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"slices"
 	"time"
@@ -125,7 +126,7 @@ func (m *Mirror) head(ctx context.Context, t Target, tag string, must bool) (tag
 // missing remembers that the origin has no such tag.
 func (m *Mirror) missing(t Target, tag string, err error) {
 	var refusal *upstream.Error
-	if !errors.As(err, &refusal) || refusal.Kind != upstream.NotFound {
+	if !errors.As(err, &refusal) || refusal.Kind != upstream.NotFound || !refusal.Origin {
 		return
 	}
 	// A tag that never was is not remembered: it may be pushed any moment.
@@ -141,24 +142,45 @@ func (m *Mirror) inStore(t Target, tag string) bool {
 	return err == nil
 }
 
+// maxPending bounds the tags that wait for one manifest.
+const maxPending = 16
+
 // remember keeps what a tag means: in the store if the manifest is held, and
 // otherwise until it is. Clients ask for a tag by HEAD and then fetch by
 // digest; the tag is to be found all the same when the upstream is gone.
 func (m *Mirror) remember(ctx context.Context, t Target, tag string, state tagState) {
 	m.tags.Add(tagKey{t.Repository, tag}, state)
-	if _, err := m.tree.Manifest(ctx, t.Repository, state.digest); err != nil {
-		key := manifestKey{t.Repository, state.digest}
-		tags, _ := m.pending.Get(key)
-		if !slices.Contains(tags, tag) && len(tags) < 16 {
-			m.pending.Add(key, append(slices.Clone(tags), tag))
+	key := manifestKey{t.Repository, state.digest}
+	m.pendMu.Lock()
+	tags, _ := m.pending.Get(key)
+	if !slices.Contains(tags, tag) && len(tags) < maxPending {
+		m.pending.Add(key, append(slices.Clone(tags), tag))
+	}
+	m.pendMu.Unlock()
+	// Whoever stores the manifest settles what is pending then. It may have
+	// been stored before the tag was pending.
+	if _, err := m.tree.Manifest(ctx, t.Repository, state.digest); err == nil {
+		m.settle(ctx, key)
+	}
+}
+
+// settle stores the tags that mean a manifest that is now held, less those
+// that have moved on.
+func (m *Mirror) settle(ctx context.Context, key manifestKey) {
+	m.pendMu.Lock()
+	tags, _ := m.pending.Get(key)
+	m.pending.Remove(key)
+	m.pendMu.Unlock()
+	for _, tag := range tags {
+		if state, ok := m.tags.Get(tagKey{key.repository, tag}); ok && state.digest != key.digest {
+			continue
 		}
-		return
-	}
-	if current, err := m.tree.Tag(ctx, t.Repository, tag); err == nil && current == state.digest {
-		return
-	}
-	if err := m.tree.SetTag(ctx, t.Repository, tag, state.digest); err != nil {
-		m.log.Error("storing a tag", zap.String("reference", t.Repository+":"+tag), zap.Error(err))
+		if current, err := m.tree.Tag(ctx, key.repository, tag); err == nil && current == key.digest {
+			continue
+		}
+		if err := m.tree.SetTag(ctx, key.repository, tag, key.digest); err != nil {
+			m.log.Error("storing a tag", zap.String("reference", key.repository+":"+tag), zap.Error(err))
+		}
 	}
 }
 
@@ -189,7 +211,7 @@ func (m *Mirror) revalidate(ctx context.Context, t Target, tag string, state tag
 		return held(current, revalidated), nil
 	case err == nil:
 		return held(current, stored), nil
-	case errors.As(err, &refusal) && refusal.Kind == upstream.NotFound:
+	case errors.As(err, &refusal) && refusal.Kind == upstream.NotFound && refusal.Origin:
 		return nil, err
 	}
 	answer := held(had, stale)
@@ -215,7 +237,8 @@ func (m *Mirror) check(ctx context.Context, t Target, tag string, had *tree.Mani
 	if described.Digest != had.Digest {
 		if current, err = m.tree.Manifest(ctx, t.Repository, described.Digest); err != nil {
 			if current, err = m.fetch(ctx, t, oci.Reference{Digest: described.Digest}); err != nil {
-				return nil, err
+				// Not wrapped: a 404 of the manifest is not one of the tag.
+				return nil, fmt.Errorf("it means %s now, which cannot be had: %v", described.Digest, err)
 			}
 		}
 	}

@@ -35,7 +35,8 @@ type RangeRequest struct {
 }
 
 // ParseRange reads a Range header for content of the given size. A unit other
-// than bytes is ignored, as RFC 9110 asks. An end beyond the content is
+// than bytes is ignored, as RFC 9110 asks, and so is any range of empty content:
+// some clients put one on every request. An end beyond the content is
 // clamped: regctl asks for one byte too many.
 func ParseRange(header string, size int64) (RangeRequest, error) {
 	var req RangeRequest
@@ -92,7 +93,7 @@ func ParseRange(header string, size int64) (RangeRequest, error) {
 		req.Spans = append(req.Spans, span)
 		req.Open = open
 	}
-	if len(req.Spans) == 0 && unsatisfied {
+	if len(req.Spans) == 0 && unsatisfied && size > 0 {
 		return RangeRequest{}, ErrRange
 	}
 	if len(req.Spans) != 1 {

@@ -11,6 +11,7 @@ import (
 	"io"
 	"io/fs"
 	"strings"
+	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/opencontainers/go-digest"
@@ -28,7 +29,8 @@ const (
 	maxMembers  = 200_000 // memberships remembered, about 40 MiB when full
 	maxRecords  = 20_000  // records remembered
 	maxScans    = 4_000   // scanned repositories remembered
-	maxRevision = 5_000   // manifests read to answer one question about a repository
+	scanTimeout = time.Minute
+	maxRevision = 5_000 // manifests read to answer one question about a repository
 )
 
 // A Tree is registry:2's tree in a store.
@@ -59,6 +61,8 @@ type Member struct {
 	Linked bool
 	// Child says that an index of the repository names it as a manifest.
 	Child bool
+
+	disputed bool // manifests do not agree on its size
 }
 
 // New returns the tree in a store.
@@ -159,11 +163,16 @@ func (t *Tree) learn(repository string, m *oci.Manifest) {
 	add := func(d v1.Descriptor, child bool) {
 		key := member{repository, d.Digest}
 		known, ok := t.members.Peek(key)
-		if !ok {
+		switch {
+		case !ok:
 			known = Member{Canonical: canonicalOf(d.Digest), Size: d.Size}
+		case known.Size < 0 && !known.disputed:
+			known.Size = d.Size
+		case d.Size >= 0 && known.Size != d.Size:
+			// One of two manifests lies, and who knows which.
+			known.Size, known.disputed = -1, true
 		}
 		known.Child = known.Child || child
-		known.Size = max(known.Size, d.Size)
 		t.members.Add(key, known)
 	}
 	for _, d := range m.Blobs {
@@ -245,23 +254,21 @@ func (t *Tree) Member(ctx context.Context, repository string, d digest.Digest) (
 		return known, true, nil
 	}
 	canonical, err := t.link(ctx, layout.LayerLink(repository, d))
-	switch {
-	case err == nil:
-		if !ok {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return Member{}, false, err
+	}
+	if !ok { // the manifests tell, and the size besides
+		if err := t.scan(ctx, repository); err != nil {
+			return Member{}, false, err
+		}
+		if known, ok = t.members.Get(key); !ok {
 			known.Size = -1
 		}
-		known.Canonical, known.Linked = canonical, true
+	}
+	if err == nil {
+		known.Canonical, known.Linked, ok = canonical, true, true
 		t.members.Add(key, known)
-		return known, true, nil
-	case !errors.Is(err, fs.ErrNotExist):
-		return Member{}, false, err
-	case ok:
-		return known, true, nil
 	}
-	if err := t.scan(ctx, repository); err != nil {
-		return Member{}, false, err
-	}
-	known, ok = t.members.Get(key)
 	return known, ok, nil
 }
 
@@ -279,17 +286,25 @@ func (t *Tree) scan(ctx context.Context, repository string) error {
 	if t.scanned.Contains(repository) {
 		return nil
 	}
-	_, err, _ := t.scans.Do(repository, func() (any, error) {
+	result := t.scans.DoChan(repository, func() (any, error) {
 		if t.scanned.Contains(repository) {
 			return nil, nil
 		}
+		// For everyone who waits, and not only for who came first.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), scanTimeout)
+		defer cancel()
 		err := t.manifests(ctx, repository, func(*Manifest) {})
 		if err == nil {
 			t.scanned.Add(repository, struct{}{})
 		}
 		return nil, err
 	})
-	return err
+	select {
+	case r := <-result:
+		return r.Err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // manifests reads the manifests of a repository; reading one learns what it

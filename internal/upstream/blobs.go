@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -23,7 +24,7 @@ func (u *Upstream) BlobSize(ctx context.Context, repository string, d digest.Dig
 		resp, err := e.do(ctx, c)
 		var odd *Error
 		switch {
-		case err == nil && !isRedirect(resp.StatusCode) && resp.ContentLength >= 0:
+		case err == nil && !isRedirect(resp.StatusCode) && resp.ContentLength >= 0 && !webPage(resp.Header):
 			resp.Body.Close()
 			size = resp.ContentLength
 			return nil
@@ -42,7 +43,7 @@ func (u *Upstream) BlobSize(ctx context.Context, repository string, d digest.Dig
 			return err
 		}
 		defer resp.Body.Close()
-		if resp.StatusCode == http.StatusOK {
+		if resp.StatusCode == http.StatusOK && !webPage(resp.Header) {
 			size = resp.ContentLength
 		} else if _, total, ok := contentRange(resp.Header); ok {
 			size = total
@@ -55,34 +56,58 @@ func (u *Upstream) BlobSize(ctx context.Context, repository string, d digest.Dig
 	return size, err
 }
 
-// Blob is the upstream as the source of one blob.
-func (u *Upstream) Blob(repository string, d digest.Digest) fill.Source {
-	return &blob{u, repository, d}
+// Blob is the upstream's endpoints as the sources of one blob, in the order of
+// asking. Equal arguments give equal sources.
+func (u *Upstream) Blob(repository string, d digest.Digest) []fill.Source {
+	var sources []fill.Source
+	for i, e := range u.endpoints {
+		if e.can(toPull) {
+			sources = append(sources, blob{e.endpoint, u.name, repository, d, i == len(u.endpoints)-1})
+		}
+	}
+	return sources
 }
 
 type blob struct {
-	upstream   *Upstream
+	endpoint   *endpoint
+	upstream   string
 	repository string
 	digest     digest.Digest
+	last       bool // nobody else is asked after it
 }
 
-func (b *blob) String() string { return b.upstream.name + "/" + b.repository }
+// hurry is how long an endpoint has to begin while there are others.
+const hurry = 8 * time.Second
 
-// Open asks each endpoint once; how long to persist is the fill's to decide.
-func (b *blob) Open(ctx context.Context, offset, length int64) (*fill.Stream, error) {
-	var stream *fill.Stream
-	err := b.upstream.each(ctx, toPull, func(ctx context.Context, e *endpoint, last bool) error {
-		if at, ok := e.blamed.Get(b.digest); ok && e.now().Sub(at) < blameMemory && !last {
-			return &Error{Kind: Invalid, Endpoint: e.name, Reason: "it delivered wrong bytes for this blob a while ago"}
+// Open asks the endpoint once; how long to persist is the fill's to decide.
+func (b blob) Open(ctx context.Context, offset, length int64) (*fill.Stream, error) {
+	if at, ok := b.endpoint.blamed.Get(b.digest); ok && b.endpoint.now().Sub(at) < blameMemory && !b.last {
+		return nil, &Error{Kind: Invalid, Upstream: b.upstream, Endpoint: b.endpoint.name, Reason: "it delivered wrong bytes for this blob a while ago"}
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	if !b.last {
+		defer time.AfterFunc(hurry, func() { cancel(ErrSlow) }).Stop()
+	}
+	stream, err := b.endpoint.blob(ctx, b, offset, length)
+	if err != nil {
+		cancel(nil)
+		var failure *Error
+		if errors.As(err, &failure) {
+			failure.Upstream = b.upstream
 		}
-		var err error
-		stream, err = e.blob(ctx, b, offset, length, last)
-		return err
-	})
-	return stream, err
+		return nil, err
+	}
+	inner := stream.ReadCloser.(*freeing)
+	free := inner.free
+	inner.free = func() { free(); cancel(nil) }
+	return stream, nil
 }
 
-func (e *endpoint) blob(ctx context.Context, b *blob, offset, length int64, must bool) (_ *fill.Stream, err error) {
+// Blame implements fill.Source: the endpoint is passed over for this blob for
+// a while, unless there is no other.
+func (b blob) Blame(error) { b.endpoint.blamed.Add(b.digest, b.endpoint.now()) }
+
+func (e *endpoint) blob(ctx context.Context, b blob, offset, length int64) (_ *fill.Stream, err error) {
 	select {
 	case e.streams <- struct{}{}:
 	case <-ctx.Done():
@@ -101,12 +126,11 @@ func (e *endpoint) blob(ctx context.Context, b *blob, offset, length int64, must
 	case offset > 0:
 		header.Set("Range", fmt.Sprintf("bytes=%d-", offset))
 	}
-	resp, err := e.do(ctx, call{method: http.MethodGet, repository: b.repository, what: "blobs/" + b.digest.String(), header: header, follow: true, must: must})
+	resp, err := e.do(ctx, call{method: http.MethodGet, repository: b.repository, what: "blobs/" + b.digest.String(), header: header, follow: true, must: b.last})
 	if err != nil {
 		return nil, err
 	}
 	stream := &fill.Stream{ReadCloser: &freeing{resp.Body, free, false}, From: e.name}
-	stream.Blame = func(error) { e.blamed.Add(b.digest, e.now()) }
 	var odd string
 	if coding := resp.Header.Get("Content-Encoding"); coding != "" && !strings.EqualFold(coding, "identity") {
 		odd = "it encodes the blob as " + coding
@@ -117,7 +141,7 @@ func (e *endpoint) blob(ctx context.Context, b *blob, offset, length int64, must
 		}
 	} else {
 		stream.Size = resp.ContentLength
-		if kind := resp.Header.Get("Content-Type"); strings.HasPrefix(kind, "text/html") {
+		if webPage(resp.Header) {
 			odd = "it sends a web page instead of the blob"
 		}
 	}
@@ -141,6 +165,11 @@ func (f *freeing) Close() error {
 		defer f.free()
 	}
 	return f.ReadCloser.Close()
+}
+
+// webPage reports what a captive portal or a login page sends.
+func webPage(header http.Header) bool {
+	return strings.HasPrefix(header.Get("Content-Type"), "text/html")
 }
 
 // contentRange reads "bytes 100-199/500". The total is -1 where it is "*".

@@ -16,7 +16,6 @@ import (
 	"net/url"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/docker/distribution/registry/client/auth/challenge"
@@ -92,14 +91,6 @@ type endpoint struct {
 	blamed     *lru.Cache[digest.Digest, time.Time]
 	configured bool // has credentials
 	now        func() time.Time
-	// retired is set when no configuration has the endpoint any more. What is
-	// still under way leaves no idle connection behind.
-	retired atomic.Bool
-}
-
-func (e *endpoint) retire() {
-	e.retired.Store(true)
-	e.transports.closeIdle()
 }
 
 func newEndpoint(cfg Endpoint, now func() time.Time) (*endpoint, error) {
@@ -195,7 +186,7 @@ type call struct {
 func (e *endpoint) do(ctx context.Context, c call) (*http.Response, error) {
 	trial, blocked := e.health.admit(c.must)
 	if blocked != nil {
-		blocked.Endpoint = e.name
+		blocked.Endpoint, blocked.Origin = e.name, e.origin
 		return nil, blocked
 	}
 	resp, err := e.exchange(ctx, c)
@@ -210,9 +201,9 @@ func (e *endpoint) do(ctx context.Context, c call) (*http.Response, error) {
 			copied := *known // a token's error is shared by all who waited
 			known = &copied
 		}
-		known.Endpoint = e.name
+		known.Endpoint, known.Origin = e.name, e.origin
 		switch {
-		case ctx.Err() != nil && !errors.Is(context.Cause(ctx), errSlow):
+		case ctx.Err() != nil && !errors.Is(context.Cause(ctx), ErrSlow):
 			e.health.neither(trial)
 		case known.Kind == Unavailable:
 			e.health.failure(trial, known.Err)
@@ -235,13 +226,15 @@ func (e *endpoint) do(ctx context.Context, c call) (*http.Response, error) {
 func (e *endpoint) problem(resp *http.Response, trial bool) *Error {
 	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxErrorAnswer))
 	resp.Body.Close()
-	err := &Error{Endpoint: e.name, Status: resp.StatusCode, Reason: strings.TrimPrefix(theirWords(body), ": ")}
+	err := &Error{Endpoint: e.name, Origin: e.origin, Status: resp.StatusCode, Reason: strings.TrimPrefix(theirWords(body), ": ")}
 	switch status := resp.StatusCode; {
-	case status == http.StatusNotFound:
+	case status == http.StatusNotFound: // registry.k8s.io leaves it to its redirects
 		err.Kind = NotFound
-	case (status == http.StatusBadRequest || status == http.StatusUnauthorized || status == http.StatusForbidden) && !e.transports.guard.trusts(resp.Request.URL):
-		// A presigned address lives for minutes. The endpoint gives a new one.
+	case !e.transports.guard.trusts(resp.Request.URL):
+		// A presigned address lives for minutes; the endpoint gives a new one.
+		// And whatever else a CDN says, it is not the registry that says it.
 		err.Kind, err.Reason = Unavailable, "so says "+resp.Request.URL.Host+", where it redirected to"+theirWords(body)
+		err.After, _ = retryAfter(resp.Header, e.now())
 	case status == http.StatusUnauthorized, status == http.StatusForbidden:
 		err.Kind = Unauthorized
 		if e.configured {
@@ -269,9 +262,10 @@ func (e *endpoint) problem(resp *http.Response, trial bool) *Error {
 	return err
 }
 
-// errSlow is the cause given to a context that ended because the endpoint, not
-// the caller, ran out of time.
-var errSlow = errors.New("no answer in time")
+// ErrSlow is the cause of a context that ends because an endpoint has used up
+// its time, rather than because nobody wants the answer any more. The endpoint
+// is held accountable only for the former.
+var ErrSlow = errors.New("no answer in time")
 
 // exchange sends a call and answers a challenge, once.
 func (e *endpoint) exchange(ctx context.Context, c call) (*http.Response, error) {
@@ -328,7 +322,6 @@ func (e *endpoint) send(ctx context.Context, c call, path, authorization string)
 			req.Header[key] = values
 		}
 		req.Header.Set("User-Agent", userAgent)
-		req.Close = e.retired.Load()
 		// Credentials are for this host and port alone.
 		if authorization != "" && hostPort(at) == hostPort(e.base) && at.Scheme == e.base.Scheme {
 			req.Header.Set("Authorization", authorization)

@@ -36,6 +36,9 @@ type Error struct {
 	Upstream string // docker.io
 	Endpoint string // https://registry-1.docker.io
 	Status   int    // of the HTTP answer, or 0
+	// Origin says that the endpoint is the registry itself, whose word on what
+	// does not exist is the only one that counts.
+	Origin bool
 	// After is how long the upstream wants to be left alone; 0 says nothing.
 	After time.Duration
 	// Reason is for a person: what went wrong at that hop.
@@ -59,6 +62,9 @@ func (e *Error) Error() string {
 }
 
 func (e *Error) Unwrap() error { return e.Err }
+
+// Final says that asking elsewhere makes no sense. See fill.Source.
+func (e *Error) Final() bool { return e.Kind == NotFound && e.Origin }
 
 // longestWait is how long a rate limit may ask us to wait while a client
 // waits with us.

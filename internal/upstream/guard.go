@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -193,11 +194,15 @@ type transports struct {
 	direct *http.Transport
 	// guarded dials derived targets itself, and looks at each address.
 	guarded *http.Transport
+	// retired is set when no configuration has the endpoint any more. What is
+	// still under way leaves no idle connection behind.
+	retired atomic.Bool
 }
 
 // roundTrip sends a request by the way its target calls for. It follows no
 // redirect.
 func (t *transports) roundTrip(req *http.Request) (*http.Response, error) {
+	req.Close = t.retired.Load()
 	if t.guard.trusts(req.URL) {
 		return t.direct.RoundTrip(req)
 	}
@@ -214,7 +219,8 @@ func (t *transports) roundTrip(req *http.Request) (*http.Response, error) {
 	return t.guarded.RoundTrip(req)
 }
 
-func (t *transports) closeIdle() {
+func (t *transports) retire() {
+	t.retired.Store(true)
 	t.direct.CloseIdleConnections()
 	t.guarded.CloseIdleConnections()
 }

@@ -337,7 +337,7 @@ func testEndpoint(t *testing.T, cfg Endpoint) *endpoint {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(e.transports.closeIdle)
+	t.Cleanup(e.transports.retire)
 	return e
 }
 

@@ -119,7 +119,11 @@ func (u *Upstream) Readable(ctx context.Context, repository string, kind oci.Kin
 	var err error
 	switch kind {
 	case oci.KindManifest:
-		_, err = u.Head(ctx, repository, ref, must)
+		var described *Manifest
+		if described, err = u.Head(ctx, repository, ref, must); err == nil && described == nil {
+			// An answer that describes no manifest proves nothing.
+			_, err = u.Manifest(ctx, repository, ref, must)
+		}
 	case oci.KindBlob:
 		_, err = u.BlobSize(ctx, repository, ref.Digest)
 	default:
@@ -152,7 +156,7 @@ func (u *Upstream) Tags(ctx context.Context, repository string, n int, last stri
 		var page struct {
 			Tags []string `json:"tags"`
 		}
-		if err := e.decode(resp, &page); err != nil {
+		if _, err := e.decode(resp, &page); err != nil {
 			return err
 		}
 		tags = slices.DeleteFunc(page.Tags, func(tag string) bool { return !oci.ValidTag(tag) })
@@ -169,6 +173,7 @@ func (u *Upstream) Referrers(ctx context.Context, repository string, subject dig
 	var all []v1.Descriptor
 	err := u.persist(ctx, toResolve, func(ctx context.Context, e *endpoint, last bool) error {
 		all = nil
+		total := int64(0)
 		query := url.Values{}
 		for range maxPages {
 			resp, err := e.do(ctx, call{method: http.MethodGet, repository: repository, what: "referrers/" + subject.String(), query: query, follow: true, must: last})
@@ -180,13 +185,16 @@ func (u *Upstream) Referrers(ctx context.Context, repository string, subject dig
 				return err
 			}
 			var index v1.Index
-			err = e.decode(resp, &index)
+			n, err := e.decode(resp, &index)
 			next := oci.NextLink(resp.Header, resp.Request.URL)
 			resp.Body.Close()
 			if err != nil {
 				return err
 			}
 			all = append(all, index.Manifests...)
+			if total += n; total > maxListAnswer {
+				return nil // more than is ever sent on
+			}
 			// Of the link only the query counts: where to ask is settled.
 			if next == nil || next.RawQuery == query.Encode() {
 				return nil
@@ -209,20 +217,20 @@ func (e *endpoint) fallbackReferrers(ctx context.Context, repository string, sub
 	}
 	defer resp.Body.Close()
 	var index v1.Index
-	err = e.decode(resp, &index)
+	_, err = e.decode(resp, &index)
 	return index.Manifests, err
 }
 
-// decode reads a JSON answer of bounded size.
-func (e *endpoint) decode(resp *http.Response, into any) error {
+// decode reads a JSON answer of bounded size, and says how long it was.
+func (e *endpoint) decode(resp *http.Response, into any) (int64, error) {
 	body, err := readAll(resp.Body, maxListAnswer)
 	if err != nil {
-		return e.fault(err)
+		return 0, e.fault(err)
 	}
 	if err := json.Unmarshal(body, into); err != nil {
-		return &Error{Kind: Invalid, Endpoint: e.name, Err: fmt.Errorf("not the JSON that was asked for: %w", err)}
+		return 0, &Error{Kind: Invalid, Endpoint: e.name, Err: fmt.Errorf("not the JSON that was asked for: %w", err)}
 	}
-	return nil
+	return int64(len(body)), nil
 }
 
 var errTooLarge = errors.New("answer too large")

@@ -117,7 +117,7 @@ func (p *Pool) put(ids []string) {
 		held := p.endpoints[id]
 		if held.refs--; held.refs == 0 {
 			delete(p.endpoints, id)
-			held.retire()
+			held.transports.retire()
 		}
 	}
 }
@@ -177,7 +177,7 @@ func withShare(ctx context.Context, among int) (context.Context, context.CancelF
 	if !ok || among < 2 {
 		return ctx, func() {}
 	}
-	return context.WithTimeoutCause(ctx, time.Until(deadline)/time.Duration(among), errSlow)
+	return context.WithTimeoutCause(ctx, time.Until(deadline)/time.Duration(among), ErrSlow)
 }
 
 // persist repeats each with pauses while the failure may pass and there is
