@@ -77,7 +77,7 @@ type blob struct {
 }
 
 // hurry is how long an endpoint has to begin while there are others.
-const hurry = 8 * time.Second
+const hurry = 5 * time.Second
 
 // Open asks the endpoint once; how long to persist is the fill's to decide.
 func (b blob) Open(ctx context.Context, offset, length int64) (*fill.Stream, error) {
