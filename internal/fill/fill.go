@@ -253,6 +253,7 @@ type Fill struct {
 	changed      chan struct{}
 	state        state
 	err          error // in failed
+	trouble      error // the latest of a source, while others are tried
 	promised     int64 // by the joiners, or -1
 	size         int64 // -1 until a source has said
 	written      int64 // published bytes
@@ -312,11 +313,12 @@ func (f *Fill) publish() {
 	f.changed = make(chan struct{})
 }
 
-// Size waits until the size of the content is known.
+// Size waits until the size of the content is known. Where ctx ends the waiting,
+// the error tells what trouble there has been with sources so far.
 func (f *Fill) Size(ctx context.Context) (int64, error) {
 	for {
 		f.mu.Lock()
-		size, err, changed := f.size, f.err, f.changed
+		size, err, changed, trouble := f.size, f.err, f.changed, f.trouble
 		f.mu.Unlock()
 		if err != nil {
 			return 0, err
@@ -327,6 +329,10 @@ func (f *Fill) Size(ctx context.Context) (int64, error) {
 		select {
 		case <-changed:
 		case <-ctx.Done():
+			if trouble != nil {
+				// Not wrapped: it is not the verdict.
+				return 0, fmt.Errorf("%w; so far: %v", context.Cause(ctx), trouble)
+			}
 			return 0, context.Cause(ctx)
 		}
 	}
@@ -473,6 +479,10 @@ func (f *Fill) fetch(ctx context.Context, report *Summary) (path string, canonic
 			if w.written > before {
 				progress, backoff, idle = time.Now(), firstBackoff, 0
 			}
+			f.mu.Lock()
+			f.trouble = err
+			f.publish()
+			f.mu.Unlock()
 			after, verdict := judge(err)
 			switch verdict {
 			case final:

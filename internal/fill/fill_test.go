@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -496,6 +497,23 @@ func TestEveryWaiterHears(t *testing.T) {
 	impatient.Wait()
 	close(gate)
 	patient.Wait()
+}
+
+// TestTrouble: who cannot wait any longer hears what the trouble is.
+func TestTrouble(t *testing.T) {
+	x := newTable(t)
+	_, d := random(10)
+	src := &source{name: "a", err: errors.New("the cable is cut")}
+	f := x.join(t, d, -1, "r", src)
+	defer f.Release()
+	ctx, cancel := context.WithCancelCause(t.Context())
+	go func() {
+		eventually(t, "the source to be asked", func() bool { return src.opened.Load() > 1 })
+		cancel(os.ErrDeadlineExceeded)
+	}()
+	if _, err := f.Size(ctx); !errors.Is(err, os.ErrDeadlineExceeded) || !strings.Contains(err.Error(), "the cable is cut") {
+		t.Errorf("got %v", err)
+	}
 }
 
 // TestClose ends fills that stand still, and refuses new ones.
