@@ -507,11 +507,14 @@ func TestTrouble(t *testing.T) {
 	f := x.join(t, d, -1, "r", src)
 	defer f.Release()
 	ctx, cancel := context.WithCancelCause(t.Context())
+	waited := make(chan error)
 	go func() {
-		eventually(t, "the source to be asked", func() bool { return src.opened.Load() > 1 })
-		cancel(os.ErrDeadlineExceeded)
+		_, err := f.Size(ctx)
+		waited <- err
 	}()
-	if _, err := f.Size(ctx); !errors.Is(err, os.ErrDeadlineExceeded) || !strings.Contains(err.Error(), "the cable is cut") {
+	eventually(t, "the source to be asked", func() bool { return src.opened.Load() > 1 })
+	cancel(os.ErrDeadlineExceeded)
+	if err := <-waited; !errors.Is(err, os.ErrDeadlineExceeded) || !strings.Contains(err.Error(), "the cable is cut") {
 		t.Errorf("got %v", err)
 	}
 }
