@@ -66,7 +66,9 @@ type mirror struct {
 	URL  string
 	dir  string // of the store
 	logs *logs
-	died chan struct{} // of one that is a process of its own; see child
+	// loaded is when a configuration was last loaded.
+	loaded time.Time
+	died   chan struct{} // of one that is a process of its own; see child
 }
 
 // start runs Caddy with the app's options and the site's, as they stand in a
@@ -109,8 +111,15 @@ func (m *mirror) load(app, site string) error {
 	if err != nil {
 		return err
 	}
+	return m.loadJSON(adapted)
+}
+
+func (m *mirror) loadJSON(adapted []byte) error {
 	// Connections of the configuration that ends are closed under the client.
-	defer client.CloseIdleConnections()
+	defer func() {
+		client.CloseIdleConnections()
+		m.loaded = time.Now()
+	}()
 	return caddy.Load(adapted, true)
 }
 
@@ -199,7 +208,14 @@ func (m *mirror) send(method, path string, header ...string) (*http.Response, er
 	for i := 0; i < len(header); i += 2 {
 		req.Header.Add(header[i], header[i+1])
 	}
-	return client.Do(req)
+	resp, err := client.Do(req)
+	// On a reload Caddy opens a second socket on the port (SO_REUSEPORT) and
+	// closes the first a moment later. The kernel resets connections that still
+	// wait in the first one's queue, as any client may see.
+	for err != nil && time.Since(m.loaded) < time.Second && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)) {
+		resp, err = client.Do(req)
+	}
+	return resp, err
 }
 
 // want asks and checks the status.

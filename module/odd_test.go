@@ -14,8 +14,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/caddyserver/caddy/v2"
-
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/regtest"
 )
@@ -337,10 +335,9 @@ func TestRejectedSettings(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i := range 10 { // Caddy starts apps in any order
-		if err := caddy.Load(adapted, true); err == nil {
+		if err := m.loadJSON(adapted); err == nil {
 			t.Fatal("it was loaded")
 		}
-		client.CloseIdleConnections()
 		image := regtest.NewImage(fmt.Sprint(i), regtest.Random(fmt.Sprint(i), 1000))
 		up.Push("library/x", image, fmt.Sprint(i))
 		m.pull("library/x", fmt.Sprint(i), image)
