@@ -258,6 +258,57 @@ func TestTags(t *testing.T) {
 	}
 }
 
+// TestTagsWithoutPaging: a registry that sends everything each time does not
+// send clients round in circles.
+func TestTagsWithoutPaging(t *testing.T) {
+	up := regtest.New(t, regtest.Options{NoPaging: true})
+	image := regtest.NewImage("x")
+	up.Push("library/x", image, "t0", "t1", "t2", "t3", "t4", "t5", "t6", "t7")
+	m := start(t, upstreamFor("docker.io", up), "")
+	var all []string
+	next := "/v2/library/x/tags/list?n=3"
+	for page := 0; next != ""; page++ {
+		if page > 3 {
+			t.Fatalf("there is no end: %q", all)
+		}
+		a := m.want(200, "GET", next)
+		var reply struct{ Tags []string }
+		if err := json.Unmarshal(a.body, &reply); err != nil || len(reply.Tags) > 3 {
+			t.Fatalf("%s: %v", a.body, err)
+		}
+		all, next = append(all, reply.Tags...), ""
+		base, _ := url.Parse(m.URL + "/v2/library/x/tags/list")
+		if link := oci.NextLink(a.Header, base); link != nil {
+			next = link.RequestURI()
+		}
+	}
+	if want := strings.Fields("t0 t1 t2 t3 t4 t5 t6 t7"); !reflect.DeepEqual(all, want) {
+		t.Errorf("%q", all)
+	}
+}
+
+// TestTellsOnce: an upstream's trouble is in the log, and does not fill it.
+func TestTellsOnce(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	image := regtest.NewImage("x")
+	up.Push("library/x", image, "latest")
+	m := start(t, upstreamFor("docker.io", up, "tag_ttl 0"), "")
+	m.pull("library/x", "latest", image)
+	m.want(404, "GET", "/v2/library/x/manifests/none") // no trouble
+	if n := len(m.logs.with("upstream trouble")); n != 0 {
+		t.Errorf("%d lines about a tag that does not exist", n)
+	}
+	up.Down()
+	for range 3 {
+		m.want(200, "GET", "/v2/library/x/manifests/latest")
+		m.want(503, "GET", "/v2/library/other/manifests/latest")
+	}
+	lines := m.logs.with("upstream trouble")
+	if len(lines) != 1 || lines[0]["upstream"] != "docker.io" || !strings.Contains(fmt.Sprint(lines[0]["error"]), "connection refused") {
+		t.Errorf("%v", lines)
+	}
+}
+
 func TestReferrers(t *testing.T) {
 	for _, api := range []bool{true, false} {
 		up := regtest.New(t, regtest.Options{PageSize: 1, NoReferrers: !api})

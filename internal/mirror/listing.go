@@ -82,6 +82,13 @@ func (x *exchange) tags(ctx context.Context) error {
 		switch {
 		case err == nil:
 			x.cached(miss)
+			// registry:2 before 2.8.3 and others pay no heed to n and last, and
+			// send everything each time: then the paging is ours.
+			if slices.Contains(tags, last) || n > 0 && len(tags) > n {
+				more = false
+				tags = slices.DeleteFunc(tags, func(tag string) bool { return tag <= last })
+				sort.Strings(tags)
+			}
 			tags = merge(tags, held, more)
 		case errors.As(err, &refusal) && (refusal.Kind == upstream.NotFound || refusal.Kind == upstream.Unauthorized):
 			return &failure{situation: unknownName, message: err.Error(), err: err}

@@ -40,12 +40,12 @@ func (m *Mirror) manifest(ctx context.Context, t Target, ref oci.Reference, head
 		if ref.Tag != "" {
 			var err error
 			if d, err = m.tree.Tag(ctx, t.Repository, ref.Tag); err != nil {
-				return nil, notHosted(err, ref.Join(t.Repository))
+				return nil, notHosted(err)
 			}
 		}
 		stored, err := m.tree.Manifest(ctx, t.Repository, d)
 		if err != nil {
-			return nil, notHosted(err, ref.Join(t.Repository))
+			return nil, notHosted(err)
 		}
 		return held(stored, hit), nil
 	}
@@ -55,9 +55,9 @@ func (m *Mirror) manifest(ctx context.Context, t Target, ref oci.Reference, head
 	return m.byDigest(ctx, t, ref.Digest, head)
 }
 
-func notHosted(err error, what string) error {
+func notHosted(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
-		return fail(unknownContent, "%s is hosted here, and has not been pushed", what)
+		return fail(unknownContent, "it is hosted here, and has not been pushed")
 	}
 	return err
 }

@@ -52,6 +52,7 @@ type Mirror struct {
 	pendMu  sync.Mutex // makes changes of pending whole
 	flights singleflight.Group
 	probes  *lru.Cache[string, tree.Verdict] // verdicts not worth a record
+	told    *lru.Cache[string, time.Time]    // when an upstream's trouble was logged
 }
 
 type tagKey struct{ repository, tag string }
@@ -69,6 +70,7 @@ func New(store storage.Store, log *zap.Logger) *Mirror {
 	m.tags, _ = lru.New[tagKey, tagState](maxTags)
 	m.pending, _ = lru.New[manifestKey, []string](maxTags)
 	m.probes, _ = lru.New[string, tree.Verdict](10_000)
+	m.told, _ = lru.New[string, time.Time](1_000)
 	m.fills = fill.NewTable(store, m.tree.LinkBlob, m.filled)
 	return m
 }
@@ -126,6 +128,28 @@ func (m *Mirror) filled(s fill.Summary) {
 	default:
 		m.log.Warn("fill failed", append(fields, zap.Error(s.Err))...)
 	}
+}
+
+// tellEvery is how often the trouble with one upstream is logged.
+const tellEvery = time.Minute
+
+// tell logs that an upstream does not answer as it should, with the latest
+// request that met it.
+func (m *Mirror) tell(t Target, about string, err error) {
+	if t.Upstream == nil {
+		return
+	}
+	switch judge(err).situation {
+	case noUpstream, limited, deniedUpstream:
+	default:
+		return
+	}
+	now := m.now()
+	if last, ok := m.told.Get(t.Upstream.Name); ok && now.Sub(last) < tellEvery {
+		return
+	}
+	m.told.Add(t.Upstream.Name, now)
+	m.log.Warn("upstream trouble", zap.String("upstream", t.Upstream.Name), zap.String("reference", about), zap.Error(err))
 }
 
 // admit checks that a repository is what the request takes it for. A record

@@ -62,6 +62,9 @@ func (s *Site) ServeHTTP(m *Mirror, w http.ResponseWriter, r *http.Request, rout
 	x := &exchange{site: s, mirror: m, w: w, r: r, route: route}
 	if err := x.serve(); err != nil {
 		x.report.Err = err
+		if r.Context().Err() == nil {
+			m.tell(x.target, x.about(), err)
+		}
 		if r.Context().Err() == nil && !x.report.Abort {
 			refusal(err, route.Kind, x.about()).Write(w, r)
 		}

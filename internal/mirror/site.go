@@ -60,7 +60,7 @@ func NewSite(cfg SiteConfig) (*Site, error) {
 		for _, name := range cfg.Allowed {
 			host := NormalizeHost(name)
 			if cfg.Upstreams.byName[host] == nil && cfg.Upstreams.named(host) == nil {
-				return nil, fmt.Errorf("upstreams: %s is not a configured registry", name)
+				return nil, fmt.Errorf("upstreams: %s is not a known registry; add `upstream %s` to the registry option", name, name)
 			}
 			s.allowed[host] = true
 		}
@@ -69,10 +69,10 @@ func NewSite(cfg SiteConfig) (*Site, error) {
 		host := NormalizeHost(cfg.Default)
 		entry := cfg.Upstreams.named(host)
 		if entry == nil {
-			return nil, fmt.Errorf("default: %s is not a configured registry", cfg.Default)
+			return nil, fmt.Errorf("default: %s is not a known registry; add `upstream %s` to the registry option", cfg.Default, cfg.Default)
 		}
 		if !s.permits(entry, host) {
-			return nil, fmt.Errorf("default: %s is not among this site's upstreams", cfg.Default)
+			return nil, fmt.Errorf("default: %s is not among this site's upstreams; write `default` with one of them, or `default off`", cfg.Default)
 		}
 		var err error
 		if s.byDefault, err = cfg.Upstreams.concrete(entry, host); err != nil {
@@ -151,8 +151,11 @@ func (s *Site) Resolve(host, rawQuery, name string) (Target, error) {
 	if ns := s.namespace(host, rawQuery); ns != "" {
 		named := NormalizeHost(ns)
 		entry := s.upstreams.named(named)
-		if entry == nil || !s.permits(entry, named) {
+		if entry == nil {
 			return Target{}, fmt.Errorf("%w %q in ?ns=: this mirror does not know it; add `upstream %s` to its configuration", errUnknownUpstream, printable(ns), printable(ns))
+		}
+		if !s.permits(entry, named) {
+			return Target{}, s.leftOut(named)
 		}
 		if nested {
 			if inPath, itsHost := s.upstreams.inPath(first); inPath == entry && itsHost == named {
@@ -164,7 +167,7 @@ func (s *Site) Resolve(host, rawQuery, name string) (Target, error) {
 	if nested {
 		if entry, itsHost := s.upstreams.inPath(first); entry != nil {
 			if !s.permits(entry, itsHost) {
-				return Target{}, fmt.Errorf("%w: this site does not answer for %s", errUnknownUpstream, itsHost)
+				return Target{}, s.leftOut(itsHost)
 			}
 			return s.mirrored(entry, itsHost, rest, "")
 		}
@@ -176,6 +179,10 @@ func (s *Site) Resolve(host, rawQuery, name string) (Target, error) {
 		return s.mirrored(s.byDefault, s.byDefault.Name, name, "")
 	}
 	return Target{}, fmt.Errorf("%w: the name %s begins with no registry this mirror knows, is not hosted here, and this site has no default registry", errUnknownUpstream, name)
+}
+
+func (s *Site) leftOut(host string) error {
+	return fmt.Errorf("%w: this site does not answer for %s; add it to the site's `upstreams`", errUnknownUpstream, host)
 }
 
 // namespace returns the ns parameter unless it says nothing.

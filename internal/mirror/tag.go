@@ -214,6 +214,7 @@ func (m *Mirror) revalidate(ctx context.Context, t Target, tag string, state tag
 	case errors.As(err, &refusal) && refusal.Kind == upstream.NotFound && refusal.Origin:
 		return nil, err
 	}
+	m.tell(t, ref.Join(t.Upstream.Name+"/"+t.Name), err)
 	answer := held(had, stale)
 	answer.stale = err.Error()
 	if !state.checked.IsZero() {

@@ -14,6 +14,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -51,6 +52,8 @@ type Options struct {
 	NoReferrers bool
 	// PageSize limits the pages of listings. Default: 100.
 	PageSize int
+	// NoPaging sends all tags at once, unsorted, whatever is asked for.
+	NoPaging bool
 	// NoDigestHeader leaves Docker-Content-Digest out.
 	NoDigestHeader bool
 }
@@ -448,6 +451,13 @@ func (r *Registry) serveRegistry(w http.ResponseWriter, req *http.Request) {
 		}
 		r.mu.Unlock()
 		sort.Strings(list)
+		if r.opts.NoPaging {
+			r.mu.Lock()
+			list = slices.Collect(maps.Keys(tags))
+			r.mu.Unlock()
+			json.NewEncoder(w).Encode(map[string]any{"name": route.Name, "tags": list})
+			return
+		}
 		n, err := strconv.Atoi(req.URL.Query().Get("n"))
 		if err != nil || n > r.opts.PageSize {
 			n = r.opts.PageSize

@@ -394,7 +394,7 @@ func (s *store) Reserve(n int64) (storage.Reservation, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if need := limit.of(total) + s.reserved + uint64(n); need < uint64(n) || need > free {
-		return nil, fmt.Errorf("disk storage: %w for %s: %s has %s free, and min_free %s keeps %s of that; free some space or lower min_free",
+		return nil, fmt.Errorf("disk storage: %w for %s: %s has %s free, and min_free %s keeps %s; free some space or lower min_free",
 			storage.ErrFull, humanize.IBytes(uint64(n)), s.root, humanize.IBytes(free), limit.text, humanize.IBytes(limit.of(total)))
 	}
 	s.reserved += uint64(n)
