@@ -17,7 +17,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/caddyserver/caddy/v2"
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/goleak"
 
@@ -25,7 +24,7 @@ import (
 	"github.com/caddy-registry/mirror/internal/fill"
 	"github.com/caddy-registry/mirror/internal/layout"
 	"github.com/caddy-registry/mirror/storage"
-	"github.com/caddy-registry/mirror/storage/disk"
+	"github.com/caddy-registry/mirror/storage/disk/disktest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -44,14 +43,7 @@ type table struct {
 func newTable(t *testing.T) *table {
 	t.Helper()
 	dir := t.TempDir()
-	backend := &disk.Disk{Directory: dir, MinFree: "1MB"}
-	if err := backend.Provision(caddy.Context{}); err != nil {
-		t.Fatal(err)
-	}
-	store, err := backend.Open(context.Background())
-	if err != nil {
-		t.Fatal(err)
-	}
+	store := disktest.Open(t, dir)
 	x := &table{store: store, dir: dir, links: map[string]digest.Digest{}}
 	x.Table = fill.NewTable(store, func(_ context.Context, repository string, asked, canonical digest.Digest) error {
 		x.mu.Lock()

@@ -14,14 +14,13 @@ import (
 	"testing"
 	"time"
 
-	"github.com/caddyserver/caddy/v2"
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/caddy-registry/mirror/internal/layout"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/storage"
-	"github.com/caddy-registry/mirror/storage/disk"
+	"github.com/caddy-registry/mirror/storage/disk/disktest"
 )
 
 // A bench is a tree on a disk, which can be opened anew as after a restart.
@@ -42,15 +41,8 @@ func newBench(t *testing.T) *bench {
 
 func (b *bench) open() {
 	b.t.Helper()
-	d := &disk.Disk{Directory: b.dir, MinFree: "1MB"}
-	if err := d.Provision(caddy.Context{}); err != nil {
-		b.t.Fatal(err)
-	}
-	store, err := d.Open(b.t.Context())
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	b.store, b.Tree = store, New(store)
+	b.store = disktest.Open(b.t, b.dir)
+	b.Tree = New(b.store)
 }
 
 // restart forgets what is only in memory.
