@@ -38,7 +38,7 @@ const (
 // codes is the one table that turns a situation into what the client is told,
 // by what was asked for. 404 lets every client move on to its next source;
 // 503 does so for containerd at once, while 429 would make it ask again
-// without a pause (facts: containerd's resolver retries 429 five times).
+// without a pause, five times over.
 var codes = map[situation]struct {
 	status         int
 	manifest, blob string // OCI codes; blob "" is as manifest

@@ -3,6 +3,7 @@ package mirror
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/caddy-registry/mirror/internal/oci"
@@ -42,7 +43,7 @@ func (m *Mirror) public(ctx context.Context, t Target, kind oci.Kind, ref oci.Re
 		ctx, cancel = context.WithTimeoutCause(ctx, checkPatience, errNoAnswer)
 		defer cancel()
 	}
-	open, err := share(ctx, m, "probe "+t.Repository+" "+ref.String(), func(ctx context.Context) (bool, error) {
+	open, err := share(ctx, m, fmt.Sprint("probe ", kind, " ", t.Repository, " ", ref), func(ctx context.Context) (bool, error) {
 		return m.probe(ctx, t, kind, ref, !known)
 	})
 	switch {

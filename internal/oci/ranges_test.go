@@ -22,7 +22,7 @@ func TestParseRange(t *testing.T) {
 		want   RangeRequest
 		err    error
 	}{
-		// The conformance suite's (facts, 1.5).
+		// The conformance suite's.
 		{"bytes=500-1499", 2000, one(500, 1000), nil},
 		{"bytes=500-", 2000, open(500, 1500), nil},
 		{"bytes=-500", 2000, suffix(1500, 500), nil},
