@@ -84,6 +84,11 @@ func (m *Mirror) byDigest(ctx context.Context, t Target, d digest.Digest, head b
 		}
 	}
 	fetched, err := share(ctx, m, "get "+ref.Join(t.Repository), func(ctx context.Context) (*tree.Manifest, error) {
+		// Whoever fetched it may have ended between the look above and this
+		// flight (groupcache's race).
+		if had, err := m.tree.Manifest(ctx, t.Repository, d); err == nil {
+			return had, nil
+		}
 		return m.fetch(ctx, t, ref)
 	})
 	if err != nil {

@@ -89,6 +89,9 @@ func (m *Mirror) discover(ctx context.Context, t Target, tag string, head bool) 
 	ref := oci.Reference{Tag: tag}
 	if head {
 		state, err := share(ctx, m, "head "+ref.Join(t.Repository), func(ctx context.Context) (tagState, error) {
+			if state, ok := m.justChecked(t, tag); ok && state.size > 0 {
+				return state, nil
+			}
 			return m.head(ctx, t, tag, true)
 		})
 		if err != nil {
@@ -99,12 +102,24 @@ func (m *Mirror) discover(ctx context.Context, t Target, tag string, head bool) 
 		}
 	}
 	fetched, err := share(ctx, m, "get "+ref.Join(t.Repository), func(ctx context.Context) (*tree.Manifest, error) {
+		if state, ok := m.justChecked(t, tag); ok {
+			if had, err := m.tree.Manifest(ctx, t.Repository, state.digest); err == nil {
+				return had, nil
+			}
+		}
 		return m.fetchTag(ctx, t, tag)
 	})
 	if err != nil {
 		return nil, err
 	}
 	return held(fetched, stored), nil
+}
+
+// justChecked returns what a tag means if that is fresh. A flight looks again
+// before it asks: the one before it may have ended after its asker looked.
+func (m *Mirror) justChecked(t Target, tag string) (tagState, bool) {
+	state, ok := m.tags.Get(tagKey{t.Repository, tag})
+	return state, ok && !state.gone && m.now().Sub(state.checked) < t.Upstream.TagTTL
 }
 
 // head asks what a tag means and remembers the answer. The state is empty
@@ -203,6 +218,11 @@ func (m *Mirror) revalidate(ctx context.Context, t Target, tag string, state tag
 	patient, cancel := context.WithTimeoutCause(ctx, checkPatience, errNoAnswer)
 	defer cancel()
 	current, err := share(patient, m, "check "+ref.Join(t.Repository), func(ctx context.Context) (*tree.Manifest, error) {
+		if state, ok := m.justChecked(t, tag); ok {
+			if now, err := m.tree.Manifest(ctx, t.Repository, state.digest); err == nil {
+				return now, nil
+			}
+		}
 		return m.check(ctx, t, tag, had)
 	})
 	var refusal *upstream.Error
