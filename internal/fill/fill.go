@@ -103,13 +103,22 @@ var (
 // that no other source need be asked either. An error that does not is worth
 // another try after a pause. Sources are compared by ==.
 type Source interface {
-	// Open starts to deliver length bytes from offset, or all from there when
-	// length is negative. A source that cannot start in the middle starts
-	// earlier, and says so in the stream.
-	Open(ctx context.Context, offset, length int64) (*Stream, error)
+	// Open starts to deliver a span. A source that cannot start in the middle
+	// starts earlier, and says so in the stream.
+	Open(ctx context.Context, span Span) (*Stream, error)
 	// Blame says that what the source delivered, as part or whole of a
 	// content, turned out wrong.
 	Blame(err error)
+}
+
+// A Span is what a source is asked for.
+type Span struct {
+	Offset int64
+	// Length in bytes; negative: all there is from Offset.
+	Length int64
+	// Background says that nobody is waiting for it: it yields to spans that
+	// somebody waits for.
+	Background bool
 }
 
 // A Stream is bytes on their way from a source.
@@ -117,6 +126,9 @@ type Stream struct {
 	io.ReadCloser
 	// Offset is where the stream begins: at most what was asked for.
 	Offset int64
+	// Whole says that the source does not deliver spans: the stream begins at
+	// 0 and goes on to the end of the content, whatever was asked for.
+	Whole bool
 	// Size is that of the whole content, or -1 while the source does not say.
 	Size int64
 	// From names who delivers, for logs and errors.

@@ -103,11 +103,12 @@ type source struct {
 
 func (s *source) Blame(error) { s.blamed.Add(1) }
 
-func (s *source) Open(ctx context.Context, offset, length int64) (*fill.Stream, error) {
+func (s *source) Open(ctx context.Context, span fill.Span) (*fill.Stream, error) {
 	s.opened.Add(1)
 	if s.err != nil {
 		return nil, s.err
 	}
+	offset := span.Offset
 	if s.noRange {
 		offset = 0
 	}
@@ -290,8 +291,8 @@ type slowEnd struct {
 	reached, proceed chan struct{}
 }
 
-func (s *slowEnd) Open(ctx context.Context, offset, length int64) (*fill.Stream, error) {
-	st, err := s.source.Open(ctx, offset, length)
+func (s *slowEnd) Open(ctx context.Context, span fill.Span) (*fill.Stream, error) {
+	st, err := s.source.Open(ctx, span)
 	if err == nil {
 		inner := st.ReadCloser
 		st.ReadCloser = io.NopCloser(readerFunc(func(p []byte) (int, error) {
@@ -377,9 +378,9 @@ type gated struct {
 	gate chan struct{}
 }
 
-func (g *gated) Open(ctx context.Context, offset, length int64) (*fill.Stream, error) {
+func (g *gated) Open(ctx context.Context, span fill.Span) (*fill.Stream, error) {
 	<-g.gate
-	return g.source.Open(ctx, offset, length)
+	return g.source.Open(ctx, span)
 }
 
 // TestHeld: between a request's look into the store and its join a fill may

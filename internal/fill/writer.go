@@ -45,7 +45,7 @@ type hasher interface {
 // copyFrom appends what the source delivers. It reports whether the content is
 // complete.
 func (w *writer) copyFrom(ctx context.Context, source Source) (complete bool, err error) {
-	stream, err := source.Open(ctx, w.written, -1)
+	stream, err := source.Open(ctx, Span{Offset: w.written, Length: -1})
 	if err != nil {
 		return false, err
 	}

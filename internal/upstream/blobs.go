@@ -80,7 +80,7 @@ type blob struct {
 const hurry = 5 * time.Second
 
 // Open asks the endpoint once; how long to persist is the fill's to decide.
-func (b blob) Open(ctx context.Context, offset, length int64) (*fill.Stream, error) {
+func (b blob) Open(ctx context.Context, span fill.Span) (*fill.Stream, error) {
 	if at, ok := b.endpoint.blamed.Get(b.digest); ok && b.endpoint.now().Sub(at) < blameMemory && !b.last {
 		return nil, &Error{Kind: Invalid, Upstream: b.upstream, Endpoint: b.endpoint.name, Reason: "it delivered wrong bytes for this blob a while ago"}
 	}
@@ -88,7 +88,7 @@ func (b blob) Open(ctx context.Context, offset, length int64) (*fill.Stream, err
 	if !b.last {
 		defer time.AfterFunc(hurry, func() { cancel(ErrSlow) }).Stop()
 	}
-	stream, err := b.endpoint.blob(ctx, b, offset, length)
+	stream, err := b.endpoint.blob(ctx, b, span)
 	if err != nil {
 		cancel(nil)
 		var failure *Error
@@ -107,7 +107,7 @@ func (b blob) Open(ctx context.Context, offset, length int64) (*fill.Stream, err
 // a while, unless there is no other.
 func (b blob) Blame(error) { b.endpoint.blamed.Add(b.digest, b.endpoint.now()) }
 
-func (e *endpoint) blob(ctx context.Context, b blob, offset, length int64) (_ *fill.Stream, err error) {
+func (e *endpoint) blob(ctx context.Context, b blob, span fill.Span) (_ *fill.Stream, err error) {
 	select {
 	case e.streams <- struct{}{}:
 	case <-ctx.Done():
@@ -121,10 +121,10 @@ func (e *endpoint) blob(ctx context.Context, b blob, offset, length int64) (_ *f
 	}()
 	header := http.Header{"Accept": {"application/octet-stream, */*"}}
 	switch {
-	case length >= 0:
-		header.Set("Range", fmt.Sprintf("bytes=%d-%d", offset, offset+length-1))
-	case offset > 0:
-		header.Set("Range", fmt.Sprintf("bytes=%d-", offset))
+	case span.Length >= 0:
+		header.Set("Range", fmt.Sprintf("bytes=%d-%d", span.Offset, span.Offset+span.Length-1))
+	case span.Offset > 0:
+		header.Set("Range", fmt.Sprintf("bytes=%d-", span.Offset))
 	}
 	resp, err := e.do(ctx, call{method: http.MethodGet, repository: b.repository, what: "blobs/" + b.digest.String(), header: header, follow: true, must: b.last})
 	if err != nil {
@@ -136,11 +136,11 @@ func (e *endpoint) blob(ctx context.Context, b blob, offset, length int64) (_ *f
 		odd = "it encodes the blob as " + coding
 	} else if resp.StatusCode == http.StatusPartialContent {
 		var ok bool
-		if stream.Offset, stream.Size, ok = contentRange(resp.Header); !ok || stream.Offset > offset {
+		if stream.Offset, stream.Size, ok = contentRange(resp.Header); !ok || stream.Offset > span.Offset {
 			odd = "its Content-Range does not fit what was asked for"
 		}
 	} else {
-		stream.Size = resp.ContentLength
+		stream.Size, stream.Whole = resp.ContentLength, true
 		if webPage(resp.Header) {
 			odd = "it sends a web page instead of the blob"
 		}
