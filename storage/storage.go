@@ -76,7 +76,7 @@ type Store interface {
 
 	// Spool is a local directory, already made, for files on their way into
 	// the store. It belongs to this process alone.
-	Spool() string
+	Spool(name string) (string, error)
 
 	// Reserve sets n bytes aside for a value that is about to be written, or
 	// fails with an error that wraps [ErrFull]. What is reserved and not yet

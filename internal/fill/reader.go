@@ -2,67 +2,191 @@ package fill
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
+	"sync"
 )
 
-// A Reader reads a span of a fill's content, waiting for bytes that have not
+// A Reader reads a part of a fill's content, waiting for bytes that have not
 // arrived. It belongs to one goroutine; a fill may have any number of them,
 // and they all read the one spool file.
 type Reader struct {
 	fill   *Fill
 	ctx    context.Context
+	start  int64
 	offset int64
 	end    int64
 	proven bool
+	own    *stream // once the fill is passing
+
+	at int64 // as offset, guarded by Fill.mu
 }
 
-// NewReader returns a reader of length bytes from offset. The span lies inside
-// the size, which the caller has waited for. With proven, the reader gets the
-// last segment of the content only when its digest is proven; whoever could
-// take what it reads for the whole content asks for that. ctx bounds each
-// wait. The caller releases the fill after the last use of the reader.
+// NewReader returns a reader of length bytes from offset; this is what lets
+// the fill fetch. The span lies inside the size. With proven, the reader gets
+// the last segment of the content only when its digest is proven; whoever could
+// take what it reads for the whole content, or for all of its rest, asks for
+// that. ctx bounds each wait. The caller closes the reader, and releases the
+// fill after that.
 func (f *Fill) NewReader(ctx context.Context, offset, length int64, proven bool) *Reader {
-	return &Reader{fill: f, ctx: ctx, offset: offset, end: offset + length, proven: proven}
+	r := &Reader{fill: f, ctx: ctx, start: offset, offset: offset, end: offset + length, proven: proven, at: offset}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.readers = append(f.readers, r)
+	f.settled = false
+	f.schedule()
+	return r
 }
 
-// next waits for bytes and returns how many may be read now.
-func (r *Reader) next() (int64, content, error) {
-	if r.offset >= r.end {
-		return 0, nil, io.EOF
+// Close says that the reader will read no more. Readers may leave at any time.
+func (r *Reader) Close() error {
+	if r.own != nil {
+		r.own.close()
 	}
-	limit, file, err := r.fill.await(r.ctx, r.offset, r.proven)
-	return min(limit, r.end) - r.offset, file, err
+	f := r.fill
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for i, other := range f.readers {
+		if other == r {
+			last := len(f.readers) - 1
+			f.readers[i] = f.readers[last]
+			f.readers[last] = nil
+			f.readers = f.readers[:last]
+			break
+		}
+	}
+	return nil
+}
+
+// Ready waits until there is something to read, or it is certain that there
+// will not be. Where ctx ends the waiting, the error tells what trouble there
+// has been with sources so far.
+func (r *Reader) Ready(ctx context.Context) error {
+	_, _, pass, err := r.wait(ctx)
+	if pass && err == nil {
+		err = r.pass().ready(ctx)
+	}
+	if ctx.Err() != nil && err != nil {
+		r.fill.mu.Lock()
+		trouble := r.fill.sources.last
+		r.fill.mu.Unlock()
+		if trouble != nil {
+			// Not wrapped: it is not the verdict.
+			return fmt.Errorf("%w; so far: %v", context.Cause(ctx), trouble)
+		}
+		return context.Cause(ctx)
+	}
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	return err
+}
+
+// wait waits until bytes may be read, and returns how far; or until the reader
+// is to go on by itself.
+func (r *Reader) wait(ctx context.Context) (limit int64, file content, pass bool, err error) {
+	if r.offset >= r.end {
+		return 0, nil, false, io.EOF
+	}
+	f := r.fill
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if r.at != r.offset {
+		r.at = r.offset
+		if r.proven && r.start > 0 { // its 8 MiB have moved on
+			f.settled = false
+		}
+		f.schedule()
+	}
+	for {
+		switch f.state {
+		case verified, committed:
+			return r.end, f.file, false, nil
+		case failed, paused:
+			return 0, nil, false, f.err
+		case fetching, passing:
+			if limit = min(f.readable(r.offset), r.end); r.proven {
+				limit = min(limit, (f.size-1)/f.segment*f.segment)
+			}
+			if f.state == passing && r.proven {
+				limit = min(limit, f.reached.At)
+			}
+			if limit > r.offset {
+				return limit, f.file, false, nil
+			}
+			if f.state == passing {
+				return 0, nil, true, nil
+			}
+		}
+		changed := f.changed
+		f.mu.Unlock()
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
+		f.mu.Lock()
+		if err != nil {
+			return 0, nil, false, err
+		}
+	}
 }
 
 func (r *Reader) Read(p []byte) (int, error) {
-	available, file, err := r.next()
-	if err != nil {
-		return 0, err
+	if r.own == nil {
+		limit, file, pass, err := r.wait(r.ctx)
+		if err != nil {
+			return 0, err
+		}
+		if !pass {
+			n, err := file.ReadAt(p[:min(int64(len(p)), limit-r.offset)], r.offset)
+			r.offset += int64(n)
+			if n > 0 {
+				err = nil
+			}
+			return n, err
+		}
 	}
-	n, err := file.ReadAt(p[:min(int64(len(p)), available)], r.offset)
+	n, err := r.pass().Read(p)
 	r.offset += int64(n)
-	if n > 0 {
-		err = nil
-	}
 	return n, err
 }
 
-// WriteTo sends everything that has arrived at each wake, in pieces of up to
-// 256 KiB.
+// few is how many readers get large buffers. A thousand slow ones are not to
+// hold a quarter of a GiB.
+const few = 64
+
+var smallBuffers = sync.Pool{New: func() any { return new([bufferSize / 8]byte) }}
+
+// WriteTo sends what has arrived at each wake.
 func (r *Reader) WriteTo(w io.Writer) (int64, error) {
+	r.fill.mu.Lock()
+	many := len(r.fill.readers) > few
+	r.fill.mu.Unlock()
+	if many {
+		buffer := smallBuffers.Get().(*[bufferSize / 8]byte)
+		defer smallBuffers.Put(buffer)
+		return r.writeTo(w, buffer[:])
+	}
 	buffer := buffers.Get().(*[bufferSize]byte)
 	defer buffers.Put(buffer)
-	var total int64
+	return r.writeTo(w, buffer[:])
+}
+
+func (r *Reader) writeTo(w io.Writer, buffer []byte) (total int64, err error) {
 	for {
-		n, err := r.Read(buffer[:])
+		n, err := r.Read(buffer)
+		if n > 0 {
+			written, err := w.Write(buffer[:n])
+			total += int64(written)
+			if err != nil {
+				return total, err
+			}
+		}
 		if err == io.EOF {
 			return total, nil
 		}
-		if err != nil {
-			return total, err
-		}
-		written, err := w.Write(buffer[:n])
-		total += int64(written)
 		if err != nil {
 			return total, err
 		}

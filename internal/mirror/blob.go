@@ -11,6 +11,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/fill"
+	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/tree"
 )
 
@@ -18,11 +19,15 @@ import (
 type content interface {
 	io.Closer
 	size() int64
-	// span returns a reader of length bytes from offset. With proven, the end
-	// of the blob comes only once its digest is proven. The reader is an
-	// *os.File where that makes sendfile possible. Only one reader is used at
-	// a time.
-	span(ctx context.Context, offset, length int64, proven bool) (io.Reader, error)
+	// prepare says which spans will be read, and waits until the first of them
+	// begins to be there, or certainly will not. With proven, the end of the
+	// blob comes only once its digest is proven. ctx bounds the waiting, and
+	// sending the reading.
+	prepare(ctx, sending context.Context, spans []oci.Span, proven bool) error
+	// reader returns a reader of the span of that number, of those that were
+	// prepared. It is an *os.File where that makes sendfile possible. Only one
+	// reader is used at a time, and once.
+	reader(i int) (io.Reader, error)
 }
 
 // blob finds a blob, and starts a fill if it is not held.
@@ -53,32 +58,52 @@ func (m *Mirror) blob(ctx context.Context, t Target, d digest.Digest) (content, 
 	if t.Upstream == nil {
 		return nil, miss, fail(unknownContent, "the bytes of %s are missing from the store", d)
 	}
+	want, err := m.want(ctx, t, d, known.Size)
+	if err != nil {
+		return nil, miss, err
+	}
+	f, err := m.fills.Join(want)
+	if err != nil {
+		return nil, miss, err
+	}
+	return &liveBlob{fill: f, bytes: want.Size}, stored, nil
+}
+
+// want is what a fill of a blob is told. The size is -1 where no manifest says
+// it, or two disagree.
+func (m *Mirror) want(ctx context.Context, t Target, d digest.Digest, size int64) (fill.Want, error) {
+	if size < 0 {
+		var err error
+		if size, err = m.upstreamSize(ctx, t, d); err != nil {
+			return fill.Want{}, err
+		}
+	}
+	if size == 0 && d != d.Algorithm().FromBytes(nil) {
+		return fill.Want{}, fail(noUpstream, "the blob is said to be empty, and its digest says that it is not")
+	}
+	repository := t.Repository
 	if err := m.claim(ctx, t); err != nil {
-		return nil, miss, err
+		if errors.As(err, new(*failure)) {
+			return fill.Want{}, err
+		}
+		// The client need not suffer from our disk.
+		m.log.Error("recording a repository", zap.String("repository", t.Repository), zap.Error(err))
+		repository = ""
 	}
-	f, err := m.fills.Join(fill.Want{
-		Digest:     d,
-		Size:       known.Size,
-		Repository: t.Repository,
-		Sources:    t.Upstream.Client.Blob(t.Name, d),
+	return fill.Want{
+		Digest:      d,
+		Size:        size,
+		Repository:  repository,
+		Sources:     t.Upstream.Client.Blob(t.Name, d),
+		Connections: t.Upstream.Connections,
+	}, nil
+}
+
+// upstreamSize asks the upstream how long a blob is, once for all who ask.
+func (m *Mirror) upstreamSize(ctx context.Context, t Target, d digest.Digest) (int64, error) {
+	return share(ctx, m, "blob "+t.Repository+"@"+d.String(), func(ctx context.Context) (int64, error) {
+		return t.Upstream.Client.BlobSize(ctx, t.Name, d)
 	})
-	if err != nil {
-		return nil, miss, err
-	}
-	size, err := f.Size(ctx)
-	switch {
-	case err != nil:
-	case known.Size >= 0 && size != known.Size:
-		err = fail(noUpstream, "the blob has %d bytes, its manifest says %d", size, known.Size)
-	case size == 0 && d != d.Algorithm().FromBytes(nil):
-		// There would be no byte to withhold.
-		err = fail(noUpstream, "the upstream says that the blob is empty, and its digest says that it is not")
-	}
-	if err != nil {
-		f.Release()
-		return nil, miss, err
-	}
-	return &liveBlob{fill: f, bytes: size}, stored, nil
 }
 
 // intact reports whether stored bytes can be a blob's, by their length. After a
@@ -115,9 +140,7 @@ func (m *Mirror) member(ctx context.Context, t Target, d digest.Digest) (tree.Me
 	if t.Upstream == nil {
 		return known, fail(unknownContent, "%s is not part of the hosted repository %s", d, t.Repository)
 	}
-	size, err := share(ctx, m, "blob "+t.Repository+"@"+d.String(), func(ctx context.Context) (int64, error) {
-		return t.Upstream.Client.BlobSize(ctx, t.Name, d)
-	})
+	size, err := m.upstreamSize(ctx, t, d)
 	if err != nil {
 		return known, err
 	}
@@ -149,9 +172,7 @@ func (m *Mirror) describeBlob(ctx context.Context, t Target, d digest.Digest) (i
 	if known.Size >= 0 {
 		return known.Size, miss, nil
 	}
-	size, err := share(ctx, m, "blob "+t.Repository+"@"+d.String(), func(ctx context.Context) (int64, error) {
-		return t.Upstream.Client.BlobSize(ctx, t.Name, d)
-	})
+	size, err := m.upstreamSize(ctx, t, d)
 	return size, miss, err
 }
 
@@ -159,76 +180,55 @@ func (m *Mirror) describeBlob(ctx context.Context, t Target, d digest.Digest) (i
 type heldBlob struct {
 	r     io.ReadCloser
 	bytes int64
+	spans []oci.Span
 }
 
 func (b *heldBlob) Close() error { return b.r.Close() }
 func (b *heldBlob) size() int64  { return b.bytes }
 
-func (b *heldBlob) span(_ context.Context, offset, length int64, _ bool) (io.Reader, error) {
+func (b *heldBlob) prepare(_, _ context.Context, spans []oci.Span, _ bool) error {
+	b.spans = spans
+	return nil
+}
+
+func (b *heldBlob) reader(i int) (io.Reader, error) {
+	span := b.spans[i]
 	file, ok := b.r.(io.ReadSeeker)
 	if !ok {
 		return nil, errors.New("mirror: the store's reader cannot seek")
 	}
-	if _, err := file.Seek(offset, io.SeekStart); err != nil {
+	if _, err := file.Seek(span.Offset, io.SeekStart); err != nil {
 		return nil, err
 	}
-	if offset+length == b.bytes {
+	if span.Offset+span.Length == b.bytes {
 		return file, nil
 	}
-	return io.LimitReader(file, length), nil
+	return io.LimitReader(file, span.Length), nil
 }
 
-// liveBlob is a blob that is being filled.
+// liveBlob is a blob that is being filled. All its readers are there from the
+// beginning, so that what they ask for is fetched side by side.
 type liveBlob struct {
-	fill  *fill.Fill
-	bytes int64
+	fill    *fill.Fill
+	bytes   int64
+	readers []*fill.Reader
 }
 
-func (b *liveBlob) Close() error { b.fill.Release(); return nil }
-func (b *liveBlob) size() int64  { return b.bytes }
-
-func (b *liveBlob) span(ctx context.Context, offset, length int64, proven bool) (io.Reader, error) {
-	return b.fill.NewReader(ctx, offset, length, proven), nil
-}
-
-// seeker reads a content at changing places, for multi-range answers.
-type seeker struct {
-	ctx     context.Context
-	content content
-	proven  bool
-	offset  int64
-	reader  io.Reader
-	err     error // the first failure
-}
-
-func (s *seeker) Seek(offset int64, whence int) (int64, error) {
-	switch whence {
-	case io.SeekCurrent:
-		offset += s.offset
-	case io.SeekEnd:
-		offset += s.content.size()
+func (b *liveBlob) Close() error {
+	for _, r := range b.readers {
+		r.Close()
 	}
-	if offset < 0 {
-		return 0, errors.New("seek before the beginning")
-	}
-	s.offset, s.reader = offset, nil
-	return offset, nil
+	b.fill.Release()
+	return nil
 }
 
-func (s *seeker) Read(p []byte) (int, error) {
-	if s.reader == nil {
-		if s.offset >= s.content.size() {
-			return 0, io.EOF
-		}
-		s.reader, s.err = s.content.span(s.ctx, s.offset, s.content.size()-s.offset, s.proven)
-		if s.err != nil {
-			return 0, s.err
-		}
+func (b *liveBlob) size() int64 { return b.bytes }
+
+func (b *liveBlob) prepare(ctx, sending context.Context, spans []oci.Span, proven bool) error {
+	for _, span := range spans {
+		b.readers = append(b.readers, b.fill.NewReader(sending, span.Offset, span.Length, proven))
 	}
-	n, err := s.reader.Read(p)
-	s.offset += int64(n)
-	if err != nil && err != io.EOF {
-		s.err = err
-	}
-	return n, err
+	return b.readers[0].Ready(ctx)
 }
+
+func (b *liveBlob) reader(i int) (io.Reader, error) { return b.readers[i], nil }

@@ -118,5 +118,6 @@ func (m *Mirror) fetch(ctx context.Context, t Target, ref oci.Reference) (*tree.
 		return &tree.Manifest{Digest: got.Digest, Body: got.Body, Manifest: parsed}, nil
 	}
 	m.settle(ctx, manifestKey{t.Repository, got.Digest})
+	m.expect(t, stored.Manifest)
 	return stored, nil
 }

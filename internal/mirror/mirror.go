@@ -53,6 +53,7 @@ type Mirror struct {
 	flights singleflight.Group
 	probes  *lru.Cache[string, tree.Verdict] // verdicts not worth a record
 	told    *lru.Cache[string, time.Time]    // when an upstream's trouble was logged
+	coming  *lru.Cache[member, *layers]      // of manifests that have just come
 }
 
 type tagKey struct{ repository, tag string }
@@ -71,6 +72,7 @@ func New(store storage.Store, log *zap.Logger) *Mirror {
 	m.pending, _ = lru.New[manifestKey, []string](maxTags)
 	m.probes, _ = lru.New[string, tree.Verdict](10_000)
 	m.told, _ = lru.New[string, time.Time](1_000)
+	m.coming, _ = lru.New[member, *layers](10_000)
 	m.fills = fill.NewTable(store, m.tree.LinkBlob, m.filled)
 	return m
 }
@@ -123,8 +125,8 @@ func (m *Mirror) filled(s fill.Summary) {
 	case s.Err == nil:
 		fields = append(fields, zap.Float64("mb_per_s", float64(s.Fetched)/1e6/max(s.Duration.Seconds(), 1e-6)))
 		m.log.Info("filled", fields...)
-	case errors.Is(s.Err, fill.ErrClosed):
-		m.log.Info("fill stopped", fields...)
+	case errors.Is(s.Err, fill.ErrClosed), errors.Is(s.Err, fill.ErrPaused):
+		m.log.Info("fill put away", append(fields, zap.String("reason", s.Err.Error()))...)
 	default:
 		m.log.Warn("fill failed", append(fields, zap.Error(s.Err))...)
 	}

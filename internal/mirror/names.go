@@ -28,6 +28,8 @@ type Upstream struct {
 	Prefix string
 	// TagTTL is how long a tag counts as fresh after it was checked.
 	TagTTL time.Duration
+	// Connections is how many parts of one blob are fetched at once.
+	Connections int
 	// Client asks the registry. It is nil in a wildcard.
 	Client *upstream.Upstream
 	// Open makes the client of a host that a wildcard stands for.

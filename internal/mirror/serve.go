@@ -284,48 +284,96 @@ func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) error {
 			return err
 		}
 	}
+	// Whoever asked for the rest, or for everything, could take it for the
+	// whole. A bounded part or an archive's end is not.
+	spans, proven := ranges.Spans, ranges.Open
+	var sum int64
+	for _, span := range spans {
+		sum += span.Length
+	}
+	if len(spans) == 0 || len(spans) > 1 && sum > size {
+		// More than everything in parts is answered with everything.
+		spans, sum = []oci.Span{{Length: size}}, -1
+	}
+	proven = proven || sum == size || sum < 0
+	if err := content.prepare(ctx, x.r.Context(), spans, proven); err != nil {
+		return err
+	}
 	describe(c)
-	sending := x.r.Context()
-	switch len(ranges.Spans) {
-	case 0:
-		return x.send(sending, content, oci.Span{Length: size}, http.StatusOK, true)
-	case 1:
-		span := ranges.Spans[0]
-		header.Set("Content-Range", span.ContentRange(size))
-		// Whoever asked for the rest, or for everything, could take it for
-		// the whole. A bounded part or an archive's end is not.
-		proven := ranges.Open || span.Length == size
-		return x.send(sending, content, span, http.StatusPartialContent, proven)
+	switch {
+	case sum < 0:
+		x.mirror.ahead(x.target, d)
+		return x.send(content, size, http.StatusOK)
+	case len(spans) == 1:
+		header.Set("Content-Range", spans[0].ContentRange(size))
+		return x.send(content, spans[0].Length, http.StatusPartialContent)
 	default:
-		var sum int64
-		for _, span := range ranges.Spans {
-			sum += span.Length
-		}
-		parts := &seeker{ctx: sending, content: content, proven: sum >= size}
+		parts := &parts{content: content, spans: spans}
 		http.ServeContent(x.w, x.r, "", time.Time{}, parts)
 		if parts.err != nil {
 			x.report.Abort = true
-			return parts.err
 		}
-		return nil
+		return parts.err
 	}
 }
 
 // send sends one span. The length is declared beforehand, always; a body that
 // cannot be completed breaks the connection and is never ended short.
-func (x *exchange) send(ctx context.Context, content content, span oci.Span, status int, proven bool) error {
-	reader, err := content.span(ctx, span.Offset, span.Length, proven)
+func (x *exchange) send(content content, length int64, status int) error {
+	reader, err := content.reader(0)
 	if err != nil {
 		return err
 	}
-	x.w.Header().Set("Content-Length", strconv.FormatInt(span.Length, 10))
+	x.w.Header().Set("Content-Length", strconv.FormatInt(length, 10))
 	x.w.WriteHeader(status)
 	n, err := io.Copy(x.w, reader)
-	if err == nil && n != span.Length {
-		err = fmt.Errorf("%d of %d bytes sent: %w", n, span.Length, io.ErrUnexpectedEOF)
+	if err == nil && n != length {
+		err = fmt.Errorf("%d of %d bytes sent: %w", n, length, io.ErrUnexpectedEOF)
 	}
 	if err != nil {
 		x.report.Abort = true
 	}
 	return err
+}
+
+// parts is the spans of a content, as http.ServeContent comes to them: it
+// seeks to the beginning of one after another.
+type parts struct {
+	content content
+	spans   []oci.Span
+	next    int
+	offset  int64
+	reader  io.Reader
+	err     error // the first failure
+}
+
+func (p *parts) Seek(offset int64, whence int) (int64, error) {
+	switch whence {
+	case io.SeekCurrent:
+		offset += p.offset
+	case io.SeekEnd:
+		offset += p.content.size()
+	}
+	p.offset, p.reader = offset, nil
+	return offset, nil
+}
+
+func (p *parts) Read(b []byte) (int, error) {
+	if p.reader == nil && p.err == nil {
+		if p.next == len(p.spans) || p.spans[p.next].Offset != p.offset {
+			p.err = fmt.Errorf("no part was prepared at %d", p.offset)
+		} else {
+			p.reader, p.err = p.content.reader(p.next)
+			p.next++
+		}
+	}
+	if p.err != nil {
+		return 0, p.err
+	}
+	n, err := p.reader.Read(b)
+	p.offset += int64(n)
+	if err != nil && err != io.EOF {
+		p.err = err
+	}
+	return n, err
 }

@@ -68,6 +68,9 @@ func sweep(spool string) error {
 		return err
 	}
 	for _, entry := range left {
+		if entry.Name() == "fills" {
+			continue
+		}
 		if err := os.RemoveAll(filepath.Join(spool, entry.Name())); err != nil {
 			return err
 		}
@@ -81,7 +84,10 @@ func (s *store) Close() error {
 	return err
 }
 
-func (s *store) Spool() string { return s.spool }
+func (s *store) Spool(name string) (string, error) {
+	dir := filepath.Join(s.root, "mirror", "spool", name)
+	return dir, s.mkdir(dir)
+}
 
 func (s *store) path(key string) (string, error) {
 	if err := storage.CheckKey(key); err != nil {

@@ -1,0 +1,17 @@
+package fill
+
+import "time"
+
+// Tune makes a table work with small sizes, so that tests can have many
+// segments in few bytes.
+func Tune(t *Table, segment, small, least, most, ahead int64) {
+	t.limits.segment, t.limits.small = segment, small
+	t.limits.window = [2]int64{least, most}
+	t.limits.ahead = ahead
+}
+
+// Linger is how long a fill waits for somebody to come back.
+func Linger(t *Table) time.Duration { return t.limits.linger }
+
+// Boot lets a table believe to be in another boot of the machine.
+func Boot(t *Table, boot string) { t.boot = boot }

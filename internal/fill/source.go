@@ -1,0 +1,316 @@
+package fill
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"time"
+)
+
+const (
+	maxSources   = 16                     // remembered per fill
+	patience     = 20 * time.Second       // without a byte, if each source was asked again
+	firstBackoff = 100 * time.Millisecond // doubled up to lastBackoff, with jitter
+	lastBackoff  = 5 * time.Second
+)
+
+// roster is the sources of a fill, and what is known of them. Fill.mu guards
+// it.
+type roster struct {
+	entries []*entry
+	heard   time.Time // when a byte last came from any of them
+	last    error     // the latest trouble with one
+}
+
+type entry struct {
+	source    Source
+	hopeless  bool
+	notBefore time.Time
+	failures  int // in a row, without a byte
+	delivered bool
+}
+
+func (r *roster) add(sources []Source) {
+next:
+	for _, source := range sources {
+		for _, e := range r.entries {
+			if e.source == source {
+				continue next
+			}
+		}
+		if len(r.entries) < maxSources {
+			r.entries = append(r.entries, &entry{source: source})
+		}
+	}
+}
+
+var errNoSource = errors.New("nobody to ask")
+
+// pick returns the source to ask now, or how long to wait until there is one,
+// or why that is of no use any more.
+func (r *roster) pick(now time.Time) (e *entry, wait time.Duration, err error) {
+	wait = -1
+	asked := true
+	for _, e := range r.entries {
+		if e.hopeless {
+			continue
+		}
+		pause := e.notBefore.Sub(now)
+		if pause <= 0 {
+			return e, 0, nil
+		}
+		asked = asked && e.failures >= 2
+		if wait < 0 || pause < wait {
+			wait = pause
+		}
+	}
+	if err = r.last; err == nil {
+		err = errNoSource
+	}
+	if wait < 0 || asked && now.Sub(r.heard)+wait > patience {
+		return nil, 0, err
+	}
+	return nil, wait, nil
+}
+
+// failed notes that a source has failed. It reports whether none need be asked
+// any more.
+func (r *roster) failed(e *entry, err error, now time.Time) (final bool) {
+	r.last = err
+	var last interface{ Final() bool }
+	var hint interface{ Retry() (time.Duration, bool) }
+	after, worthwhile := time.Duration(0), !errors.Is(err, ErrSize)
+	switch {
+	case errors.As(err, &last) && last.Final():
+		return true
+	case worthwhile && errors.As(err, &hint):
+		after, worthwhile = hint.Retry()
+	}
+	if !worthwhile {
+		e.hopeless = true
+		return false
+	}
+	if e.notBefore.After(now) {
+		return false // several connections have failed at once: once is enough
+	}
+	backoff := min(firstBackoff<<min(e.failures, 10), lastBackoff)
+	e.failures++
+	e.notBefore = now.Add(max(after, backoff/2+rand.N(backoff/2)))
+	return false
+}
+
+// blame tells all who delivered that it was wrong. Of several it may have been
+// any. It reports whether there is one left that did not deliver.
+func (f *Fill) blame(err error) (others bool) {
+	f.mu.Lock()
+	var guilty []Source
+	for _, e := range f.sources.entries {
+		if e.delivered {
+			e.hopeless, e.delivered = true, false
+			guilty = append(guilty, e.source)
+		}
+		others = others || !e.hopeless
+	}
+	f.sources.last = err
+	f.mu.Unlock()
+	for _, source := range guilty {
+		source.Blame(err)
+	}
+	return others
+}
+
+// A tap reads a part of the content from one source after another, each going
+// on where the one before failed. It gives up when no source can deliver, or
+// none has for 20 s. It belongs to one goroutine.
+type tap struct {
+	fill       *Fill
+	ctx        context.Context
+	pos, end   int64
+	background bool
+	// opened, which may be nil, is called with each new stream, and may move
+	// pos and end. Its error is not the source's fault, and ends the reading.
+	opened func(*Stream) error
+
+	stream *Stream
+	entry  *entry
+	skip   int64
+}
+
+// Read reads up to end, and only then returns io.EOF.
+func (t *tap) Read(p []byte) (int, error) {
+	for t.pos < t.end {
+		if t.stream == nil {
+			if err := t.open(); err != nil {
+				return 0, err
+			}
+			continue
+		}
+		part := p
+		if t.skip == 0 {
+			part = p[:min(int64(len(p)), t.end-t.pos)]
+		}
+		n, err := t.stream.Read(part)
+		if t.skip > 0 {
+			skipped := min(t.skip, int64(n))
+			t.skip -= skipped
+			n = copy(p, part[skipped:n])
+		}
+		fresh := int(min(int64(n), t.end-t.pos))
+		t.pos += int64(fresh)
+		t.heard(int64(n), fresh > 0)
+		if t.pos == t.end {
+			if err == nil {
+				err = t.finish()
+			}
+			t.Close()
+			if errors.Is(err, ErrSize) {
+				// Somebody else is to deliver the end.
+				t.pos -= int64(fresh)
+				if err := t.failed(err); err != nil {
+					return 0, err
+				}
+				continue
+			}
+		} else if err != nil {
+			from := t.stream.From
+			t.Close()
+			if errors.Is(err, io.EOF) {
+				err = io.ErrUnexpectedEOF
+			}
+			if err := t.failed(fmt.Errorf("%s: cut at %d of %d bytes: %w", from, t.pos, t.fill.key.size, err)); err != nil {
+				return fresh, err
+			}
+		}
+		if fresh > 0 {
+			return fresh, nil
+		}
+	}
+	return 0, io.EOF
+}
+
+// finish looks how a stream ends of which everything has been read: at its end
+// the connection can be used again, and content that goes on beyond its size
+// is not what was promised.
+func (t *tap) finish() error {
+	if t.stream.Whole && t.end < t.fill.key.size {
+		return nil
+	}
+	var more [1]byte
+	if n, _ := t.stream.Read(more[:]); n > 0 && t.end == t.fill.key.size {
+		err := fmt.Errorf("%w: %s delivers more than %d bytes", ErrSize, t.stream.From, t.end)
+		t.entry.source.Blame(err)
+		return err
+	}
+	return nil
+}
+
+// Close ends the stream under way.
+func (t *tap) Close() {
+	if t.stream != nil {
+		t.stream.Close()
+		t.stream = nil
+	}
+}
+
+// open asks the next source, after a pause if need be.
+func (t *tap) open() error {
+	f := t.fill
+	for {
+		f.mu.Lock()
+		e, wait, err := f.sources.pick(time.Now())
+		changed := f.changed
+		f.mu.Unlock()
+		if err != nil {
+			return err
+		}
+		if e == nil {
+			timer := time.NewTimer(wait)
+			select {
+			case <-timer.C:
+			case <-changed: // a joiner may have brought another source
+			case <-t.ctx.Done():
+				timer.Stop()
+				return context.Cause(t.ctx)
+			}
+			timer.Stop()
+			continue
+		}
+		t.entry = e
+		stream, err := e.source.Open(t.ctx, Span{Offset: t.pos, Length: t.end - t.pos, Background: t.background})
+		if t.ctx.Err() != nil {
+			if err == nil {
+				stream.Close()
+			}
+			return context.Cause(t.ctx)
+		}
+		if err == nil {
+			t.stream = stream
+			if stream.Size >= 0 && stream.Size != f.key.size {
+				err = fmt.Errorf("%w: %s has %d bytes, %d were promised", ErrSize, stream.From, stream.Size, f.key.size)
+			} else if t.opened != nil {
+				if err := t.opened(stream); err != nil {
+					t.Close()
+					return err
+				}
+			}
+			if err == nil {
+				err = t.begin(stream)
+			}
+			if err == nil {
+				return nil
+			}
+			t.Close()
+		}
+		if err := t.failed(err); err != nil {
+			return err
+		}
+	}
+}
+
+// begin goes to where the reading is in a stream.
+func (t *tap) begin(stream *Stream) error {
+	f := t.fill
+	if stream.Offset > t.pos {
+		return fmt.Errorf("%s: starts at %d when asked for %d", stream.From, stream.Offset, t.pos)
+	}
+	t.skip = t.pos - stream.Offset
+	f.mu.Lock()
+	f.from = stream.From
+	f.mu.Unlock()
+	return nil
+}
+
+// failed notes that the source has failed, and returns an error if no other
+// need be asked.
+func (t *tap) failed(err error) error {
+	if t.ctx.Err() != nil {
+		return context.Cause(t.ctx)
+	}
+	f := t.fill
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.width = max(1, f.width-1) // it may be that it does not like so many
+	final := f.sources.failed(t.entry, err, time.Now())
+	f.wake() // who gives up waiting wants to say why
+	if final {
+		return err
+	}
+	return nil
+}
+
+// heard notes bytes that came.
+func (t *tap) heard(n int64, fresh bool) {
+	if n == 0 {
+		return
+	}
+	f := t.fill
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.fetched += n
+	if fresh {
+		t.entry.delivered, t.entry.failures = true, 0
+		f.sources.heard = time.Now()
+	}
+}

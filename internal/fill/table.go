@@ -1,0 +1,267 @@
+package fill
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/caddy-registry/mirror/storage"
+)
+
+const (
+	maxLive   = 1024 // fills at once
+	maxParked = 1024 // fills whose files are kept
+)
+
+// key is what makes two wants one fill. Size belongs to it so that a manifest
+// that lies about a size can spoil nobody's fill but its own.
+type key struct {
+	digest digest.Digest
+	size   int64
+}
+
+// name is that of the key's files in the spool directory.
+func (k key) name() string {
+	return k.digest.Algorithm().String() + "-" + k.digest.Encoded() + "-" + strconv.FormatInt(k.size, 10)
+}
+
+// A Table holds the live fills of a store.
+type Table struct {
+	store  storage.Store
+	link   func(ctx context.Context, repository string, asked, canonical digest.Digest) error
+	done   func(Summary)
+	limits limits
+	boot   string
+	spool  string // "": there is none, for spoolErr
+	broken error
+
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	wg     sync.WaitGroup
+
+	mu     sync.Mutex
+	live   map[key]*Fill
+	ending map[key]*Fill // have left, and are putting their files away
+
+	parking sync.Mutex // of whoever removes parked files
+}
+
+// NewTable returns a table that commits to the given store. link makes
+// committed content a member of a repository: asked is the digest it was asked
+// for by, canonical the sha256 it lies under. done, which may be nil, is
+// called at the end of each fill that asked a source.
+//
+// The directory fills in the store's spool is the table's own. What an earlier
+// one left there is used when it is asked for again, within a week.
+func NewTable(store storage.Store, link func(ctx context.Context, repository string, asked, canonical digest.Digest) error, done func(Summary)) *Table {
+	t := &Table{
+		store: store, link: link, done: done, limits: standard, boot: storage.Boot(),
+		live: map[key]*Fill{}, ending: map[key]*Fill{},
+	}
+	t.ctx, t.cancel = context.WithCancelCause(context.Background())
+	if t.spool, t.broken = store.Spool("fills"); t.broken == nil {
+		t.sweep()
+	}
+	return t
+}
+
+// Join returns the fill of the wanted content, starting one if there is none.
+// The caller releases the fill.
+func (t *Table) Join(want Want) (*Fill, error) { return t.join(want, true) }
+
+// Ahead fetches content that somebody will soon ask for, in the background, to
+// its end. Unless there is room for it, it does nothing.
+func (t *Table) Ahead(want Want) {
+	t.mu.Lock()
+	busy := len(t.live) >= maxLive/2
+	t.mu.Unlock()
+	if !busy {
+		t.join(want, false) // closed, or busy after all
+	}
+}
+
+func (t *Table) join(want Want, user bool) (*Fill, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.ctx.Err() != nil {
+		return nil, ErrClosed
+	}
+	k := key{want.Digest, want.Size}
+	if f := t.live[k]; f != nil && f.join(want, user) {
+		return f, nil
+	}
+	if len(t.live)+len(t.ending) >= maxLive {
+		return nil, ErrBusy
+	}
+	f := &Fill{
+		table:        t,
+		key:          k,
+		repository:   want.Repository,
+		started:      time.Now(),
+		gone:         make(chan struct{}),
+		changed:      make(chan struct{}),
+		users:        1, // run
+		repositories: map[string]bool{},
+	}
+	f.ctx, f.cancel = context.WithCancelCause(t.ctx)
+	f.sources.heard = f.started
+	f.progress.width = 1
+	f.connections = 1
+	f.join(want, user)
+	if last := t.ending[k]; last != nil {
+		f.before = last.gone
+	}
+	t.live[k] = f
+	t.wg.Go(f.run)
+	return f, nil
+}
+
+// remove takes a fill out of those that can be joined, if it has not left. It
+// counts as ending until forget. t.mu is held.
+func (t *Table) remove(f *Fill) {
+	if t.live[f.key] == f {
+		delete(t.live, f.key)
+		t.ending[f.key] = f
+	}
+}
+
+// forget says that a fill has left and touches its files no more.
+func (t *Table) forget(f *Fill) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.remove(f)
+	delete(t.ending, f.key)
+	close(f.gone)
+}
+
+// Close ends all fills, waits until they have put their files away, and refuses
+// new ones.
+func (t *Table) Close() {
+	t.mu.Lock()
+	t.cancel(ErrClosed)
+	t.mu.Unlock()
+	t.wg.Wait()
+}
+
+// parked lists the names of fills that are not under way, those longest
+// untouched first.
+func (t *Table) parked() ([]string, error) {
+	entries, err := os.ReadDir(t.spool)
+	if err != nil {
+		return nil, err
+	}
+	t.mu.Lock()
+	busy := t.busy()
+	t.mu.Unlock()
+	type file struct {
+		name    string
+		touched time.Time
+	}
+	newest := map[string]time.Time{}
+	for _, entry := range entries {
+		name := strings.TrimSuffix(entry.Name(), ledgerSuffix)
+		info, err := entry.Info()
+		if err != nil || busy[name] {
+			continue
+		}
+		if touched := info.ModTime(); touched.After(newest[name]) {
+			newest[name] = touched
+		}
+	}
+	var files []file
+	for name, touched := range newest {
+		files = append(files, file{name, touched})
+	}
+	slices.SortFunc(files, func(a, b file) int { return cmp.Or(a.touched.Compare(b.touched), cmp.Compare(a.name, b.name)) })
+	names := make([]string, len(files))
+	for i, f := range files {
+		names[i] = f.name
+	}
+	return names, nil
+}
+
+// discard removes a parked fill's files, unless somebody has come back for
+// them since they were listed.
+func (t *Table) discard(name string) error {
+	path := filepath.Join(t.spool, name)
+	// Renamed under the lock, since removing a large file takes its time.
+	t.mu.Lock()
+	err := errors.ErrUnsupported
+	if !t.busy()[name] {
+		os.Rename(path+ledgerSuffix, path+ledgerSuffix+goneSuffix)
+		if err = os.Rename(path, path+goneSuffix); errors.Is(err, fs.ErrNotExist) {
+			err = nil
+		}
+	}
+	t.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return errors.Join(os.RemoveAll(path+ledgerSuffix+goneSuffix), os.RemoveAll(path+goneSuffix))
+}
+
+// busy are the names of the files that fills are using. t.mu is held.
+func (t *Table) busy() map[string]bool {
+	names := make(map[string]bool, len(t.live)+len(t.ending))
+	for k := range t.live {
+		names[k.name()] = true
+	}
+	for k := range t.ending {
+		names[k.name()] = true
+	}
+	return names
+}
+
+// sweep removes what nobody has come back for, what has no ledger, and what is
+// too much.
+func (t *Table) sweep() {
+	t.parking.Lock()
+	defer t.parking.Unlock()
+	names, err := t.parked()
+	if err != nil {
+		return
+	}
+	for i, name := range names {
+		info, err := os.Stat(filepath.Join(t.spool, name+ledgerSuffix))
+		if err == nil {
+			_, err = os.Stat(filepath.Join(t.spool, name))
+		}
+		if err != nil || time.Since(info.ModTime()) > t.limits.keep || len(names)-i > maxParked {
+			t.discard(name)
+		}
+	}
+}
+
+// reserve sets room aside, and if there is none, gives up parked fills for it,
+// those longest untouched first.
+func (t *Table) reserve(n int64) (storage.Reservation, error) {
+	r, err := t.store.Reserve(n)
+	if !errors.Is(err, storage.ErrFull) {
+		return r, err
+	}
+	t.parking.Lock()
+	defer t.parking.Unlock()
+	names, listErr := t.parked()
+	if listErr != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		if t.discard(name) != nil {
+			continue
+		}
+		if r, err = t.store.Reserve(n); !errors.Is(err, storage.ErrFull) {
+			return r, err
+		}
+	}
+	return nil, err
+}

@@ -1,0 +1,59 @@
+package mirror
+
+import (
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/caddy-registry/mirror/internal/oci"
+)
+
+// layers is what an image consists of, until its first layer is asked for.
+type layers struct {
+	blobs []v1.Descriptor
+	once  sync.Once
+}
+
+type member struct {
+	repository string
+	digest     digest.Digest
+}
+
+// expect remembers the layers of an image that has just come, since they will
+// be asked for one after another.
+func (m *Mirror) expect(t Target, image *oci.Manifest) {
+	if len(image.Blobs) < 3 { // a config, a layer, and nothing to come
+		return
+	}
+	l := &layers{blobs: image.Blobs}
+	for _, d := range image.Blobs[1:] {
+		m.coming.Add(member{t.Repository, d.Digest}, l)
+	}
+}
+
+// ahead begins to fetch the next layers of an image when the first is asked for
+// as a whole: as many as there are connections to fetch one with. Clients ask for three
+// at a time, or for one.
+func (m *Mirror) ahead(t Target, d digest.Digest) {
+	l, ok := m.coming.Get(member{t.Repository, d})
+	if !ok || t.Upstream == nil {
+		return
+	}
+	l.once.Do(func() {
+		for _, d := range l.blobs {
+			m.coming.Remove(member{t.Repository, d.Digest})
+		}
+		next := l.blobs
+		for i, blob := range l.blobs {
+			if blob.Digest == d {
+				next = l.blobs[i+1:]
+			}
+		}
+		for _, blob := range next[:min(len(next), t.Upstream.Connections)] {
+			if want, err := m.want(m.ctx, t, blob.Digest, blob.Size); err == nil {
+				m.fills.Ahead(want)
+			}
+		}
+	})
+}
