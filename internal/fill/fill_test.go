@@ -215,6 +215,10 @@ func TestManyReaders(t *testing.T) {
 			}
 		})
 	}
+	spool, err := x.store.Spool("fills")
+	if err != nil {
+		t.Fatal(err)
+	}
 	files := func() int {
 		entries, err := os.ReadDir("/proc/self/fd")
 		if err != nil {
@@ -222,7 +226,7 @@ func TestManyReaders(t *testing.T) {
 		}
 		n := 0
 		for _, e := range entries {
-			if target, _ := os.Readlink("/proc/self/fd/" + e.Name()); filepath.Dir(target) == x.store.Spool() {
+			if target, _ := os.Readlink("/proc/self/fd/" + e.Name()); filepath.Dir(target) == spool {
 				n++
 			}
 		}

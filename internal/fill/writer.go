@@ -126,7 +126,12 @@ func (w *writer) begin(stream *Stream) error {
 		return err
 	}
 	if w.file == nil {
-		path := filepath.Join(f.table.store.Spool(), "fill-"+f.digest.Encoded()[:16]+"-"+strconv.FormatUint(rand.Uint64(), 36))
+		spool, err := f.table.store.Spool("fills")
+		if err != nil {
+			w.broken = true
+			return fmt.Errorf("spool: %w", err)
+		}
+		path := filepath.Join(spool, "fill-"+f.digest.Encoded()[:16]+"-"+strconv.FormatUint(rand.Uint64(), 36))
 		file, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
 		if err != nil {
 			w.broken = true
