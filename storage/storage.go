@@ -35,8 +35,18 @@ import (
 //
 // Durability. After a Put with [Durable] the value survives a loss of power.
 // With [Lazy] it survives the death of the process, and after a loss of power
-// it may be missing, empty or short: Lazy is for what can be fetched again and
-// is checked before it is trusted.
+// it may be missing, empty, short, or of the right length with wrong bytes:
+// Lazy is for what can be fetched again and is checked before it is trusted. A
+// store brings lazy writes to the disk within a minute or so, and all of them
+// when it is closed. What was deleted shortly before a loss of power may be
+// back after it.
+//
+// Doubt. A store knows which values a loss of power may have damaged, and
+// reports them as [Info].Doubtful, in this process and every later one, until
+// they are vouched for, replaced or deleted. It may report others, too: values
+// of a durable Put that were written at the same time, or vouched for shortly
+// before the loss. A value that is not Doubtful is whole. Get does not tell:
+// it is for what is checked at each reading.
 //
 // Contexts bound the waiting of a backend on a network; a local backend may
 // ignore them.
@@ -60,8 +70,8 @@ type Store interface {
 
 	// PutFile stores the content of the local file at path under key, and
 	// takes the file: when it returns nil, path is gone or about to be. The
-	// file must not be written any more. A file in the directory that Spool
-	// names is moved rather than copied where that is possible.
+	// file must not be written any more. A file in a directory of Spool is
+	// moved rather than copied where that is possible.
 	PutFile(ctx context.Context, key, path string, d Durability) error
 
 	// Delete removes a value.
@@ -74,8 +84,17 @@ type Store interface {
 	// listing may or may not appear. An error ends it.
 	List(ctx context.Context, prefix string, deep bool) iter.Seq2[Info, error]
 
-	// Spool is a local directory, already made, for files on their way into
-	// the store. It belongs to this process alone.
+	// Vouch says that the value of a key has been read and is whole: it is not
+	// Doubtful any more. For a value that is not Doubtful it does nothing.
+	// ModTime may change.
+	Vouch(ctx context.Context, key string) error
+
+	// Spool returns a local directory for files on their way into the store,
+	// and makes it if need be. It belongs to this process alone and outlives
+	// it: what an earlier process left there is still there, and removing it
+	// is up to whoever uses the name. After a loss of power a file may be
+	// missing, short or wrong, unless it was synced. A name is one path
+	// component and begins with a letter; two users need two.
 	Spool(name string) (string, error)
 
 	// Reserve sets n bytes aside for a value that is about to be written, or
@@ -83,7 +102,9 @@ type Store interface {
 	// used counts as used for every later call.
 	Reserve(n int64) (Reservation, error)
 
-	// Close lets go of the store. No other method may be called afterwards.
+	// Close brings what was written lazily to the disk and lets go of the
+	// store. No other method may be called afterwards, also when it fails: an
+	// error means that lazy writes may not survive a loss of power.
 	Close() error
 }
 
@@ -92,6 +113,11 @@ type Info struct {
 	Key     string
 	Size    int64
 	ModTime time.Time
+
+	// Doubtful says that the value was written lazily shortly before a loss of
+	// power. Whoever trusts its bytes hashes them before, and then calls Vouch
+	// or Delete. Open, Stat and List set it.
+	Doubtful bool
 }
 
 // Durability says what a Put must survive.

@@ -212,10 +212,10 @@ func (d *Disk) UnmarshalCaddyfile(tok *caddyfile.Dispenser) error {
 // Identity is the directory, with links resolved.
 func (d *Disk) Identity() string { return "disk:" + d.Directory }
 
-// Open makes the directory, locks it and removes what a killed process left
-// half written.
+// Open makes the directory, locks it, removes what a killed process left half
+// written, and finds out what a loss of power may have damaged.
 func (d *Disk) Open(context.Context) (storage.Store, error) {
-	return open(d.Directory, d.settings)
+	return open(d.Directory, d.settings, thisHost())
 }
 
 // Configure implements [storage.Backend].

@@ -157,8 +157,21 @@ func TestOneProcess(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(filepath.Join(s.Spool(), "half-written"), []byte("x"), 0o600); err != nil {
+		spool, err := s.Spool("parts")
+		if err != nil {
 			t.Fatal(err)
+		}
+		for _, path := range []string{
+			filepath.Join(spool, "part"),
+			filepath.Join(dir, "mirror", "temp", "half-written"),
+			filepath.Join(dir, "mirror", "spool", "4711-123", "of-an-earlier-version"),
+		} {
+			if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(path, []byte("x"), 0o600); err != nil {
+				t.Fatal(err)
+			}
 		}
 		os.Stdout.WriteString("holding\n")
 		os.Stdin.Read(make([]byte, 1)) // until killed
@@ -192,13 +205,18 @@ func TestOneProcess(t *testing.T) {
 	if err != nil {
 		t.Fatalf("twice in one process: %v", err)
 	}
-	left, err := filepath.Glob(filepath.Join(d.Directory, "mirror", "spool", "*", "half-written"))
-	if err != nil || len(left) > 0 {
-		t.Errorf("left by the killed process and not swept: %q, %v", left, err)
+	for pattern, want := range map[string]int{"temp/*": 0, "spool/*": 1, "spool/parts/*": 1} {
+		left, err := filepath.Glob(filepath.Join(d.Directory, "mirror", pattern))
+		if err != nil || len(left) != want {
+			t.Errorf("the killed process has left %q, %v; want %d %s", left, err, want, pattern)
+		}
 	}
-	s.Close()
-	second.Close()
-	if left, err := os.ReadDir(filepath.Join(d.Directory, "mirror", "spool")); err != nil || len(left) > 0 {
+	for _, s := range []storage.Store{s, second} {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if left, err := os.ReadDir(filepath.Join(d.Directory, "mirror", "temp")); err != nil || len(left) > 0 {
 		t.Errorf("left after Close: %v, %v", left, err)
 	}
 }

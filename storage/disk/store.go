@@ -15,6 +15,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/dustin/go-humanize"
 
@@ -22,71 +23,97 @@ import (
 )
 
 // store implements storage.Store on a directory. Every write goes to a file of
-// its own in the spool, which lies on the same filesystem, and is then renamed
-// to its place; so a kill at any moment leaves old or new, and the leftovers
-// in the spool are swept by the next start.
+// its own in mirror/temp or mirror/spool, which lie on the same filesystem, and
+// is then renamed to its place; so a kill at any moment leaves old or new.
 type store struct {
 	root     string
-	spool    string
-	lock     *lock
+	temp     string
+	now      func() time.Time
+	hold     *hold
 	settings atomic.Pointer[settings]
 
 	mu       sync.Mutex
 	reserved uint64 // set aside and not yet used
 }
 
-func open(root string, s settings) (*store, error) {
-	st := &store{root: root}
+func tempDir(root string) string  { return filepath.Join(root, "mirror", "temp") }
+func spoolDir(root string) string { return filepath.Join(root, "mirror", "spool") }
+
+func open(root string, s settings, h host) (*store, error) {
+	st := &store{root: root, temp: tempDir(root), now: h.now}
 	st.settings.Store(&s)
-	if err := st.mkdir(filepath.Join(root, "mirror", "spool")); err != nil {
-		return nil, fmt.Errorf("disk storage: %w; make %s writable for the user that runs this process, or name another directory with `storage disk <directory>`", err, root)
-	}
-	lock, first, err := acquire(filepath.Join(root, "mirror", "lock"), s.fileMode)
-	if err != nil {
-		return nil, fmt.Errorf("disk storage %s: %w", root, err)
-	}
-	st.lock = lock
-	if first {
-		if err := sweep(filepath.Join(root, "mirror", "spool")); err != nil {
-			lock.release()
-			return nil, fmt.Errorf("disk storage: sweeping what an earlier process left: %w", err)
+	for _, dir := range []string{st.temp, spoolDir(root)} {
+		if err := st.mkdir(dir); err != nil {
+			return nil, fmt.Errorf("disk storage: %w; make %s writable for the user that runs this process, or name another directory with `storage disk <directory>`", err, root)
 		}
 	}
-	st.spool, err = os.MkdirTemp(filepath.Join(root, "mirror", "spool"), strconv.Itoa(os.Getpid())+"-")
+	var err error
+	st.hold, err = acquire(filepath.Join(root, "mirror", "lock"), s.fileMode, func() (*group, error) {
+		last, err := arrived(root) // sweeping makes it later
+		if err == nil {
+			err = sweep(root)
+		}
+		if err != nil {
+			return nil, err
+		}
+		return newGroup(root, s.fileMode, h, last)
+	})
 	if err != nil {
-		lock.release()
-		return nil, fmt.Errorf("disk storage: %w", err)
+		return nil, fmt.Errorf("disk storage %s: %w", root, err)
 	}
 	return st, nil
 }
 
-// sweep empties the spool. The lock guarantees that nobody else is writing
-// there.
-func sweep(spool string) error {
-	left, err := os.ReadDir(spool)
-	if err != nil {
+// sweep removes what an earlier process left half written. Spools are their
+// owners', but for those of earlier versions, which began with the number of a
+// process. The lock guarantees that nobody else is writing.
+func sweep(root string) error {
+	remove := func(dir string, ours func(name string) bool) error {
+		left, err := os.ReadDir(dir)
+		for _, entry := range left {
+			if err == nil && ours(entry.Name()) {
+				err = os.RemoveAll(filepath.Join(dir, entry.Name()))
+			}
+		}
+		if err != nil {
+			return fmt.Errorf("sweeping what an earlier process left: %w", err)
+		}
+		return nil
+	}
+	if err := remove(tempDir(root), func(string) bool { return true }); err != nil {
 		return err
 	}
-	for _, entry := range left {
-		if entry.Name() == "fills" {
-			continue
-		}
-		if err := os.RemoveAll(filepath.Join(spool, entry.Name())); err != nil {
-			return err
-		}
+	return remove(spoolDir(root), func(name string) bool { return '0' <= name[0] && name[0] <= '9' })
+}
+
+func (s *store) Close() error {
+	if err := s.hold.release(); err != nil {
+		return fmt.Errorf("disk storage %s: %w", s.root, err)
 	}
 	return nil
 }
 
-func (s *store) Close() error {
-	err := os.RemoveAll(s.spool)
-	s.lock.release()
-	return err
+func (s *store) Spool(name string) (string, error) {
+	if err := storage.CheckKey(name); err != nil || strings.Contains(name, "/") || !isLetter(name[0]) {
+		return "", fmt.Errorf("disk storage: %.200q does not name a spool", name)
+	}
+	dir := filepath.Join(spoolDir(s.root), name)
+	if err := s.mkdir(dir); err != nil {
+		return "", fmt.Errorf("disk storage: making a spool: %w", err)
+	}
+	return dir, nil
 }
 
-func (s *store) Spool(name string) (string, error) {
-	dir := filepath.Join(s.root, "mirror", "spool", name)
-	return dir, s.mkdir(dir)
+func isLetter(c byte) bool { return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' }
+
+// describe is what is known of the value of a key.
+func (s *store) describe(key string, stat fs.FileInfo) storage.Info {
+	return storage.Info{
+		Key:      key,
+		Size:     stat.Size(),
+		ModTime:  stat.ModTime(),
+		Doubtful: s.hold.group.doubt.Load().has(stat.ModTime()),
+	}
 }
 
 func (s *store) path(key string) (string, error) {
@@ -122,7 +149,7 @@ func (s *store) Open(_ context.Context, key string, offset, length int64) (io.Re
 		f.Close()
 		return nil, storage.Info{}, err
 	}
-	info := storage.Info{Key: key, Size: stat.Size(), ModTime: stat.ModTime()}
+	info := s.describe(key, stat)
 	if offset < 0 || offset > info.Size || length > info.Size-offset {
 		f.Close()
 		return nil, storage.Info{}, fmt.Errorf("disk storage: %d bytes from %d do not lie inside the %d of %s", length, offset, info.Size, key)
@@ -168,7 +195,7 @@ func (s *store) Stat(_ context.Context, key string) (storage.Info, error) {
 	if stat.IsDir() {
 		return storage.Info{}, &fs.PathError{Op: "stat", Path: path, Err: fs.ErrNotExist}
 	}
-	return storage.Info{Key: key, Size: stat.Size(), ModTime: stat.ModTime()}, nil
+	return s.describe(key, stat), nil
 }
 
 func (s *store) Put(_ context.Context, key string, data []byte, d storage.Durability) error {
@@ -176,7 +203,7 @@ func (s *store) Put(_ context.Context, key string, data []byte, d storage.Durabi
 	if err != nil {
 		return err
 	}
-	temp := filepath.Join(s.spool, "put-"+strconv.FormatUint(rand.Uint64(), 36))
+	temp := filepath.Join(s.temp, "put-"+strconv.FormatUint(rand.Uint64(), 36))
 	f, err := os.OpenFile(temp, os.O_CREATE|os.O_EXCL|os.O_WRONLY, s.settings.Load().fileMode)
 	if err != nil {
 		return err
@@ -224,7 +251,7 @@ func (s *store) copyIn(_ context.Context, target, path string, d storage.Durabil
 		return err
 	}
 	defer from.Close()
-	temp := filepath.Join(s.spool, "put-"+strconv.FormatUint(rand.Uint64(), 36))
+	temp := filepath.Join(s.temp, "put-"+strconv.FormatUint(rand.Uint64(), 36))
 	to, err := os.OpenFile(temp, os.O_CREATE|os.O_EXCL|os.O_WRONLY, s.settings.Load().fileMode)
 	if err != nil {
 		return err
@@ -269,6 +296,7 @@ func (s *store) move(from, to string, d storage.Durability) error {
 	if d == storage.Durable {
 		return syncPath(dir)
 	}
+	s.hold.group.wrote()
 	return nil
 }
 
@@ -325,6 +353,24 @@ func (s *store) Delete(_ context.Context, key string) error {
 	return &fs.PathError{Op: "unlink", Path: path, Err: err}
 }
 
+// Vouch moves the value's time out of the interval of doubt.
+func (s *store) Vouch(ctx context.Context, key string) error {
+	info, err := s.Stat(ctx, key)
+	if err != nil || !info.Doubtful {
+		return err
+	}
+	path, err := s.path(key)
+	if err != nil {
+		return err
+	}
+	at := s.now()
+	// The clock may have been ahead when the interval was made, or be behind.
+	if to := s.hold.group.doubt.Load().To; !at.After(to) {
+		at = to.Add(time.Second)
+	}
+	return absent(os.Chtimes(path, time.Time{}, at))
+}
+
 func (s *store) List(ctx context.Context, prefix string, deep bool) iter.Seq2[storage.Info, error] {
 	return func(yield func(storage.Info, error) bool) {
 		dir := strings.TrimSuffix(prefix, "/")
@@ -375,7 +421,7 @@ func (s *store) list(ctx context.Context, dir string, deep bool, yield func(stor
 				yield(storage.Info{}, err)
 				return false
 			}
-			if !yield(storage.Info{Key: key, Size: stat.Size(), ModTime: stat.ModTime()}, nil) {
+			if !yield(s.describe(key, stat), nil) {
 				return false
 			}
 		}

@@ -29,7 +29,9 @@ func Test(t *testing.T, open func(t *testing.T) storage.Store) {
 		{"Spans", testSpans},
 		{"Limit", testLimit},
 		{"Replace", testReplace},
+		{"Spool", testSpool},
 		{"PutFile", testPutFile},
+		{"Vouch", testVouch},
 		{"OpenSurvivesDelete", testOpenSurvivesDelete},
 		{"List", testList},
 		{"BadKeys", testBadKeys},
@@ -181,9 +183,70 @@ func testReplace(t *testing.T, s storage.Store) {
 	}
 }
 
+func spool(t *testing.T, s storage.Store, name string) string {
+	t.Helper()
+	dir, err := s.Spool(name)
+	if err != nil {
+		t.Fatalf("Spool %s: %v", name, err)
+	}
+	return dir
+}
+
+func testSpool(t *testing.T, s storage.Store) {
+	file := filepath.Join(spool(t, s, "one"), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if other := spool(t, s, "two"); other == filepath.Dir(file) {
+		t.Errorf("two names have one directory, %s", other)
+	}
+	if again := spool(t, s, "one"); again != filepath.Dir(file) {
+		t.Errorf("one is %s, and was %s", again, filepath.Dir(file))
+	}
+	if _, err := os.Stat(file); err != nil {
+		t.Errorf("what was in the spool: %v", err)
+	}
+	for _, name := range []string{"", ".", "..", "a/b", "/a", "a/", "../a", "1", "4711-1", ".a", "nul\x00"} {
+		if dir, err := s.Spool(name); err == nil {
+			t.Errorf("Spool(%q) is %s", name, dir)
+		}
+	}
+}
+
+// testVouch cannot lose power. It holds a store to what is so without.
+func testVouch(t *testing.T, s storage.Store) {
+	ctx := context.Background()
+	put(t, s, "dir/v", "0123456789")
+	for range 2 {
+		info, err := s.Stat(ctx, "dir/v")
+		if err != nil || info.Doubtful {
+			t.Errorf("Stat: %+v, %v", info, err)
+		}
+		r, info, err := s.Open(ctx, "dir/v", 0, -1)
+		if err != nil || info.Doubtful {
+			t.Fatalf("Open: %+v, %v", info, err)
+		}
+		r.Close()
+		for info, err := range s.List(ctx, "dir/", true) {
+			if err != nil || info.Doubtful {
+				t.Errorf("List: %+v, %v", info, err)
+			}
+		}
+		if err := s.Vouch(ctx, "dir/v"); err != nil {
+			t.Errorf("Vouch: %v", err)
+		}
+		if got := get(t, s, "dir/v"); got != "0123456789" {
+			t.Errorf("%q after Vouch", got)
+		}
+	}
+	wantAbsent(t, "Vouch of nothing", s.Vouch(ctx, "dir/none"))
+	wantAbsent(t, "Vouch of a directory", s.Vouch(ctx, "dir"))
+}
+
 func testPutFile(t *testing.T, s storage.Store) {
 	ctx := context.Background()
-	for _, dir := range []string{s.Spool(), t.TempDir()} {
+	fills := spool(t, s, "fills")
+	for _, dir := range []string{fills, t.TempDir()} {
 		for _, d := range []storage.Durability{storage.Lazy, storage.Durable} {
 			path := filepath.Join(dir, fmt.Sprint("file", d))
 			content := bytes.Repeat([]byte("spooled "), 10_000)
@@ -201,7 +264,7 @@ func testPutFile(t *testing.T, s storage.Store) {
 			}
 		}
 	}
-	if err := s.PutFile(ctx, "a/b/d", filepath.Join(s.Spool(), "none"), storage.Lazy); err == nil {
+	if err := s.PutFile(ctx, "a/b/d", filepath.Join(fills, "none"), storage.Lazy); err == nil {
 		t.Error("PutFile of a file that does not exist succeeded")
 	}
 	_, err := s.Stat(ctx, "a/b/d")
@@ -277,6 +340,9 @@ func testBadKeys(t *testing.T, s storage.Store) {
 		}
 		if err := s.Delete(ctx, key); err == nil {
 			t.Errorf("Delete %.40q succeeded", key)
+		}
+		if err := s.Vouch(ctx, key); err == nil {
+			t.Errorf("Vouch %.40q succeeded", key)
 		}
 	}
 }
