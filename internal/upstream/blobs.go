@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net/http"
 	"net/url"
 	"slices"
@@ -38,30 +37,21 @@ func (u *Upstream) BlobSize(ctx context.Context, repository string, d digest.Dig
 		}
 		// The size is behind a redirect, whose presigned address would refuse
 		// a HEAD. One byte tells it.
-		c.method, c.follow, c.header = http.MethodGet, true, http.Header{"Range": {"bytes=0-0"}}
-		resp, err = e.do(ctx, c)
+		c.method, c.follow = http.MethodGet, true
+		stream, err := e.ask(ctx, c, content{repository, d}, fill.Span{Length: 1})
 		var refused rangeError
-		if errors.As(err, &refused) {
-			if refused.size >= 0 { // an empty blob has no first byte
-				size = refused.size
-				return nil
-			}
-			c.header = nil
-			resp, err = e.do(ctx, c)
+		if errors.As(err, &refused) && refused.size == 0 { // it has no first byte
+			size = 0
+			return nil
 		}
 		if err != nil {
 			return err
 		}
-		defer drain(resp)
-		if resp.StatusCode == http.StatusOK && !webPage(resp.Header) {
-			size = resp.ContentLength
-		} else if _, _, total, ok := contentRange(resp.Header); ok {
-			size = total
-		}
-		if size < 0 {
+		defer stream.Close()
+		io.CopyN(io.Discard, stream, 1) // so that the connection can be used again
+		if size = stream.Size; size < 0 {
 			return &Error{Kind: Invalid, Endpoint: e.name, Reason: "it does not say how long the blob is"}
 		}
-		e.remember(content{repository, d}, resp)
 		return nil
 	})
 	return size, err
@@ -148,22 +138,22 @@ func (b blob) Blame(error) {
 	}
 }
 
-// blob asks for a span, first where a redirect led before, and in the end
-// without a Range.
+// blob asks for a span, first where a redirect led before.
 func (e *endpoint) blob(ctx context.Context, b blob, span fill.Span) (*fill.Stream, error) {
 	c := call{
 		method: http.MethodGet, repository: b.repository, what: "blobs/" + b.digest.String(),
 		header: http.Header{"Accept": {"application/octet-stream, */*"}}, follow: true, must: b.last,
 	}
-	plain := maps.Clone(c.header)
-	if value := rangeOf(span); value != "" {
-		c.header.Set("Range", value)
-	}
-	stream, err := e.revisit(ctx, c, b.content, span)
-	if stream != nil || err != nil {
+	if stream, err := e.revisit(ctx, c, b.content, span); stream != nil || err != nil {
 		return stream, err
 	}
-	stream, err = e.visit(ctx, c, b.content, span)
+	return e.ask(ctx, c, b.content, span)
+}
+
+// ask asks the endpoint for a span, and for the whole where that is not
+// understood.
+func (e *endpoint) ask(ctx context.Context, c call, what content, span fill.Span) (*fill.Stream, error) {
+	stream, err := e.visit(ctx, c.ranged(span), what, span)
 	var refused rangeError
 	switch {
 	case !errors.As(err, &refused):
@@ -173,8 +163,7 @@ func (e *endpoint) blob(ctx context.Context, b blob, span fill.Span) (*fill.Stre
 		failure.Kind, failure.Reason = Invalid, fmt.Sprintf("the blob has %d bytes there, and what follows the first %d was asked for", refused.size, span.Offset)
 		return nil, failure
 	}
-	c.header = plain
-	return e.visit(ctx, c, b.content, span)
+	return e.visit(ctx, c, what, span)
 }
 
 // visit asks the endpoint, and remembers where it redirects to.
@@ -199,7 +188,7 @@ func (e *endpoint) revisit(ctx context.Context, c call, what content, span fill.
 		return nil, nil
 	}
 	c.follow = false
-	resp, err := e.request(ctx, c, target, "")
+	resp, err := e.request(ctx, c.ranged(span), target, "")
 	if err == nil && (resp.StatusCode == http.StatusOK || resp.StatusCode == http.StatusPartialContent) {
 		var stream *fill.Stream
 		if stream, err = e.accept(resp, span); err == nil {

@@ -2,6 +2,7 @@ package upstream
 
 import (
 	"fmt"
+	"maps"
 	"math"
 	"net/http"
 	"strconv"
@@ -41,15 +42,21 @@ func rangeRefused(resp *http.Response) error {
 	return rangeError{-1}
 }
 
-// rangeOf is the header that asks for a span; "" for all there is.
-func rangeOf(span fill.Span) string {
+// ranged is the call with the Range of a span, unless that is all there is.
+func (c call) ranged(span fill.Span) call {
+	var value string
 	switch {
 	case span.Length >= 0:
-		return fmt.Sprintf("bytes=%d-%d", span.Offset, span.Offset+span.Length-1)
+		value = fmt.Sprintf("bytes=%d-%d", span.Offset, span.Offset+span.Length-1)
 	case span.Offset > 0:
-		return fmt.Sprintf("bytes=%d-", span.Offset)
+		value = fmt.Sprintf("bytes=%d-", span.Offset)
+	default:
+		return c
 	}
-	return ""
+	header := http.Header{"Range": {value}}
+	maps.Copy(header, c.header)
+	c.header = header
+	return c
 }
 
 // accept makes a stream of an answer to a request for a span, and closes what
@@ -71,7 +78,9 @@ func (e *endpoint) accept(resp *http.Response, span fill.Span) (*fill.Stream, er
 			if !ok {
 				size = -1
 			}
-			failure.Err = rangeError{size}
+			if resp.Request.Header.Get("Range") != "" {
+				failure.Err = rangeError{size}
+			}
 		}
 	} else {
 		stream.Size, stream.Whole = resp.ContentLength, true
