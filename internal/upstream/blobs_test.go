@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -539,5 +540,66 @@ func TestLastSource(t *testing.T) {
 	sources := u.Blob("a/b", digest.FromString("x"))
 	if len(sources) != 2 || sources[0].(blob).last || !sources[1].(blob).last {
 		t.Errorf("%+v", sources)
+	}
+}
+
+// TestNoPlace: who waits for a stream turns elsewhere after a while; what is
+// asked for in the background waits on.
+func TestNoPlace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		base := mustURL(t, "http://127.0.0.1:1")
+		u, err := new(Pool).Open("reg.test", []Endpoint{{URL: base, Pull: true}, {URL: base, Pull: true, Origin: true}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer u.Close()
+		source := u.Blob("a/b", digest.FromString("x"))[0]
+		places := source.(blob).endpoint.places
+		for range places.limit {
+			if err := places.take(t.Context(), false); err != nil {
+				t.Fatal(err)
+			}
+		}
+		start := time.Now()
+		_, err = source.Open(t.Context(), fill.Span{Length: 1})
+		var failure *Error
+		if !errors.As(err, &failure) || failure.Kind != Unavailable || failure.Upstream != "reg.test" || time.Since(start) != hurry {
+			t.Errorf("after %v: %v", time.Since(start), err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		start = time.Now()
+		if _, err = source.Open(ctx, fill.Span{Length: 1, Background: true}); err != context.DeadlineExceeded || time.Since(start) != time.Hour {
+			t.Errorf("in the background, after %v: %v", time.Since(start), err)
+		}
+	})
+}
+
+// TestTargetSilent: an address that does not answer is forgotten, unless it is
+// the caller who left.
+func TestTargetSilent(t *testing.T) {
+	r, layer, source := pushed(t, nil, regtest.Options{NoToken: true}, 1000)
+	wantSpan(t, source, layer.Data, 0, 100)
+	r.Forget()
+	for _, c := range []struct {
+		cause   error
+		forgets bool
+	}{{errors.New("the caller left"), false}, {ErrSlow, true}} {
+		ctx, cancel := context.WithTimeoutCause(t.Context(), 20*time.Millisecond, c.cause)
+		until := make(chan struct{})
+		r.FailSlowly("/blobs/", until)
+		_, err := source.Open(ctx, fill.Span{Offset: 100, Length: 100})
+		if !errors.Is(err, c.cause) {
+			t.Errorf("%v", err)
+		}
+		cancel()
+		close(until)
+		r.Heal()
+		wantSpan(t, source, layer.Data, 100, 100)
+		registry, _ := asked(r)
+		if (registry > 0) != c.forgets {
+			t.Errorf("%v: the registry was asked %d times", c.cause, registry)
+		}
+		r.Forget()
 	}
 }
