@@ -34,7 +34,7 @@ const (
 const (
 	// DefaultConnections is used where Endpoint.Connections is 0.
 	DefaultConnections = 4
-	// MaxConnections is the largest that makes sense.
+	// MaxConnections bounds what a configuration may ask for.
 	MaxConnections = 64
 	// blobsAtOnce is how many blobs can have all their connections at a time.
 	blobsAtOnce = 4
@@ -72,11 +72,13 @@ type Endpoint struct {
 	AllowPrivate       bool
 	TrustNetworks      []netip.Prefix
 	Timeouts           Timeouts
-	// Connections is how many streams one blob is meant to have at once. The
-	// endpoint delivers four times as many in all.
+	// Connections is how many streams one blob is meant to have at once; 0:
+	// DefaultConnections. The endpoint delivers four times as many in all, of
+	// which the background gets half.
 	Connections int
 	// MinSpeed is the least that a stream has to deliver while there is
-	// another endpoint to turn to.
+	// another endpoint to turn to. One that does not fails with an Error of
+	// kind Unavailable, worth a retry after a minute.
 	MinSpeed Speed
 }
 
