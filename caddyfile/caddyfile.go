@@ -5,6 +5,7 @@ package caddyfile
 import (
 	"errors"
 	"net/netip"
+	"strconv"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
@@ -13,6 +14,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/caddy-registry/mirror/internal/mirror"
+	"github.com/caddy-registry/mirror/internal/upstream"
 	"github.com/caddy-registry/mirror/module"
 )
 
@@ -46,6 +48,8 @@ func init() {
 //			allow_private
 //			tag_ttl  <duration>
 //			timeouts <connect> <header> <stall>
+//			connections <n>
+//			min_speed   <bytes/s> <duration>|off
 //		}
 //	}
 func parseApp(d *caddyfile.Dispenser, earlier any) (any, error) {
@@ -169,6 +173,10 @@ func parseUpstream(d *caddyfile.Dispenser, hosts map[string]bool) (*module.Upstr
 		case "timeouts":
 			u.Timeouts = new(module.Timeouts)
 			err = parseDurations(d, &u.Timeouts.Connect, &u.Timeouts.Header, &u.Timeouts.Stall)
+		case "connections":
+			u.Connections, err = parseConnections(d)
+		case "min_speed":
+			u.MinSpeed, err = parseMinSpeed(d)
 		default:
 			err = d.Errf("unrecognized option %q of upstream", d.Val())
 		}
@@ -264,6 +272,41 @@ func parseDurations(d *caddyfile.Dispenser, into ...*caddy.Duration) error {
 		*into[i] = caddy.Duration(value)
 	}
 	return nil
+}
+
+func parseConnections(d *caddyfile.Dispenser) (int, error) {
+	var arg string
+	if !d.AllArgs(&arg) {
+		return 0, d.ArgErr()
+	}
+	n, err := strconv.Atoi(arg)
+	if err != nil || n < 1 || n > upstream.MaxConnections {
+		return 0, d.Errf("connections: %q is no number from 1 to %d", arg, upstream.MaxConnections)
+	}
+	return n, nil
+}
+
+func parseMinSpeed(d *caddyfile.Dispenser) (*module.MinSpeed, error) {
+	m := new(module.MinSpeed)
+	if !d.NextArg() {
+		return nil, d.ArgErr()
+	}
+	if m.Rate = d.Val(); m.Rate == "off" {
+		if d.NextArg() {
+			return nil, d.ArgErr()
+		}
+		return m, nil
+	}
+	if err := parseDurations(d, &m.Over); err != nil {
+		return nil, err
+	}
+	if m.Over == 0 {
+		return nil, d.Err("min_speed: no average can be taken over 0; off turns it off")
+	}
+	if err := m.Check(); err != nil {
+		return nil, d.WrapErr(err)
+	}
+	return m, nil
 }
 
 // parseMirror sets up the mirror handler.

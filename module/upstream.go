@@ -1,10 +1,12 @@
 package module
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -14,6 +16,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/dustin/go-humanize"
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/mirror"
@@ -69,6 +72,15 @@ type Upstream struct {
 	// How long to wait on the network.
 	Timeouts *Timeouts `json:"timeouts,omitempty"`
 
+	// How many connections a blob is fetched over at once, 1 to 64. Of each
+	// address, all blobs together get four times as many. Default: 4.
+	Connections int `json:"connections,omitempty"`
+
+	// The least that a connection has to deliver of a blob while there is
+	// another address to fetch it from; the last one may be as slow as it
+	// likes. Default: `64KiB` over 30s.
+	MinSpeed *MinSpeed `json:"min_speed,omitempty"`
+
 	host   string // normalised
 	origin Endpoint
 }
@@ -116,6 +128,44 @@ type Timeouts struct {
 	Stall caddy.Duration `json:"stall,omitempty"`
 }
 
+// MinSpeed is an average that a connection must not fall below.
+type MinSpeed struct {
+	// Bytes a second: `64KiB`, `1MB`; or `off`, and then none is too slow.
+	Rate string `json:"rate"`
+	// The time that the average is taken over; none that a reader here lets
+	// pass counts. Default: 30s.
+	Over caddy.Duration `json:"over,omitempty"`
+}
+
+// Check reports what is no speed.
+func (m *MinSpeed) Check() error {
+	_, err := m.speed()
+	return err
+}
+
+// defaultMinSpeed keeps clear of lines that are slow by nature.
+var defaultMinSpeed = upstream.Speed{Bytes: 64 << 10, Over: 30 * time.Second}
+
+// speed is what is meant; nothing written means the default.
+func (m *MinSpeed) speed() (upstream.Speed, error) {
+	switch {
+	case m == nil:
+		return defaultMinSpeed, nil
+	case m.Over < 0:
+		return upstream.Speed{}, errors.New("min_speed: the time cannot be negative")
+	case m.Rate == "off":
+		if m.Over != 0 {
+			return upstream.Speed{}, errors.New("min_speed: off has no time")
+		}
+		return upstream.Speed{}, nil
+	}
+	bytes, err := humanize.ParseBytes(m.Rate)
+	if err != nil || bytes == 0 || bytes > math.MaxInt64 {
+		return upstream.Speed{}, fmt.Errorf("min_speed: %q is neither a number of bytes a second such as 64KiB nor off", m.Rate)
+	}
+	return upstream.Speed{Bytes: int64(bytes), Over: cmp.Or(time.Duration(m.Over), defaultMinSpeed.Over)}, nil
+}
+
 // Check reports what contradicts itself, or cannot be meant. What holds
 // placeholders is looked at again once they are resolved.
 func (u *Upstream) Check() error {
@@ -146,7 +196,10 @@ func (u *Upstream) Check() error {
 	if t := u.Timeouts; t != nil && (t.Connect < 0 || t.Header < 0 || t.Stall < 0) {
 		return errors.New("timeouts: they cannot be negative")
 	}
-	return nil
+	if u.Connections < 0 || u.Connections > upstream.MaxConnections {
+		return fmt.Errorf("connections: %d is not from 1 to %d", u.Connections, upstream.MaxConnections)
+	}
+	return u.MinSpeed.Check()
 }
 
 // Check is like that of Upstream.
@@ -218,9 +271,15 @@ func (u *Upstream) provision(ctx caddy.Context, where string) error {
 			}
 		}
 	}
+	u.Connections = cmp.Or(u.Connections, upstream.DefaultConnections)
+	speed, err := u.MinSpeed.speed()
+	if err != nil {
+		return fmt.Errorf("%s.%w", where, err)
+	}
 	finish := func(e *Endpoint, p proxyChoice) {
 		e.config.Proxy, e.config.ProxyID = p.choose, p.id
 		e.config.InsecureSkipVerify, e.config.AllowPrivate, e.config.Timeouts = u.InsecureSkipVerify, u.AllowPrivate, timeouts
+		e.config.Connections, e.config.MinSpeed = u.Connections, speed
 	}
 	finish(&u.origin, proxy)
 	u.origin.config.Origin = true
@@ -335,7 +394,7 @@ func loadProxy(ctx caddy.Context, owner any, raw json.RawMessage, where string) 
 
 // open makes the registry that the policy works with.
 func (u *Upstream) open(pool *upstream.Pool, trusted []netip.Prefix) (*mirror.Upstream, error) {
-	up := &mirror.Upstream{Name: u.host, PathName: u.PathName, Prefix: u.PathName, TagTTL: time.Minute}
+	up := &mirror.Upstream{Name: u.host, PathName: u.PathName, Prefix: u.PathName, TagTTL: time.Minute, Connections: u.Connections}
 	if u.RepositoryPrefix != nil {
 		up.Prefix = *u.RepositoryPrefix
 	}

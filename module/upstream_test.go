@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -416,4 +417,106 @@ func TestTimeouts(t *testing.T) {
 	}
 	up.FailSlowly("/manifests/", hold)
 	m.wantError(503, oci.CodeUnavailable, "GET", "/v2/library/x/manifests/other", "timeout")
+}
+
+// TestConnections: four times as many blobs come from one address at once.
+func TestConnections(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	const layers = 8
+	for name, c := range map[string]struct {
+		option string
+		most   int
+	}{
+		"default": {"", layers},
+		"one":     {"connections 1", 4},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := start(t, upstreamFor("docker.io", up, c.option), "")
+			var contents []regtest.Content
+			for i := range layers {
+				contents = append(contents, regtest.Random(fmt.Sprint(t.Name(), i), 20_000))
+			}
+			up.Push("library/x", regtest.NewImage(name, contents...), "latest")
+			m.want(200, "GET", "/v2/library/x/manifests/latest")
+			up.Forget()
+			hold := make(chan struct{})
+			up.Fail(regtest.Fault{Path: "/blobs/", Method: "GET", Hold: hold})
+			var all sync.WaitGroup
+			for _, layer := range contents {
+				all.Go(func() {
+					if a := m.do("GET", "/v2/library/x/blobs/"+layer.Digest.String()); !bytes.Equal(a.body, layer.Data) {
+						t.Errorf("status %d, %v: %d bytes, or the wrong ones", a.StatusCode, a.err, len(a.body))
+					}
+				})
+			}
+			eventually(t, "all places to be taken", func() bool { return up.MostBlobs() == c.most })
+			up.Heal()
+			close(hold)
+			all.Wait()
+			if n := up.MostBlobs(); n != c.most {
+				t.Errorf("%d blobs at once, want %d", n, c.most)
+			}
+		})
+	}
+}
+
+// TestMinSpeed: a fetch leaves an address that is too slow for the next, and
+// brings along what it has.
+func TestMinSpeed(t *testing.T) {
+	near, origin := regtest.New(t, regtest.Options{NoToken: true, Rate: 1_000_000}), regtest.New(t, regtest.Options{NoToken: true})
+	image := regtest.NewImage("x", regtest.Random("x", 500_000))
+	layer := image.Blobs[1]
+	for _, r := range []*regtest.Registry{near, origin} {
+		r.Push("library/x", image, "latest")
+	}
+	block := func(option string) string {
+		return fmt.Sprintf("upstream docker.io {\n endpoint %s\n origin %s\n allow_private\n %s\n}", near.URL, origin.URL, option)
+	}
+	for _, c := range []struct {
+		option string
+		leaves bool
+	}{
+		{"min_speed off", false},
+		{"", false}, // 64KiB 30s
+		{"min_speed 100MiB 100ms", true},
+	} {
+		t.Run(c.option, func(t *testing.T) {
+			near.Forget()
+			origin.Forget()
+			m := start(t, block(c.option), "")
+			m.pull("library/x", "latest", image)
+			sent, rest := near.Sent(layer.Digest), origin.Sent(layer.Digest)
+			if c.leaves && (rest == 0 || rest == int64(len(layer.Data))) || !c.leaves && (rest != 0 || sent != int64(len(layer.Data))) {
+				t.Errorf("%d bytes came from the slow one, %d from the other", sent, rest)
+			}
+		})
+	}
+	// The last may be as slow as it is.
+	m := start(t, fmt.Sprintf("upstream docker.io {\n origin %s\n allow_private\n min_speed 100MiB 100ms\n}", near.URL), "")
+	m.pull("library/x", "latest", image)
+}
+
+// TestBadLimits: what a Caddyfile would not let pass does not load from JSON
+// either.
+func TestBadLimits(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	m := start(t, upstreamFor("docker.io", up), "")
+	adapted, err := m.adapt(upstreamFor("docker.io", up, "connections 3"), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for bad, says := range map[string]string{
+		`"connections":65`:                        "connections: 65 is not from 1 to 64",
+		`"connections":-1`:                        "connections: -1 is not from 1 to 64",
+		`"min_speed":{"rate":"fast"}`:             `min_speed: "fast" is neither`,
+		`"min_speed":{"over":"30s"}`:              `min_speed: "" is neither`,
+		`"min_speed":{"rate":"1MB","over":"-1s"}`: "min_speed: the time cannot be negative",
+		`"min_speed":{"rate":"off","over":"1s"}`:  "min_speed: off has no time",
+		`"min_speed":{"rate":"99EB"}`:             `min_speed: "99EB" is neither`,
+	} {
+		err := m.loadJSON(bytes.Replace(adapted, []byte(`"connections":3`), []byte(bad), 1))
+		if err == nil || !strings.Contains(err.Error(), "upstreams[0]") || !strings.Contains(err.Error(), says) {
+			t.Errorf("%s: %v", bad, err)
+		}
+	}
 }

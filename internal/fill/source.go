@@ -92,8 +92,11 @@ func (r *roster) failed(e *entry, err error, now time.Time) (final bool) {
 		e.hopeless = true
 		return false
 	}
-	if e.notBefore.After(now) {
-		return false // several connections have failed at once: once is enough
+	if e.notBefore.After(now) { // several connections have failed at once: once is enough
+		if until := now.Add(after); until.After(e.notBefore) {
+			e.notBefore = until
+		}
+		return false
 	}
 	backoff := min(firstBackoff<<min(e.failures, 10), lastBackoff)
 	e.failures++
@@ -160,20 +163,7 @@ func (t *tap) Read(p []byte) (int, error) {
 		fresh := int(min(int64(n), t.end-t.pos))
 		t.pos += int64(fresh)
 		t.heard(int64(n), fresh > 0)
-		if t.pos == t.end {
-			if err == nil {
-				err = t.finish()
-			}
-			t.Close()
-			if errors.Is(err, ErrSize) {
-				// Somebody else is to deliver the end.
-				t.pos -= int64(fresh)
-				if err := t.failed(err); err != nil {
-					return 0, err
-				}
-				continue
-			}
-		} else if err != nil {
+		if err != nil && t.pos < t.end {
 			from := t.stream.From
 			t.Close()
 			if errors.Is(err, io.EOF) {
@@ -187,23 +177,18 @@ func (t *tap) Read(p []byte) (int, error) {
 			return fresh, nil
 		}
 	}
+	t.finish()
 	return 0, io.EOF
 }
 
-// finish looks how a stream ends of which everything has been read: at its end
-// the connection can be used again, and content that goes on beyond its size
-// is not what was promised.
-func (t *tap) finish() error {
-	if t.stream.Whole && t.end < t.fill.key.size {
-		return nil
+// finish lets a stream of which everything has been read come to its end, so
+// that its connection can be used again.
+func (t *tap) finish() {
+	if t.stream != nil && (!t.stream.Whole || t.end == t.fill.key.size) {
+		var more [1]byte
+		t.stream.Read(more[:])
 	}
-	var more [1]byte
-	if n, _ := t.stream.Read(more[:]); n > 0 && t.end == t.fill.key.size {
-		err := fmt.Errorf("%w: %s delivers more than %d bytes", ErrSize, t.stream.From, t.end)
-		t.entry.source.Blame(err)
-		return err
-	}
-	return nil
+	t.Close()
 }
 
 // Close ends the stream under way.

@@ -28,7 +28,7 @@ type Upstream struct {
 	Prefix string
 	// TagTTL is how long a tag counts as fresh after it was checked.
 	TagTTL time.Duration
-	// Connections is how many parts of one blob are fetched at once.
+	// Connections is how many connections a blob is fetched over at once.
 	Connections int
 	// Client asks the registry. It is nil in a wildcard.
 	Client *upstream.Upstream
@@ -206,7 +206,7 @@ func (u *Upstreams) concrete(entry *Upstream, host string) (*Upstream, error) {
 	if err != nil {
 		return nil, err
 	}
-	up := &Upstream{Name: host, PathName: host, Prefix: host, TagTTL: entry.TagTTL, Client: client}
+	up := &Upstream{Name: host, PathName: host, Prefix: host, TagTTL: entry.TagTTL, Connections: entry.Connections, Client: client}
 	u.opened.Add(host, up)
 	return up, nil
 }

@@ -56,6 +56,14 @@ type Options struct {
 	NoPaging bool
 	// NoDigestHeader leaves Docker-Content-Digest out.
 	NoDigestHeader bool
+	// Rate is how many bytes a second each connection gets of a blob's body;
+	// 0: as many as it takes.
+	Rate int64
+	// Latency is how long the registry and the CDN take before each answer.
+	Latency time.Duration
+	// Target, if set, may change the address at the CDN that a redirect leads
+	// to.
+	Target func(*url.URL)
 }
 
 // A Request is one request as it arrived.
@@ -67,6 +75,7 @@ type Request struct {
 	Range, Accept string
 	Status        int
 	Bytes         int64 // of body sent
+	Conn          int   // numbers the connection it came over
 }
 
 // A Fault spoils answers.
@@ -85,6 +94,12 @@ type Fault struct {
 	// At, if it is above 0, is the number of bytes to send instead.
 	Hold chan struct{}
 	At   int64
+	// Rate is how many bytes a second are sent of the body, and Latency how
+	// long it takes before the answer.
+	Rate    int64
+	Latency time.Duration
+	// Ranged spares requests without a Range.
+	Ranged bool
 	// Count is how often it strikes; 0: always.
 	Count int
 
@@ -108,6 +123,7 @@ type Registry struct {
 	tokens   map[string]granted
 	faults   []*Fault
 	log      []Request
+	watch    watch
 }
 
 type granted struct {
@@ -131,6 +147,7 @@ func New(t testing.TB, opts Options) *Registry {
 		tags:     map[string]map[string]digest.Digest{},
 		tokens:   map[string]granted{},
 	}
+	r.watch.settled.L = &r.mu
 	r.registry = r.serve("registry", r.serveRegistry)
 	r.token = r.serve("token", r.serveToken)
 	r.cdn = r.serve("cdn", r.serveCDN)
@@ -151,22 +168,32 @@ func (r *Registry) serve(name string, handle func(http.ResponseWriter, *http.Req
 	s := &server{addr: "127.0.0.1:0"}
 	s.handler = http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		counted := &counter{ResponseWriter: w, status: 200}
+		conn := req.Context().Value(connKey{}).(int)
+		r.arrives(name, req, conn, counted)
 		defer func() {
 			r.mu.Lock()
 			defer r.mu.Unlock()
+			counted.leave()
 			r.log = append(r.log, Request{
 				Server: name, Method: req.Method, Path: req.URL.Path, Query: req.URL.Query(),
 				Authorization: req.Header.Get("Authorization"),
 				Range:         req.Header.Get("Range"), Accept: req.Header.Get("Accept"),
-				Status: counted.status, Bytes: counted.bytes,
+				Status: counted.status, Bytes: counted.bytes, Conn: conn,
 			})
 		}()
+		if name != "token" {
+			rest(req, r.opts.Latency)
+		}
 		if fault := r.strike(name, req); fault != nil {
 			if fault.wait != nil {
 				select {
 				case <-fault.wait:
 				case <-req.Context().Done():
 				}
+			}
+			rest(req, fault.Latency)
+			if fault.Rate > 0 {
+				counted.rate = fault.Rate
 			}
 			if fault.Status != 0 {
 				for key, values := range fault.Header {
@@ -192,7 +219,7 @@ func (s *server) up() {
 		panic(err)
 	}
 	s.addr = listener.Addr().String()
-	s.http = &http.Server{Handler: s.handler}
+	s.http = &http.Server{Handler: s.handler, ConnContext: numberConn}
 	go s.http.Serve(listener)
 }
 
@@ -275,7 +302,7 @@ func (r *Registry) strike(server string, req *http.Request) *Fault {
 		return nil // at the CDN
 	}
 	for i, f := range r.faults {
-		if !strings.Contains(req.URL.Path, f.Path) || f.Method != "" && f.Method != req.Method {
+		if !strings.Contains(req.URL.Path, f.Path) || f.Method != "" && f.Method != req.Method || f.Ranged && req.Header.Get("Range") == "" {
 			continue
 		}
 		if f.Count > 0 {
@@ -292,6 +319,7 @@ func (r *Registry) strike(server string, req *http.Request) *Fault {
 func (r *Registry) Requests(fits func(Request) bool) []Request {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.settle()
 	var found []Request
 	for _, req := range r.log {
 		if fits(req) {
@@ -301,11 +329,13 @@ func (r *Registry) Requests(fits func(Request) bool) []Request {
 	return found
 }
 
-// Forget empties the log.
+// Forget empties the log, and lets all counting begin anew.
 func (r *Registry) Forget() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.settle()
 	r.log = nil
+	r.watch.conns, r.watch.most = nil, r.watch.busy
 }
 
 // Sent is how many bytes of a blob have been sent.
@@ -432,7 +462,11 @@ func (r *Registry) serveRegistry(w http.ResponseWriter, req *http.Request) {
 		case !ok:
 			refuse(w, http.StatusNotFound, "BLOB_UNKNOWN")
 		case !r.opts.NoRedirect:
-			w.Header().Set("Location", r.cdn.url()+req.URL.Path+"?sig=secret")
+			target, _ := url.Parse(r.cdn.url() + req.URL.Path + "?sig=secret")
+			if r.opts.Target != nil {
+				r.opts.Target(target)
+			}
+			w.Header().Set("Location", target.String())
 			w.WriteHeader(http.StatusTemporaryRedirect)
 		default:
 			r.sendBlob(w, req, found)
@@ -523,28 +557,13 @@ func (r *Registry) serveCDN(w http.ResponseWriter, req *http.Request) {
 
 func (r *Registry) sendBlob(w http.ResponseWriter, req *http.Request, blob Content) {
 	w.Header().Set("Content-Type", "application/octet-stream")
+	if c := counterOf(w); c.rate == 0 {
+		c.rate = r.opts.Rate
+	}
 	if r.opts.IgnoreRange {
 		req.Header.Del("Range")
 	}
 	http.ServeContent(w, req, "", time.Time{}, strings.NewReader(string(blob.Data)))
-}
-
-// counter counts what is sent.
-type counter struct {
-	http.ResponseWriter
-	status int
-	bytes  int64
-}
-
-func (c *counter) WriteHeader(status int) {
-	c.status = status
-	c.ResponseWriter.WriteHeader(status)
-}
-
-func (c *counter) Write(p []byte) (int, error) {
-	n, err := c.ResponseWriter.Write(p)
-	c.bytes += int64(n)
-	return n, err
 }
 
 // spoiler carries out a fault on a body.

@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"strconv"
-	"strings"
+	"net/url"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -37,18 +37,19 @@ func (u *Upstream) BlobSize(ctx context.Context, repository string, d digest.Dig
 		}
 		// The size is behind a redirect, whose presigned address would refuse
 		// a HEAD. One byte tells it.
-		c.method, c.follow, c.header = http.MethodGet, true, http.Header{"Range": {"bytes=0-0"}}
-		resp, err = e.do(ctx, c)
+		c.method, c.follow = http.MethodGet, true
+		stream, err := e.ask(ctx, c, content{repository, d}, fill.Span{Length: 1})
+		var refused rangeError
+		if errors.As(err, &refused) && refused.size == 0 { // it has no first byte
+			size = 0
+			return nil
+		}
 		if err != nil {
 			return err
 		}
-		defer resp.Body.Close()
-		if resp.StatusCode == http.StatusOK && !webPage(resp.Header) {
-			size = resp.ContentLength
-		} else if _, total, ok := contentRange(resp.Header); ok {
-			size = total
-		}
-		if size < 0 {
+		defer stream.Close()
+		io.CopyN(io.Discard, stream, 1) // so that the connection can be used again
+		if size = stream.Size; size < 0 {
 			return &Error{Kind: Invalid, Endpoint: e.name, Reason: "it does not say how long the blob is"}
 		}
 		return nil
@@ -62,131 +63,205 @@ func (u *Upstream) Blob(repository string, d digest.Digest) []fill.Source {
 	var sources []fill.Source
 	for i, e := range u.endpoints {
 		if e.can(toPull) {
-			sources = append(sources, blob{e.endpoint, u.name, repository, d, i == len(u.endpoints)-1})
+			last := !slices.ContainsFunc(u.endpoints[i+1:], func(r ranked) bool { return r.can(toPull) })
+			sources = append(sources, blob{e.endpoint, u.name, content{repository, d}, last})
 		}
 	}
 	return sources
 }
 
 type blob struct {
-	endpoint   *endpoint
-	upstream   string
-	repository string
-	digest     digest.Digest
-	last       bool // nobody else is asked after it
+	endpoint *endpoint
+	upstream string
+	content
+	last bool // nobody else is asked after it
 }
 
 // hurry is how long an endpoint has to begin while there are others.
 const hurry = 5 * time.Second
 
 // Open asks the endpoint once; how long to persist is the fill's to decide.
+// What is asked for in the background waits for its turn however long that
+// takes.
 func (b blob) Open(ctx context.Context, span fill.Span) (*fill.Stream, error) {
-	if at, ok := b.endpoint.blamed.Get(b.digest); ok && b.endpoint.now().Sub(at) < blameMemory && !b.last {
-		return nil, &Error{Kind: Invalid, Upstream: b.upstream, Endpoint: b.endpoint.name, Reason: "it delivered wrong bytes for this blob a while ago"}
+	e := b.endpoint
+	if at, ok := e.blamed.Get(b.digest); ok && e.now().Sub(at) < blameMemory && !b.last {
+		return nil, &Error{Kind: Invalid, Upstream: b.upstream, Endpoint: e.name, Reason: "it delivered wrong bytes for this blob a while ago"}
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
-	if !b.last {
-		defer time.AfterFunc(hurry, func() { cancel(ErrSlow) }).Stop()
+	hasten := func() (stop func() bool) {
+		if b.last {
+			return func() bool { return true }
+		}
+		return time.AfterFunc(hurry, func() { cancel(ErrSlow) }).Stop
 	}
-	stream, err := b.endpoint.blob(ctx, b, span)
-	if err != nil {
+	if !span.Background {
+		defer hasten()()
+	}
+	if err := e.places.take(ctx, span.Background); err != nil {
 		cancel(nil)
+		if errors.Is(err, ErrSlow) {
+			err = &Error{Kind: Unavailable, Upstream: b.upstream, Endpoint: e.name, Reason: fmt.Sprintf("none of its %d streams has come free for %v", e.places.limit, hurry)}
+		}
+		return nil, err
+	}
+	if span.Background {
+		defer hasten()()
+	}
+	free := func() {
+		e.places.give(span.Background)
+		cancel(nil)
+	}
+	stream, err := e.blob(ctx, b, span)
+	if err != nil {
+		free()
 		var failure *Error
 		if errors.As(err, &failure) {
 			failure.Upstream = b.upstream
 		}
 		return nil, err
 	}
-	inner := stream.ReadCloser.(*freeing)
-	free := inner.free
-	inner.free = func() { free(); cancel(nil) }
+	d := stream.ReadCloser.(*delivery)
+	d.blob, d.free = b, free
+	if !b.last && e.minSpeed.Bytes > 0 {
+		d.body.pace = &pace{least: e.minSpeed}
+	}
 	return stream, nil
 }
 
 // Blame implements fill.Source: the endpoint is passed over for this blob for
 // a while, unless there is no other.
-func (b blob) Blame(error) { b.endpoint.blamed.Add(b.digest, b.endpoint.now()) }
+func (b blob) Blame(error) {
+	b.endpoint.blamed.Add(b.digest, b.endpoint.now())
+	if target := b.endpoint.targets.of(b.content); target != nil {
+		b.endpoint.targets.drop(b.content, target)
+	}
+}
 
-func (e *endpoint) blob(ctx context.Context, b blob, span fill.Span) (_ *fill.Stream, err error) {
-	select {
-	case e.streams <- struct{}{}:
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
+// blob asks for a span, first where a redirect led before.
+func (e *endpoint) blob(ctx context.Context, b blob, span fill.Span) (*fill.Stream, error) {
+	c := call{
+		method: http.MethodGet, repository: b.repository, what: "blobs/" + b.digest.String(),
+		header: http.Header{"Accept": {"application/octet-stream, */*"}}, follow: true, must: b.last,
 	}
-	free := func() { <-e.streams }
-	defer func() {
-		if err != nil {
-			free()
-		}
-	}()
-	header := http.Header{"Accept": {"application/octet-stream, */*"}}
+	if stream, err := e.revisit(ctx, c, b.content, span); stream != nil || err != nil {
+		return stream, err
+	}
+	return e.ask(ctx, c, b.content, span)
+}
+
+// ask asks the endpoint for a span, and for the whole where that is not
+// understood.
+func (e *endpoint) ask(ctx context.Context, c call, what content, span fill.Span) (*fill.Stream, error) {
+	stream, err := e.visit(ctx, c.ranged(span), what, span)
+	var refused rangeError
 	switch {
-	case span.Length >= 0:
-		header.Set("Range", fmt.Sprintf("bytes=%d-%d", span.Offset, span.Offset+span.Length-1))
-	case span.Offset > 0:
-		header.Set("Range", fmt.Sprintf("bytes=%d-", span.Offset))
+	case !errors.As(err, &refused):
+		return stream, err
+	case refused.cannotHold(span):
+		failure := err.(*Error)
+		failure.Kind, failure.Reason = Invalid, fmt.Sprintf("the blob has %d bytes there, and what follows the first %d was asked for", refused.size, span.Offset)
+		return nil, failure
 	}
-	resp, err := e.do(ctx, call{method: http.MethodGet, repository: b.repository, what: "blobs/" + b.digest.String(), header: header, follow: true, must: b.last})
+	return e.visit(ctx, c, what, span)
+}
+
+// visit asks the endpoint, and remembers where it redirects to.
+func (e *endpoint) visit(ctx context.Context, c call, what content, span fill.Span) (*fill.Stream, error) {
+	resp, err := e.do(ctx, c)
 	if err != nil {
 		return nil, err
 	}
-	stream := &fill.Stream{ReadCloser: &freeing{resp.Body, free, false}, From: e.name}
-	var odd string
-	if coding := resp.Header.Get("Content-Encoding"); coding != "" && !strings.EqualFold(coding, "identity") {
-		odd = "it encodes the blob as " + coding
-	} else if resp.StatusCode == http.StatusPartialContent {
-		var ok bool
-		if stream.Offset, stream.Size, ok = contentRange(resp.Header); !ok || stream.Offset > span.Offset {
-			odd = "its Content-Range does not fit what was asked for"
+	stream, err := e.accept(resp, span)
+	if err == nil {
+		stream.ReadCloser.(*delivery).target = e.remember(what, resp)
+	}
+	return stream, err
+}
+
+// revisit asks where a redirect led before. It returns nothing if there is no
+// such place, or it is of no use any more: what is said there is not the
+// registry's word, and the registry is to be asked.
+func (e *endpoint) revisit(ctx context.Context, c call, what content, span fill.Span) (*fill.Stream, error) {
+	target := e.targets.of(what)
+	if target == nil {
+		return nil, nil
+	}
+	c.follow = false
+	resp, err := e.request(ctx, c.ranged(span), target, "")
+	if err == nil && (resp.StatusCode == http.StatusOK || resp.StatusCode == http.StatusPartialContent) {
+		var stream *fill.Stream
+		if stream, err = e.accept(resp, span); err == nil {
+			stream.ReadCloser.(*delivery).target = target
+			return stream, nil
 		}
-	} else {
-		stream.Size, stream.Whole = resp.ContentLength, true
-		if webPage(resp.Header) {
-			odd = "it sends a web page instead of the blob"
+	} else if err == nil {
+		drain(resp)
+	}
+	if ctx.Err() != nil && !errors.Is(context.Cause(ctx), ErrSlow) {
+		return nil, context.Cause(ctx)
+	}
+	e.targets.drop(what, target)
+	if ctx.Err() != nil {
+		return nil, &Error{Kind: Unavailable, Endpoint: e.name, Origin: e.origin, Reason: target.Host + ", where it redirected to", Err: ErrSlow}
+	}
+	return nil, nil
+}
+
+// remember keeps the address that a good answer came from, if it is somewhere
+// else, and returns it.
+func (e *endpoint) remember(what content, resp *http.Response) *url.URL {
+	from := resp.Request.URL
+	if e.transports.guard.trusts(from) {
+		return nil
+	}
+	e.targets.remember(what, from)
+	return from
+}
+
+// delivery is the body of an answer that holds a span. It ends with the range
+// that the answer speaks of.
+type delivery struct {
+	body   *body
+	left   int64 // bytes to the end of the range; negative: no end is set
+	blob   blob
+	target *url.URL // where it comes from, if that is elsewhere
+	free   func()   // nil once closed
+}
+
+func (d *delivery) Read(p []byte) (int, error) {
+	if d.left == 0 {
+		// Every byte is here. Reading to the end lets the connection be used
+		// again; how it ends says nothing more.
+		d.body.Read(make([]byte, 1))
+		return 0, io.EOF
+	}
+	if d.left > 0 {
+		p = p[:min(int64(len(p)), d.left)]
+	}
+	n, err := d.body.Read(p)
+	if d.left > 0 {
+		d.left -= int64(n)
+	}
+	if err != nil && !errors.Is(err, io.EOF) {
+		if d.left == 0 {
+			return n, io.EOF
+		}
+		if d.target != nil { // another may do better
+			d.blob.endpoint.targets.drop(d.blob.content, d.target)
+		}
+		if errors.Is(err, errMinSpeed) {
+			err = &Error{Kind: Unavailable, Upstream: d.blob.upstream, Endpoint: d.blob.endpoint.name, Origin: d.blob.endpoint.origin, After: slowPause, Err: err}
 		}
 	}
-	if odd != "" {
-		resp.Body.Close()
-		return nil, &Error{Kind: Invalid, Endpoint: e.name, Status: resp.StatusCode, Reason: odd}
-	}
-	return stream, nil
+	return n, err
 }
 
-// freeing gives back the place among an endpoint's streams.
-type freeing struct {
-	io.ReadCloser
-	free   func()
-	closed bool
-}
-
-func (f *freeing) Close() error {
-	if !f.closed {
-		f.closed = true
-		defer f.free()
+func (d *delivery) Close() error {
+	err := d.body.Close()
+	if d.free != nil {
+		d.free()
+		d.free = nil
 	}
-	return f.ReadCloser.Close()
-}
-
-// webPage reports what a captive portal or a login page sends.
-func webPage(header http.Header) bool {
-	return strings.HasPrefix(header.Get("Content-Type"), "text/html")
-}
-
-// contentRange reads "bytes 100-199/500". The total is -1 where it is "*".
-func contentRange(header http.Header) (start, total int64, ok bool) {
-	value, ok := strings.CutPrefix(header.Get("Content-Range"), "bytes ")
-	if !ok {
-		return 0, 0, false
-	}
-	span, size, ok := strings.Cut(value, "/")
-	from, _, ok2 := strings.Cut(span, "-")
-	start, err := strconv.ParseInt(from, 10, 64)
-	if !ok || !ok2 || err != nil || start < 0 {
-		return 0, 0, false
-	}
-	if size == "*" {
-		return start, -1, true
-	}
-	total, err = strconv.ParseInt(size, 10, 64)
-	return start, total, err == nil && total > start
+	return err
 }

@@ -1,6 +1,7 @@
 package upstream
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -27,8 +28,16 @@ const (
 	userAgent      = "caddy-registry"
 	maxRedirects   = 5
 	maxErrorAnswer = 64 << 10
-	maxStreams     = 16 // blobs at once from one endpoint
 	blameMemory    = 10 * time.Minute
+)
+
+const (
+	// DefaultConnections is used where Endpoint.Connections is 0.
+	DefaultConnections = 4
+	// MaxConnections bounds what a configuration may ask for.
+	MaxConnections = 64
+	// blobsAtOnce is how many blobs can have all their connections at a time.
+	blobsAtOnce = 4
 )
 
 // Timeouts bound the waiting on an endpoint.
@@ -63,14 +72,25 @@ type Endpoint struct {
 	AllowPrivate       bool
 	TrustNetworks      []netip.Prefix
 	Timeouts           Timeouts
+	// Connections is how many streams one blob is meant to have at once; 0:
+	// DefaultConnections. The endpoint delivers four times as many in all, of
+	// which the background gets half.
+	Connections int
+	// MinSpeed is the least that a stream has to deliver while there is
+	// another endpoint to turn to. One that does not fails with an Error of
+	// kind Unavailable, worth a retry after a minute.
+	MinSpeed Speed
 }
+
+// streams is how many the endpoint delivers at once.
+func (e Endpoint) streams() int { return blobsAtOnce * cmp.Or(e.Connections, DefaultConnections) }
 
 // id tells apart endpoints that must not share tokens, connections or health.
 func (e Endpoint) id() string {
 	h := sha256.New()
 	json.NewEncoder(h).Encode([]any{
 		e.URL.String(), e.Origin, e.Credentials, e.ProxyID, e.CA, e.InsecureSkipVerify,
-		e.AllowPrivate, e.TrustNetworks, e.Timeouts,
+		e.AllowPrivate, e.TrustNetworks, e.Timeouts, e.Connections, e.MinSpeed,
 	})
 	return hex.EncodeToString(h.Sum(nil))
 }
@@ -87,7 +107,9 @@ type endpoint struct {
 	tokens     *tokens
 	health     *health
 	stall      time.Duration
-	streams    chan struct{}
+	minSpeed   Speed
+	places     *places
+	targets    *targets
 	blamed     *lru.Cache[digest.Digest, time.Time]
 	configured bool // has credentials
 	now        func() time.Time
@@ -136,7 +158,7 @@ func newEndpoint(cfg Endpoint, now func() time.Time) (*endpoint, error) {
 			TLSHandshakeTimeout:    cfg.Timeouts.Connect,
 			ResponseHeaderTimeout:  cfg.Timeouts.Header,
 			MaxResponseHeaderBytes: 64 << 10,
-			MaxIdleConnsPerHost:    maxStreams,
+			MaxIdleConnsPerHost:    cfg.streams(),
 			IdleConnTimeout:        time.Minute,
 			DisableCompression:     true,
 			ReadBufferSize:         64 << 10,
@@ -158,7 +180,9 @@ func newEndpoint(cfg Endpoint, now func() time.Time) (*endpoint, error) {
 		tokens:     newTokens(cfg.Credentials, t, now),
 		health:     &health{now: now},
 		stall:      cfg.Timeouts.Stall,
-		streams:    make(chan struct{}, maxStreams),
+		minSpeed:   cfg.MinSpeed,
+		places:     &places{limit: cfg.streams()},
+		targets:    newTargets(now),
 		blamed:     blamed,
 		configured: cfg.Credentials != (Credentials{}),
 		now:        now,
@@ -226,7 +250,7 @@ func (e *endpoint) do(ctx context.Context, c call) (*http.Response, error) {
 func (e *endpoint) problem(resp *http.Response, trial bool) *Error {
 	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxErrorAnswer))
 	resp.Body.Close()
-	err := &Error{Endpoint: e.name, Origin: e.origin, Status: resp.StatusCode, Reason: strings.TrimPrefix(theirWords(body), ": ")}
+	err := &Error{Endpoint: e.name, Origin: e.origin, Status: resp.StatusCode, Reason: strings.TrimPrefix(theirWords(body), ": "), Err: rangeRefused(resp)}
 	switch status := resp.StatusCode; {
 	case status == http.StatusNotFound: // registry.k8s.io leaves it to its redirects
 		err.Kind = NotFound
@@ -302,7 +326,7 @@ func (e *endpoint) exchange(ctx context.Context, c call) (*http.Response, error)
 	return e.send(ctx, c, path, fresh)
 }
 
-// send sends one request, and follows redirects if asked to.
+// send sends one request to the endpoint.
 func (e *endpoint) send(ctx context.Context, c call, path, authorization string) (*http.Response, error) {
 	target := *e.base
 	target.Path += "/"
@@ -310,8 +334,12 @@ func (e *endpoint) send(ctx context.Context, c call, path, authorization string)
 		target.Path += path + "/" + c.what
 	}
 	target.RawQuery = c.query.Encode()
+	return e.request(ctx, c, &target, authorization)
+}
+
+// request sends one request to an address, and follows redirects if asked to.
+func (e *endpoint) request(ctx context.Context, c call, at *url.URL, authorization string) (*http.Response, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	at := &target
 	for hop := 0; ; hop++ {
 		req, err := http.NewRequestWithContext(ctx, c.method, at.String(), nil)
 		if err != nil {
@@ -331,11 +359,13 @@ func (e *endpoint) send(ctx context.Context, c call, path, authorization string)
 			cancel(nil)
 			return nil, err
 		}
-		resp.Body = &body{ReadCloser: resp.Body, stall: e.stall, cancel: cancel}
+		resp.Body = &body{ReadCloser: resp.Body, stall: e.stall, cancel: cancel, now: e.now}
 		if !c.follow || !isRedirect(resp.StatusCode) {
 			return resp, nil
 		}
 		location, err := at.Parse(resp.Header.Get("Location"))
+		// To its end, so that the connection can be used again.
+		io.CopyN(io.Discard, resp.Body, 16<<10)
 		resp.Body.(*body).ReadCloser.Close()
 		if err == nil && hop == maxRedirects {
 			err = fmt.Errorf("%w: more than %d redirects", errGuard, maxRedirects)
@@ -357,10 +387,13 @@ func isRedirect(status int) bool {
 }
 
 // body is an answer's body with a watchdog: a read that brings nothing for the
-// stall timeout ends the request.
+// stall timeout ends the request, and so does one that makes the stream too
+// slow.
 type body struct {
 	io.ReadCloser
 	stall  time.Duration
+	pace   *pace // nil: any is good
+	now    func() time.Time
 	cancel context.CancelCauseFunc
 	once   sync.Once
 	timer  *time.Timer
@@ -369,14 +402,29 @@ type body struct {
 var errStalled = errors.New("no byte for the stall timeout")
 
 func (b *body) Read(p []byte) (int, error) {
-	if b.timer == nil {
-		b.timer = time.AfterFunc(b.stall, func() { b.cancel(errStalled) })
-	} else {
-		b.timer.Reset(b.stall)
+	wait := b.stall
+	if b.pace != nil {
+		wait = min(wait, b.pace.left())
 	}
+	if b.timer == nil {
+		b.timer = time.AfterFunc(wait, func() { b.cancel(errStalled) })
+	} else {
+		b.timer.Reset(wait)
+	}
+	start := b.now()
 	n, err := b.ReadCloser.Read(p)
-	if !b.timer.Stop() && err != nil && !errors.Is(err, io.EOF) {
-		err = fmt.Errorf("%w of %v", errStalled, b.stall)
+	expired := !b.timer.Stop()
+	var slow error
+	if b.pace != nil && !errors.Is(err, io.EOF) {
+		if slow = b.pace.add(n, b.now().Sub(start)); slow == nil && expired && wait < b.stall {
+			slow = b.pace.verdict()
+		}
+	}
+	switch {
+	case slow != nil && (err == nil || expired):
+		return n, slow
+	case expired && err != nil && !errors.Is(err, io.EOF):
+		return n, fmt.Errorf("%w of %v", errStalled, b.stall)
 	}
 	return n, err
 }

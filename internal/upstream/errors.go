@@ -1,6 +1,7 @@
 package upstream
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -74,7 +75,8 @@ const longestWait = 20 * time.Second
 func (e *Error) Retry() (after time.Duration, worthwhile bool) {
 	switch e.Kind {
 	case Unavailable:
-		return e.After, e.After <= longestWait
+		// Who is too slow now may be fast again while the others fail.
+		return e.After, e.After <= longestWait || errors.Is(e.Err, errMinSpeed)
 	case RateLimited:
 		return max(e.After, time.Second), e.After <= longestWait
 	}

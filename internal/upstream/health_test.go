@@ -166,17 +166,18 @@ func TestBreakerPauseGrowsWithEachTrial(t *testing.T) {
 func TestBreakerBurst(t *testing.T) {
 	c := newClock()
 	h := &health{now: c.now}
-	for range maxStreams {
+	const burst = blobsAtOnce * DefaultConnections
+	for range burst {
 		if admitted(t, h, false) {
 			t.Fatal("a trial while it is closed")
 		}
 	}
-	for range maxStreams {
+	for range burst {
 		h.failure(false, errDown)
 	}
 	c.advance(breakerFirst)
 	if _, err := h.admit(false); err != nil {
-		t.Errorf("after %d failures at once and %v: %v", maxStreams, breakerFirst, err)
+		t.Errorf("after %d failures at once and %v: %v", burst, breakerFirst, err)
 	}
 }
 
@@ -288,31 +289,41 @@ func TestRateField(t *testing.T) {
 
 func TestContentRange(t *testing.T) {
 	for _, c := range []struct {
-		in           string
-		start, total int64
-		ok           bool
+		in                string
+		start, end, total int64
+		ok                bool
 	}{
-		{"bytes 100-199/500", 100, 500, true},
-		{"bytes 0-0/1", 0, 1, true},
-		{"bytes 100-199/*", 100, -1, true},
-		{"", 0, 0, false},
-		{"bytes", 0, 0, false},
-		{"bytes */500", 0, 0, false},
-		{"bytes 100/500", 0, 0, false},
-		{"bytes 100-199", 0, 0, false},
-		{"bytes 500-599/500", 0, 0, false},
-		{"bytes -1-5/500", 0, 0, false},
-		{"bytes 0-5/-1", 0, 0, false},
-		{"bytes 0-5/x", 0, 0, false},
-		{"bytes x-5/500", 0, 0, false},
-		{"bytes 99999999999999999999-5/500", 0, 0, false},
-		{"items 0-5/500", 0, 0, false},
-		{"0-5/500", 0, 0, false},
+		{"bytes 100-199/500", 100, 199, 500, true},
+		{"bytes 0-0/1", 0, 0, 1, true},
+		{"bytes 100-199/*", 100, 199, -1, true},
+		{"bytes 100-499/500", 100, 499, 500, true},
+		{in: ""},
+		{in: "bytes"},
+		{in: "bytes */500"},
+		{in: "bytes 100/500"},
+		{in: "bytes 100-199"},
+		{in: "bytes 100-/500"},
+		{in: "bytes 199-100/500"},
+		{in: "bytes 100-500/500"},
+		{in: "bytes 500-599/500"},
+		{in: "bytes -1-5/500"},
+		{in: "bytes 0-5/-1"},
+		{in: "bytes 0-5/x"},
+		{in: "bytes 0-x/500"},
+		{in: "bytes x-5/500"},
+		{in: "bytes 99999999999999999999-5/500"},
+		{in: "bytes 0-9223372036854775807/*"}, // one more is no number any more
+		{in: "items 0-5/500"},
+		{in: "0-5/500"},
 	} {
-		start, total, ok := contentRange(http.Header{"Content-Range": {c.in}})
-		if ok != c.ok || ok && (start != c.start || total != c.total) {
-			t.Errorf("contentRange(%q) = %d, %d, %v; want %d, %d, %v", c.in, start, total, ok, c.start, c.total, c.ok)
+		start, end, total, ok := contentRange(http.Header{"Content-Range": {c.in}})
+		if ok != c.ok || ok && (start != c.start || end != c.end || total != c.total) {
+			t.Errorf("contentRange(%q) = %d, %d, %d, %v; want %d, %d, %d, %v", c.in, start, end, total, ok, c.start, c.end, c.total, c.ok)
 		}
+	}
+	multipart := http.Header{"Content-Range": {"bytes 0-1/5"}, "Content-Type": {"multipart/byteranges; boundary=x"}}
+	if _, _, _, ok := contentRange(multipart); ok {
+		t.Error("the parts of a multipart answer are one range")
 	}
 }
 
@@ -321,9 +332,9 @@ func FuzzContentRange(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		start, total, ok := contentRange(http.Header{"Content-Range": {s}})
-		if ok && (start < 0 || total != -1 && total <= start) {
-			t.Errorf("contentRange(%q) = %d, %d", s, start, total)
+		start, end, total, ok := contentRange(http.Header{"Content-Range": {s}})
+		if ok && (start < 0 || end < start || total != -1 && total <= end) {
+			t.Errorf("contentRange(%q) = %d, %d, %d", s, start, end, total)
 		}
 	})
 }
