@@ -8,7 +8,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"strings"
 	"time"
@@ -42,6 +41,7 @@ type Tree struct {
 	records *lru.Cache[string, Record]
 	scanned *lru.Cache[string, struct{}]
 	scans   singleflight.Group
+	proofs  *proofs
 }
 
 type member struct {
@@ -65,13 +65,17 @@ type Member struct {
 	disputed bool // manifests do not agree on its size
 }
 
-// New returns the tree in a store.
+// ErrDamaged is wrapped by the error for content that is in the store and is not
+// what its key says. It counts as absent, and is an fs.ErrNotExist.
+var ErrDamaged = fmt.Errorf("damaged, which counts as absent: %w", fs.ErrNotExist)
+
+// New returns the tree in a store, which it does not close.
 func New(store storage.Store) *Tree {
 	// lru.New fails only for a size below 1.
 	members, _ := lru.New[member, Member](maxMembers)
 	records, _ := lru.New[string, Record](maxRecords)
 	scanned, _ := lru.New[string, struct{}](maxScans)
-	return &Tree{store: store, members: members, records: records, scanned: scanned}
+	return &Tree{store: store, members: members, records: records, scanned: scanned, proofs: newProofs()}
 }
 
 // link reads a link. A link that does not hold a digest, as a crash may leave
@@ -79,14 +83,14 @@ func New(store storage.Store) *Tree {
 func (t *Tree) link(ctx context.Context, key string) (digest.Digest, error) {
 	data, err := t.store.Get(ctx, key, maxLink)
 	if errors.Is(err, storage.ErrTooLarge) {
-		return "", fmt.Errorf("%w: the link %s is damaged: %w", fs.ErrNotExist, key, err)
+		return "", fmt.Errorf("the link %s is %w: %w", key, ErrDamaged, err)
 	}
 	if err != nil {
 		return "", err
 	}
 	d, err := oci.ParseDigest(strings.TrimSpace(string(data)))
 	if err != nil {
-		return "", fmt.Errorf("%w: the link %s is damaged: %w", fs.ErrNotExist, key, err)
+		return "", fmt.Errorf("the link %s is %w: %w", key, ErrDamaged, err)
 	}
 	return d, nil
 }
@@ -107,9 +111,9 @@ type Manifest struct {
 // held for another repository. Bytes that do not match the digest count as
 // absent, so that they are fetched again.
 func (t *Tree) Manifest(ctx context.Context, repository string, d digest.Digest) (*Manifest, error) {
-	m, err := t.linkedManifest(ctx, repository, d)
-	if !errors.Is(err, fs.ErrNotExist) || d.Algorithm() != digest.Canonical {
-		return m, err
+	m, absent := t.linkedManifest(ctx, repository, d)
+	if !errors.Is(absent, fs.ErrNotExist) || d.Algorithm() != digest.Canonical {
+		return m, absent
 	}
 	// Is it the child of an index? After a start that is not known before the
 	// index has been read.
@@ -121,10 +125,11 @@ func (t *Tree) Manifest(ctx context.Context, repository string, d digest.Digest)
 			return nil, err
 		}
 		if known, ok = t.members.Get(member{repository, d}); !ok || !known.Child {
-			return nil, fmt.Errorf("%w: manifest %s is not part of %s", fs.ErrNotExist, d, repository)
+			return nil, fmt.Errorf("manifest %s is not part of %s: %w", d, repository, absent)
 		}
 	}
-	if m, err = t.readManifest(ctx, repository, d, d); err == nil {
+	m, err := t.readManifest(ctx, repository, d, d)
+	if err == nil {
 		err = t.setLink(ctx, layout.RevisionLink(repository, d), d)
 	}
 	return m, err
@@ -148,7 +153,7 @@ func (t *Tree) readManifest(ctx context.Context, repository string, d, canonical
 		return nil, err
 	}
 	if d.Algorithm().FromBytes(body) != d {
-		return nil, fmt.Errorf("%w: the stored bytes of manifest %s are damaged", fs.ErrNotExist, d)
+		return nil, fmt.Errorf("the stored bytes of manifest %s are %w", d, ErrDamaged)
 	}
 	parsed, err := oci.ParseManifest(body)
 	if err != nil {
@@ -332,16 +337,6 @@ func (t *Tree) manifests(ctx context.Context, repository string, visit func(*Man
 		visit(m)
 	}
 	return nil
-}
-
-// OpenBlob opens the bytes of a blob, whoever it belongs to.
-func (t *Tree) OpenBlob(ctx context.Context, canonical digest.Digest) (io.ReadCloser, storage.Info, error) {
-	return t.store.Open(ctx, layout.Blob(canonical), 0, -1)
-}
-
-// StatBlob describes the bytes of a blob, whoever it belongs to.
-func (t *Tree) StatBlob(ctx context.Context, canonical digest.Digest) (storage.Info, error) {
-	return t.store.Stat(ctx, layout.Blob(canonical))
 }
 
 // LinkBlob makes a stored blob a member of a repository, under the digest it

@@ -1,11 +1,9 @@
 package tree
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -35,7 +33,10 @@ func newBench(t *testing.T) *bench {
 	t.Helper()
 	b := &bench{t: t, dir: t.TempDir()}
 	b.open()
-	t.Cleanup(func() { b.store.Close() })
+	t.Cleanup(func() {
+		b.Tree.Close()
+		b.store.Close()
+	})
 	return b
 }
 
@@ -48,6 +49,7 @@ func (b *bench) open() {
 // restart forgets what is only in memory.
 func (b *bench) restart() {
 	b.t.Helper()
+	b.Tree.Close()
 	if err := b.store.Close(); err != nil {
 		b.t.Fatal(err)
 	}
@@ -185,13 +187,15 @@ func TestPutManifestRefusesWhatIsNone(t *testing.T) {
 }
 
 func TestDamagedManifestIsAbsent(t *testing.T) {
-	for name, damage := range map[string]string{"empty": "", "short": `{"schemaVersion":2`, "other": index()} {
+	for name, damage := range map[string]string{"empty": "", "short": `{"schemaVersion":2`, "zeros": strings.Repeat("\x00", 300), "other": index()} {
 		t.Run(name, func(t *testing.T) {
 			b := newBench(t)
 			body := image(digest.FromString("config"))
 			d := b.put("r", body)
 			b.write(layout.Blob(d), []byte(damage))
-			b.wantNoManifest("r", d)
+			if _, err := b.Manifest(t.Context(), "r", d); !errors.Is(err, ErrDamaged) || !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("got %v, want ErrDamaged, which is absence", err)
+			}
 			b.put("r", body) // fetched again
 			b.wantManifest("r", d, body)
 		})
@@ -227,9 +231,17 @@ func TestDamagedLinksAreAbsent(t *testing.T) {
 			b.restart()
 			b.wantNoManifest("r", d)
 			b.wantMember("r", layer, false)
-			if got, err := b.Tag(t.Context(), "r", "latest"); !errors.Is(err, fs.ErrNotExist) {
-				t.Errorf("tag: %q, %v; want fs.ErrNotExist", got, err)
+			if got, err := b.Tag(t.Context(), "r", "latest"); !errors.Is(err, fs.ErrNotExist) || !errors.Is(err, ErrDamaged) {
+				t.Errorf("tag: %q, %v; want ErrDamaged, which is absence", got, err)
 			}
+			// What they led to is put right by the next pull.
+			b.put("r", body)
+			b.layer("r", "a layer")
+			if err := b.SetTag(t.Context(), "r", "latest", d); err != nil {
+				t.Fatal(err)
+			}
+			b.wantManifest("r", d, body)
+			b.wantMember("r", layer, true)
 		})
 	}
 }
@@ -453,30 +465,6 @@ func TestTags(t *testing.T) {
 	b.write(layout.Tags("r")+"-x/current/link", []byte("x"))
 	if tags, err := b.Tags(ctx, "r"); err != nil || len(tags) != 3 {
 		t.Errorf("tags %v, %v", tags, err)
-	}
-}
-
-func TestBlobs(t *testing.T) {
-	b := newBench(t)
-	d := b.blob("some bytes")
-	info, err := b.StatBlob(t.Context(), d)
-	if err != nil || info.Size != 10 {
-		t.Errorf("StatBlob: %+v, %v", info, err)
-	}
-	r, info, err := b.OpenBlob(t.Context(), d)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
-	if data, err := io.ReadAll(r); err != nil || !bytes.Equal(data, []byte("some bytes")) || info.Size != 10 {
-		t.Errorf("OpenBlob: %q, %+v, %v", data, info, err)
-	}
-	absent := digest.FromString("absent")
-	if _, err := b.StatBlob(t.Context(), absent); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("StatBlob of nothing: %v", err)
-	}
-	if _, _, err := b.OpenBlob(t.Context(), absent); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("OpenBlob of nothing: %v", err)
 	}
 }
 

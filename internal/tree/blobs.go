@@ -1,0 +1,148 @@
+package tree
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/singleflight"
+
+	"github.com/caddy-registry/mirror/internal/layout"
+	"github.com/caddy-registry/mirror/storage"
+)
+
+// maxProofs is how many blobs are hashed at once: more would only make the disk
+// seek.
+const maxProofs = 2
+
+var errClosed = errors.New("the store is being closed")
+
+// OpenBlob opens the bytes of a blob, whoever it belongs to. If they may have
+// been damaged by a loss of power, they are hashed first, once for all who ask
+// and whether or not they wait. Bytes that are wrong are deleted, and the error
+// wraps [ErrDamaged] for those who waited.
+func (t *Tree) OpenBlob(ctx context.Context, canonical digest.Digest) (io.ReadCloser, storage.Info, error) {
+	key := layout.Blob(canonical)
+	r, info, err := t.store.Open(ctx, key, 0, -1)
+	if err != nil || !info.Doubtful {
+		return r, info, err
+	}
+	r.Close()
+	if err := t.proveOnce(ctx, canonical); err != nil {
+		return nil, storage.Info{}, err
+	}
+	return t.store.Open(ctx, key, 0, -1)
+}
+
+// StatBlob describes the bytes of a blob, whoever it belongs to. It does not
+// hash doubtful ones, which can take minutes: OpenBlob may then find that a blob
+// StatBlob has described is damaged.
+func (t *Tree) StatBlob(ctx context.Context, canonical digest.Digest) (storage.Info, error) {
+	return t.store.Stat(ctx, layout.Blob(canonical))
+}
+
+// Close ends the hashing of doubtful blobs, and waits for its end. Whoever waits
+// for one gets an error, and so does every later OpenBlob of one. The store may
+// be closed then.
+func (t *Tree) Close() {
+	t.proofs.mu.Lock()
+	t.proofs.closed = true
+	t.proofs.mu.Unlock()
+	t.proofs.cancel(errClosed)
+	t.proofs.wg.Wait()
+}
+
+// proofs are the blobs that are being hashed.
+type proofs struct {
+	flights singleflight.Group
+	slots   chan struct{} // holds a value for each that is being read
+
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	mu     sync.Mutex
+	closed bool           // guarded by mu
+	wg     sync.WaitGroup // added to under mu, while not closed
+}
+
+func newProofs() *proofs {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	return &proofs{slots: make(chan struct{}, maxProofs), ctx: ctx, cancel: cancel}
+}
+
+// proveOnce waits until a blob has been proven. It goes on when nobody waits any
+// more, or a client without patience would never get a large one.
+func (t *Tree) proveOnce(ctx context.Context, canonical digest.Digest) error {
+	p := t.proofs
+	result := p.flights.DoChan(canonical.String(), func() (any, error) {
+		p.mu.Lock()
+		if p.closed {
+			p.mu.Unlock()
+			return nil, errClosed
+		}
+		p.wg.Add(1)
+		p.mu.Unlock()
+		defer p.wg.Done()
+		select {
+		case p.slots <- struct{}{}:
+			defer func() { <-p.slots }()
+		case <-p.ctx.Done():
+			return nil, context.Cause(p.ctx)
+		}
+		return nil, t.prove(p.ctx, canonical)
+	})
+	select {
+	case r := <-result:
+		return r.Err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// prove hashes a doubtful blob, and vouches for it or deletes it.
+func (t *Tree) prove(ctx context.Context, canonical digest.Digest) error {
+	key := layout.Blob(canonical)
+	r, hashed, err := t.store.Open(ctx, key, 0, -1)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	if !hashed.Doubtful { // proven since it was asked for
+		return nil
+	}
+	verifier := canonical.Verifier()
+	if _, err := io.Copy(verifier, untilDone{ctx, r}); err != nil {
+		return fmt.Errorf("hashing the stored bytes of %s: %w", canonical, err)
+	}
+	if verifier.Verified() {
+		// A store that cannot write it down asks again the next time.
+		if err := t.store.Vouch(ctx, key); errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		return nil
+	}
+	// Somebody may have stored the right bytes meanwhile.
+	if now, err := t.store.Stat(ctx, key); err != nil || !now.ModTime.Equal(hashed.ModTime) {
+		return err
+	}
+	if err := t.store.Delete(ctx, key); err != nil {
+		return err
+	}
+	return fmt.Errorf("the stored bytes of %s are %w", canonical, ErrDamaged)
+}
+
+// untilDone is a reader that ends with its context.
+type untilDone struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (u untilDone) Read(p []byte) (int, error) {
+	if u.ctx.Err() != nil {
+		return 0, context.Cause(u.ctx)
+	}
+	return u.r.Read(p)
+}
