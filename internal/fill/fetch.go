@@ -282,11 +282,19 @@ func (f *Fill) drain() {
 }
 
 // await waits for a wake. f.mu is held, and let go meanwhile.
-func (f *Fill) await() {
+func (f *Fill) await() { f.awaitOr(context.Background()) }
+
+// awaitOr waits for a wake or the end of ctx.
+func (f *Fill) awaitOr(ctx context.Context) error {
 	changed := f.changed
 	f.mu.Unlock()
-	<-changed
-	f.mu.Lock()
+	defer f.mu.Lock()
+	select {
+	case <-changed:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // park puts the files of a fill away for the next one. The spans have ended.
@@ -320,7 +328,7 @@ func (f *Fill) pass(cause error, s *spool, sum *proof) error {
 	f.state, f.reached = passing, sum.save(f.key.digest.Algorithm())
 	f.wake()
 	f.mu.Unlock()
-	cause = fmt.Errorf("passed through: %w", cause)
+	cause = fmt.Errorf("%w: %w", ErrPassed, cause)
 	for !f.abandon(cause) {
 		f.mu.Lock()
 		changed, users := f.changed, f.users

@@ -163,6 +163,16 @@ func (p *progress) next(connections int, ahead int64, finish bool) *span {
 	return nil
 }
 
+// has reports whether every segment that bytes lie in is there.
+func (p *progress) has(from, to int64) bool {
+	for i := from / p.segment; i*p.segment < to; i++ {
+		if !p.have.get(i) {
+			return false
+		}
+	}
+	return true
+}
+
 // lacking tells what a span is to do with the next n bytes it has been given:
 // write that many of them, or skip that many, since a span that brings
 // everything meets what is there. What is there may have been read.
