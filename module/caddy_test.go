@@ -21,6 +21,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/opencontainers/go-digest"
 	"go.uber.org/goleak"
 
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
@@ -316,6 +317,19 @@ func forgetRecords(t testing.TB, dir string) {
 	if err := os.RemoveAll(filepath.Join(dir, "mirror", "records")); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// spooled lists what is on its way into a store.
+func spooled(dir string) []string {
+	files, _ := filepath.Glob(filepath.Join(dir, "mirror/spool/*/*"))
+	halves, _ := filepath.Glob(filepath.Join(dir, "mirror/temp/*"))
+	return append(files, halves...)
+}
+
+// kept lists the files of a blob's bytes in a store.
+func kept(dir string, d digest.Digest) []string {
+	files, _ := filepath.Glob(filepath.Join(dir, "docker/registry/v2/blobs/sha256/*/"+d.Encoded()+"/*"))
+	return files
 }
 
 // eventually waits for a condition.
