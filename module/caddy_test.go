@@ -69,7 +69,9 @@ type mirror struct {
 	logs *logs
 	// loaded is when a configuration was last loaded.
 	loaded time.Time
-	died   chan struct{} // of one that is a process of its own; see child
+	// process and died are of one that is a process of its own; see child.
+	process *os.Process
+	died    chan struct{}
 }
 
 // start runs Caddy with the app's options and the site's, as they stand in a
@@ -224,7 +226,7 @@ func (m *mirror) want(status int, method, path string, header ...string) *answer
 	m.t.Helper()
 	a := m.do(method, path, header...)
 	if a.StatusCode != status {
-		m.t.Fatalf("%s %s %q: status %d, want %d: %s", method, path, header, a.StatusCode, status, a.body)
+		m.t.Fatalf("%s %s %q: status %d, want %d: %.300q", method, path, header, a.StatusCode, status, a.body)
 	}
 	if a.err != nil {
 		m.t.Fatalf("%s %s %q: %v", method, path, header, a.err)
