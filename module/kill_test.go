@@ -44,7 +44,7 @@ func runChild() {
 		})
 	}
 	caddy.TrapSignals()
-	adapted, err := adapt(fmt.Sprintf("{\n admin off\n auto_https off\n persist_config off\n registry {\n storage disk %s {\n min_free 1MB\n }\n upstream docker.io {\n origin %s\n allow_private\n }\n }\n}\n%s {\n registry_mirror\n}",
+	adapted, err := adapt(fmt.Sprintf("{\n admin off\n auto_https off\n persist_config off\n grace_period 300ms\n registry {\n storage disk %s {\n min_free 1MB\n }\n upstream docker.io {\n origin %s\n allow_private\n }\n }\n}\n%s {\n registry_mirror\n}",
 		os.Getenv(childDir), os.Getenv(childUpstream), os.Getenv(childURL)))
 	if err == nil {
 		err = caddy.Load(adapted, true)
