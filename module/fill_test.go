@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -412,4 +414,144 @@ func TestStopInMidPull(t *testing.T) {
 	m.pull("library/x", "latest", image)
 	fetched(t, 1.05, layer, up)
 	eventually(t, "nothing to be left over", func() bool { return len(spooled(dir)) == 0 })
+}
+
+// putAway lets a client leave a blob early, and waits until the fill is put
+// away.
+func putAway(t *testing.T, m *mirror, up *regtest.Registry, path string, layer regtest.Content) {
+	t.Helper()
+	before := len(m.logs.with("fill put away"))
+	hold := make(chan struct{})
+	defer close(hold)
+	up.Fail(regtest.Fault{Path: layer.Digest.String(), Hold: hold, Offset: int64(len(layer.Data) * 3 / 10)})
+	resp := m.open("GET", path)
+	if _, err := io.CopyN(io.Discard, resp.Body, int64(len(layer.Data)/4)); err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	eventually(t, "the fill to be put away", func() bool { return len(m.logs.with("fill put away")) > before })
+	up.Heal()
+}
+
+// TestFullDiskInMidBlob: there is no room for the rest of a blob. What is there
+// is used, and not fetched again for it.
+func TestFullDiskInMidBlob(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	layer := regtest.Random("x", 8<<20)
+	image := regtest.NewImage("x", layer)
+	up.Push("library/x", image, "latest")
+	m := start(t, upstreamFor("docker.io", up), "")
+	path := "/v2/library/x/blobs/" + layer.Digest.String()
+	m.want(200, "GET", "/v2/library/x/manifests/latest")
+	putAway(t, m, up, path, layer)
+	there := up.Sent(layer.Digest)
+	if err := m.load("storage disk "+m.dir+" {\n min_free 99.99%\n}\n"+upstreamFor("docker.io", up), ""); err != nil {
+		t.Fatal(err)
+	}
+	m.herd(1, path, layer)()
+	fetched(t, 1.05, layer, up)
+	m.herd(8, path, layer)()
+	if files := kept(m.dir, layer.Digest); len(files) > 0 {
+		t.Errorf("kept: %q", files)
+	}
+	up.Forget()
+	if err := m.load(upstreamFor("docker.io", up), ""); err != nil {
+		t.Fatal(err)
+	}
+	m.pull("library/x", "latest", image)
+	if sent := up.Sent(layer.Digest); sent > int64(len(layer.Data))-there+1<<20 {
+		t.Errorf("%d bytes were fetched, with %d there", sent, there)
+	}
+	eventually(t, "nothing to be left over", func() bool { return len(spooled(m.dir)) == 0 })
+}
+
+// TestDamagedSpool: something happens to the files of a fill that was put away.
+// Wrong bytes never arrive complete, and the blob can be had afterwards.
+func TestDamagedSpool(t *testing.T) {
+	size := int64(8 << 20)
+	damage := func(name string, at int64, p []byte) error {
+		f, err := os.OpenFile(name, os.O_WRONLY, 0)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		_, err = f.WriteAt(p, at)
+		return err
+	}
+	for name, spoil := range map[string]func(data string) error{
+		"no data":              os.Remove,
+		"short data":           func(data string) error { return os.Truncate(data, size/10) },
+		"no ledger":            func(data string) error { return os.Remove(data + ".ledger") },
+		"a byte of the ledger": func(data string) error { return damage(data+".ledger", 300, []byte("?")) },
+		"half a line": func(data string) error {
+			info, err := os.Stat(data + ".ledger")
+			if err != nil {
+				return err
+			}
+			return os.Truncate(data+".ledger", info.Size()-20)
+		},
+	} {
+		for _, restart := range []bool{false, true} {
+			t.Run(fmt.Sprint(name, " ", restart), func(t *testing.T) {
+				up := regtest.New(t, regtest.Options{})
+				layer := regtest.Random("x", int(size))
+				image := regtest.NewImage("x", layer)
+				up.Push("library/x", image, "latest")
+				m := start(t, upstreamFor("docker.io", up), "")
+				path := "/v2/library/x/blobs/" + layer.Digest.String()
+				m.want(200, "GET", "/v2/library/x/manifests/latest")
+				putAway(t, m, up, path, layer)
+				if restart {
+					m.stop()
+				}
+				data := filepath.Join(m.dir, "mirror/spool/fills", fmt.Sprintf("sha256-%s-%d", layer.Digest.Encoded(), size))
+				if err := spoil(data); err != nil {
+					t.Fatal(err)
+				}
+				if restart {
+					if err := m.load(upstreamFor("docker.io", up), ""); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if a := m.do("GET", path); a.err == nil && a.StatusCode == 200 && !bytes.Equal(a.body, layer.Data) {
+					t.Error("wrong bytes arrived complete")
+				}
+				m.pull("library/x", "latest", image)
+				if sent := up.Sent(layer.Digest); sent > size*14/10 {
+					t.Errorf("%d bytes of %d were fetched", sent, size)
+				}
+				eventually(t, "nothing to be left over", func() bool { return len(spooled(m.dir)) == 0 })
+			})
+		}
+	}
+}
+
+// TestPullAhead: the first layer that is asked for brings the next, as many as
+// there are connections.
+func TestPullAhead(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	layers := []regtest.Content{
+		regtest.Random("0", 10_000), regtest.Random("1", 2<<20), regtest.Random("2", 20_000),
+		regtest.Random("3", 3<<20), regtest.Random("4", 10_000),
+	}
+	image := regtest.NewImage("x", layers...)
+	up.Push("library/x", image, "latest")
+	m := start(t, upstreamFor("docker.io", up, "connections 2"), "")
+	m.want(200, "GET", "/v2/library/x/manifests/latest")
+	m.want(206, "GET", "/v2/library/x/blobs/"+layers[1].Digest.String(), "Range", "bytes=0-1")
+	m.want(200, "HEAD", "/v2/library/x/blobs/"+layers[0].Digest.String())
+	m.want(200, "GET", "/v2/library/x/blobs/"+layers[1].Digest.String())
+	eventually(t, "three layers to be there", func() bool { return len(m.logs.with("filled")) == 3 })
+	for i, want := range []bool{false, true, true, true, false} {
+		sent := up.Sent(layers[i].Digest)
+		if want && sent != int64(len(layers[i].Data)) || !want && sent != 0 {
+			t.Errorf("layer %d: %d bytes of %d were fetched", i, sent, len(layers[i].Data))
+		}
+	}
+	m.pull("library/x", "latest", image)
+	for i, layer := range layers {
+		if sent := up.Sent(layer.Digest); sent != int64(len(layer.Data)) {
+			t.Errorf("layer %d: %d bytes of %d were fetched", i, sent, len(layer.Data))
+		}
+	}
 }
