@@ -21,6 +21,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/opencontainers/go-digest"
 	"go.uber.org/goleak"
 
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
@@ -68,7 +69,9 @@ type mirror struct {
 	logs *logs
 	// loaded is when a configuration was last loaded.
 	loaded time.Time
-	died   chan struct{} // of one that is a process of its own; see child
+	// process and died are of one that is a process of its own; see child.
+	process *os.Process
+	died    chan struct{}
 }
 
 // start runs Caddy with the app's options and the site's, as they stand in a
@@ -223,7 +226,7 @@ func (m *mirror) want(status int, method, path string, header ...string) *answer
 	m.t.Helper()
 	a := m.do(method, path, header...)
 	if a.StatusCode != status {
-		m.t.Fatalf("%s %s %q: status %d, want %d: %s", method, path, header, a.StatusCode, status, a.body)
+		m.t.Fatalf("%s %s %q: status %d, want %d: %.300q", method, path, header, a.StatusCode, status, a.body)
 	}
 	if a.err != nil {
 		m.t.Fatalf("%s %s %q: %v", method, path, header, a.err)
@@ -316,6 +319,19 @@ func forgetRecords(t testing.TB, dir string) {
 	if err := os.RemoveAll(filepath.Join(dir, "mirror", "records")); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// spooled lists what is on its way into a store.
+func spooled(dir string) []string {
+	files, _ := filepath.Glob(filepath.Join(dir, "mirror/spool/*/*"))
+	halves, _ := filepath.Glob(filepath.Join(dir, "mirror/temp/*"))
+	return append(files, halves...)
+}
+
+// kept lists the files of a blob's bytes in a store.
+func kept(dir string, d digest.Digest) []string {
+	files, _ := filepath.Glob(filepath.Join(dir, "docker/registry/v2/blobs/sha256/*/"+d.Encoded()+"/*"))
+	return files
 }
 
 // eventually waits for a condition.

@@ -2,11 +2,14 @@ package module_test
 
 import (
 	"bufio"
+	"bytes"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
-	"path/filepath"
+	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -27,17 +30,21 @@ const (
 )
 
 // runChild is a mirror that kills itself, as kill -9 would, when it comes to
-// the failpoint it was told.
+// the failpoint it was told: "name", or "name#n" for the nth time.
 func runChild() {
 	if at := os.Getenv(childDies); at != "" {
+		at, nth, _ := strings.Cut(at, "#")
+		times, _ := strconv.Atoi(nth)
+		var hits atomic.Int64
 		failpoint.Set(func(name string) {
-			if name == at {
+			if name == at && hits.Add(1) == int64(max(times, 1)) {
 				syscall.Kill(os.Getpid(), syscall.SIGKILL)
 				select {}
 			}
 		})
 	}
-	adapted, err := adapt(fmt.Sprintf("{\n admin off\n auto_https off\n persist_config off\n registry {\n storage disk %s {\n min_free 1MB\n }\n upstream docker.io {\n origin %s\n allow_private\n }\n }\n}\n%s {\n registry_mirror\n}",
+	caddy.TrapSignals()
+	adapted, err := adapt(fmt.Sprintf("{\n admin off\n auto_https off\n persist_config off\n grace_period 300ms\n registry {\n storage disk %s {\n min_free 1MB\n }\n upstream docker.io {\n origin %s\n allow_private\n }\n }\n}\n%s {\n registry_mirror\n}",
 		os.Getenv(childDir), os.Getenv(childUpstream), os.Getenv(childURL)))
 	if err == nil {
 		err = caddy.Load(adapted, true)
@@ -76,7 +83,7 @@ func child(t *testing.T, dir, upstream, dies string) *mirror {
 	if lines.Text() != "serving" {
 		t.Fatalf("the child does not serve: %v", cmd.Wait())
 	}
-	m.died = make(chan struct{})
+	m.process, m.died = cmd.Process, make(chan struct{})
 	go func() {
 		cmd.Wait()
 		close(m.died)
@@ -90,76 +97,143 @@ func child(t *testing.T, dir, upstream, dies string) *mirror {
 	return m
 }
 
+// dead waits for a child's end.
+func (m *mirror) dead() {
+	m.t.Helper()
+	select {
+	case <-m.died:
+	case <-time.After(20 * time.Second):
+		m.t.Fatal("the child is still alive")
+	}
+}
+
 // TestKill kills the mirror at each step of a commit. Whatever it had done by
-// then, the next start serves the right bytes, and sweeps what is left.
+// then, the next start serves the right bytes, without the upstream as far as
+// they are stored, and in the end nothing is left over.
 func TestKill(t *testing.T) {
-	for _, at := range []string{
-		"manifest.stored", "manifest.linked", "tag.indexed",
-		"fill.verified", "fill.stored", "fill.linked",
+	const small, large = 700_000, 3 << 20
+	type how int
+	const (
+		pulling  how = iota
+		leaving      // a client goes in the middle
+		stopping     // after a pull
+	)
+	for _, c := range []struct {
+		at   string
+		size int
+		how  how
+		held string // what is there without the upstream
+	}{
+		{"manifest.stored", small, pulling, ""},
+		{"manifest.linked", small, pulling, "digest"},
+		{"tag.indexed", small, pulling, "digest"},
+		{"fill.noted", large, pulling, "digest tag"},
+		{"fill.noted#2", large, pulling, "digest tag"},
+		{"fill.parked", large, leaving, "digest tag"},
+		{"fill.verified", small, pulling, "digest tag"},
+		{"fill.verified", large, pulling, "digest tag"},
+		{"fill.stored", small, pulling, "digest tag layer"},
+		{"fill.stored", large, pulling, "digest tag layer"},
+		{"fill.linked", small, pulling, "digest tag layer"},
+		{"fill.linked", large, pulling, "digest tag layer"},
+		{"store.synced", large, stopping, "digest tag layer"},
+		{"store.marked", small, stopping, "digest tag layer"},
 	} {
-		t.Run(at, func(t *testing.T) {
-			up := regtest.New(t, regtest.Options{})
-			image := regtest.NewImage(at, regtest.Random(at, 700_000))
+		t.Run(fmt.Sprintf("%s %d", c.at, c.size), func(t *testing.T) {
+			up := regtest.New(t, regtest.Options{Rate: 12 << 20})
+			image := regtest.NewImage(c.at, regtest.Random(c.at, c.size))
+			layer := image.Blobs[1]
 			up.Push("library/x", image, "latest")
+			if c.how == leaving {
+				hold := make(chan struct{})
+				defer close(hold)
+				up.Fail(regtest.Fault{Path: layer.Digest.String(), Hold: hold, Offset: 1 << 20})
+			}
 			dir := t.TempDir()
-			doomed := child(t, dir, up.URL, at)
-			for _, path := range []string{
-				"/manifests/latest",
-				"/blobs/" + image.Blobs[0].Digest.String(),
-				"/blobs/" + image.Blobs[1].Digest.String(),
-			} {
+			doomed := child(t, dir, up.URL, c.at)
+			for _, path := range []string{"/manifests/latest", "/blobs/" + layer.Digest.String()} {
 				resp, err := client.Get(doomed.URL + "/v2/library/x" + path)
 				if err != nil {
 					break
 				}
+				if c.how == leaving {
+					io.CopyN(io.Discard, resp.Body, 100_000)
+				} else if body, err := io.ReadAll(resp.Body); err == nil && len(body) == len(layer.Data) && !bytes.Equal(body, layer.Data) {
+					t.Error("wrong bytes arrived complete")
+				}
 				resp.Body.Close()
 			}
-			select {
-			case <-doomed.died:
-			case <-time.After(10 * time.Second):
-				t.Fatal("the child came through without reaching the failpoint")
+			if c.how == stopping {
+				client.CloseIdleConnections()
+				doomed.process.Signal(syscall.SIGTERM)
 			}
+			doomed.dead()
+			up.Heal()
+
 			m := &mirror{t: t, URL: "http://" + freeAddress(t), dir: dir, logs: captureLogs(t)}
 			if err := m.load(upstreamFor("docker.io", up), ""); err != nil {
 				t.Fatal(err)
 			}
 			defer m.stop()
-			if left, _ := filepath.Glob(filepath.Join(dir, "mirror/spool/*/*")); len(left) > 0 {
-				t.Errorf("left in the spool: %q", left)
+			up.Down()
+			for what, path := range map[string]string{
+				"digest": "/manifests/" + image.Digest.String(),
+				"tag":    "/manifests/latest",
+				"layer":  "/blobs/" + layer.Digest.String(),
+			} {
+				if !strings.Contains(c.held, what) {
+					continue // an upstream that is down is waited for
+				}
+				want := image.Data
+				if what == "layer" {
+					want = layer.Data
+				}
+				if a := m.want(200, "GET", "/v2/library/x"+path); !bytes.Equal(a.body, want) {
+					t.Errorf("%s: wrong bytes", what)
+				}
 			}
+			if !strings.Contains(c.held, "layer") && len(kept(dir, layer.Digest)) > 0 {
+				t.Error("the layer is kept, and was not proven")
+			}
+			up.Up()
 			m.pull("library/x", "latest", image)
 			m.pull("library/x", image.Digest.String(), image)
+			eventually(t, "nothing to be left over", func() bool { return len(spooled(dir)) == 0 })
 		})
 	}
 }
 
-// TestKillInMidFill leaves half a blob, which must not be taken for a whole.
+// TestKillInMidFill kills two mirrors in the middle of one blob, and the third
+// fetches only what is missing.
 func TestKillInMidFill(t *testing.T) {
-	up := regtest.New(t, regtest.Options{})
-	image := regtest.NewImage("x", regtest.Random("x", 2<<20))
+	up := regtest.New(t, regtest.Options{Rate: 2 << 20})
+	image := regtest.NewImage("x", regtest.Random("x", 24<<20))
+	layer := image.Blobs[1]
+	size := int64(len(layer.Data))
 	up.Push("library/x", image, "latest")
 	dir := t.TempDir()
-	doomed := child(t, dir, up.URL, "")
-	rest, hold := halfPulled(t, doomed, up, "library/x", image)
-	holder, err := os.ReadFile(filepath.Join(dir, "mirror", "lock"))
-	if err != nil {
-		t.Fatal(err)
+	for _, percent := range []int64{30, 70} {
+		doomed := child(t, dir, up.URL, "")
+		doomed.want(200, "GET", "/v2/library/x/manifests/latest")
+		got := make(chan *answer)
+		go func() { got <- doomed.do("GET", "/v2/library/x/blobs/"+layer.Digest.String()) }()
+		eventually(t, "some of the blob to be sent", func() bool { return up.Sending(layer.Digest) >= size*percent/100 })
+		doomed.process.Kill()
+		if a := <-got; a.err == nil || !bytes.HasPrefix(layer.Data, a.body) {
+			t.Errorf("of half a blob %d bytes arrived, or wrong ones: %v", len(a.body), a.err)
+		}
+		doomed.dead()
+		if files := kept(dir, layer.Digest); len(files) > 0 {
+			t.Errorf("half a blob is kept: %q", files)
+		}
 	}
-	var pid int
-	if _, err := fmt.Sscan(strings.TrimSpace(string(holder)), &pid); err != nil {
-		t.Fatal(err)
-	}
-	syscall.Kill(pid, syscall.SIGKILL)
-	if err := rest(); err == nil {
-		t.Error("half a blob arrived complete")
-	}
-	close(hold)
-	up.Heal()
-	<-doomed.died
-	m := &mirror{t: t, URL: "http://" + freeAddress(t), dir: dir, logs: captureLogs(t)}
-	if err := m.load(upstreamFor("docker.io", up), ""); err != nil {
-		t.Fatal(err)
-	}
-	defer m.stop()
+	m := child(t, dir, up.URL, "")
 	m.pull("library/x", "latest", image)
+	m.pull("library/x", "latest", image)
+	if sent := up.Sent(layer.Digest); sent > size*105/100 {
+		t.Errorf("%d bytes of %d were fetched, %.3f of it", sent, size, float64(sent)/float64(size))
+	} else {
+		t.Logf("%.3f of the blob was fetched", float64(sent)/float64(size))
+	}
+	eventually(t, "nothing to be left over", func() bool { return len(spooled(dir)) == 0 })
 }

@@ -25,7 +25,7 @@ func halfPulled(t *testing.T, m *mirror, up *regtest.Registry, repository string
 	t.Helper()
 	layer := image.Blobs[1]
 	hold = make(chan struct{})
-	up.Fail(regtest.Fault{Path: layer.Digest.String(), Method: "GET", Hold: hold})
+	up.Fail(regtest.Fault{Path: layer.Digest.String(), Method: "GET", Hold: hold, Offset: int64(len(layer.Data) / 2)})
 	m.want(200, "GET", "/v2/"+repository+"/manifests/latest")
 	resp := m.open("GET", "/v2/"+repository+"/blobs/"+layer.Digest.String())
 	begin := make([]byte, len(layer.Data)/4)
@@ -108,7 +108,7 @@ func TestReloadToAnotherStore(t *testing.T) {
 		t.Error(err)
 	}
 	unlocked(t, old)
-	if left, _ := filepath.Glob(filepath.Join(old, "mirror/spool/*")); len(left) > 0 {
+	if left := spooled(old); len(left) > 0 {
 		t.Errorf("left in the old store: %q", left)
 	}
 }

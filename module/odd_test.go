@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/regtest"
@@ -130,7 +131,12 @@ func TestPrivateIsNotListed(t *testing.T) {
 
 // TestBadEndpoint: whatever an endpoint does to a blob, the origin has it.
 func TestBadEndpoint(t *testing.T) {
-	layer := regtest.Random("x", 400_000)
+	for _, size := range []int{400_000, 3 << 20} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) { testBadEndpoint(t, regtest.Random("x", size)) })
+	}
+}
+
+func testBadEndpoint(t *testing.T, layer regtest.Content) {
 	for name, c := range map[string]struct {
 		answer http.HandlerFunc
 		tries  int // until it is found out
@@ -138,13 +144,13 @@ func TestBadEndpoint(t *testing.T) {
 		"another length": {func(w http.ResponseWriter, r *http.Request) { w.Write(layer.Data[:100]) }, 1},
 		"a web page":     {func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "<html>") }, 1},
 		"nothing after its header": {func(w http.ResponseWriter, r *http.Request) {
-			w.Header().Set("Content-Length", "400000")
+			w.Header().Set("Content-Length", strconv.Itoa(len(layer.Data)))
 			w.(http.Flusher).Flush()
 			<-r.Context().Done()
 		}, 1},
 		"no answer": {func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, 1},
 		"wrong bytes, and then a cut": {func(w http.ResponseWriter, r *http.Request) {
-			w.Header().Set("Content-Length", "400000")
+			w.Header().Set("Content-Length", strconv.Itoa(len(layer.Data)))
 			w.Write(make([]byte, 200_000))
 			w.(http.Flusher).Flush()
 			panic(http.ErrAbortHandler)
@@ -216,21 +222,24 @@ func TestOnlyTheOriginTakesTagsAway(t *testing.T) {
 
 // TestDamagedBlob: what a loss of power leaves of a file is fetched again.
 func TestDamagedBlob(t *testing.T) {
-	for _, left := range []int64{0, 1000} {
+	for _, c := range []struct {
+		left int64
+		size int
+	}{{0, 300_000}, {1000, 300_000}, {0, 3 << 20}, {100_000, 3 << 20}} {
 		up := regtest.New(t, regtest.Options{NoToken: true})
-		image := regtest.NewImage("x", regtest.Random("x", 300_000))
+		image := regtest.NewImage("x", regtest.Random("x", c.size))
 		up.Push("library/x", image, "latest")
 		m := start(t, upstreamFor("docker.io", up), "")
 		m.pull("library/x", "latest", image)
 		m.stop()
 		d := image.Blobs[1].Digest
-		if err := os.Truncate(filepath.Join(m.dir, "docker/registry/v2/blobs/sha256", d.Encoded()[:2], d.Encoded(), "data"), left); err != nil {
+		if err := os.Truncate(filepath.Join(m.dir, "docker/registry/v2/blobs/sha256", d.Encoded()[:2], d.Encoded(), "data"), c.left); err != nil {
 			t.Fatal(err)
 		}
 		if err := m.load(upstreamFor("docker.io", up), ""); err != nil {
 			t.Fatal(err)
 		}
-		if a := m.want(200, "HEAD", "/v2/library/x/blobs/"+d.String()); a.ContentLength != 300_000 {
+		if a := m.want(200, "HEAD", "/v2/library/x/blobs/"+d.String()); a.ContentLength != int64(c.size) {
 			t.Errorf("HEAD says %d bytes", a.ContentLength)
 		}
 		m.pull("library/x", "latest", image)
@@ -242,53 +251,91 @@ func TestDamagedBlob(t *testing.T) {
 
 // TestLostEnd: every byte came and only the end of the stream is missing.
 func TestLostEnd(t *testing.T) {
-	image := regtest.NewImage("x", regtest.Random("x", 300_000))
-	layer := image.Blobs[1]
-	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.Method != http.MethodGet || !strings.Contains(r.URL.Path, layer.Digest.String()) {
-			serveContent(w, r, image)
-			return
-		}
-		if r.Header.Get("Range") != "" {
-			w.WriteHeader(http.StatusRequestedRangeNotSatisfiable)
-			return
-		}
-		conn, _, err := w.(http.Hijacker).Hijack()
-		if err != nil {
-			panic(err)
-		}
-		defer conn.Close()
-		fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s", len(layer.Data), layer.Data)
-	}))
-	defer up.Close()
-	m := start(t, fmt.Sprintf("upstream docker.io {\n origin %s\n}", up.URL), "")
-	m.pull("library/x", "latest", image)
+	for _, size := range []int{300_000, 3 << 20} {
+		image := regtest.NewImage("x", regtest.Random("x", size))
+		layer := image.Blobs[1]
+		up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.Method != http.MethodGet || !strings.Contains(r.URL.Path, layer.Digest.String()) {
+				serveContent(w, r, image)
+				return
+			}
+			if r.Header.Get("Range") != "" {
+				w.WriteHeader(http.StatusRequestedRangeNotSatisfiable)
+				return
+			}
+			conn, _, err := w.(http.Hijacker).Hijack()
+			if err != nil {
+				panic(err)
+			}
+			defer conn.Close()
+			fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s", len(layer.Data), layer.Data)
+		}))
+		defer up.Close()
+		m := start(t, fmt.Sprintf("upstream docker.io {\n origin %s\n}", up.URL), "")
+		m.pull("library/x", "latest", image)
+		m.stop()
+	}
 }
 
-// TestUnknownSize: room is set aside for bytes of which nobody said how many
-// there are.
+// TestUnknownSize: how long a blob is is asked for where no manifest tells. Where
+// nobody does, it cannot be had.
 func TestUnknownSize(t *testing.T) {
 	layer := regtest.Random("x", 100_000)
 	manifest := fmt.Sprintf(`{"schemaVersion":1,"mediaType":%q,"name":"x","tag":"l","fsLayers":[{"blobSum":%q}]}`, oci.MediaTypeDockerSchema1, layer.Digest)
-	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if strings.Contains(r.URL.Path, "/manifests/") {
-			io.WriteString(w, manifest)
-			return
-		}
-		w.(http.Flusher).Flush() // no Content-Length
-		w.Write(layer.Data)
-	}))
-	defer up.Close()
-	block := fmt.Sprintf("upstream docker.io {\n origin %s\n}", up.URL)
-	m := start(t, "storage disk "+t.TempDir()+" {\n min_free 99.99%\n}\n"+block, "")
-	m.want(200, "GET", "/v2/library/x/manifests/latest")
-	m.wantError(503, oci.CodeUnavailable, "GET", "/v2/library/x/blobs/"+layer.Digest.String(), "min_free 99.99%")
-	if err := m.load(block, ""); err != nil {
-		t.Fatal(err)
-	}
-	m.want(200, "GET", "/v2/library/x/manifests/latest")
-	if a := m.want(200, "GET", "/v2/library/x/blobs/"+layer.Digest.String()); !bytes.Equal(a.body, layer.Data) {
-		t.Error("wrong bytes")
+	for name, c := range map[string]struct {
+		answer func(w http.ResponseWriter, r *http.Request)
+		served bool
+	}{
+		"by HEAD": {func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodHead {
+				w.Header().Set("Content-Length", "100000")
+				return
+			}
+			w.(http.Flusher).Flush() // no Content-Length
+			w.Write(layer.Data)
+		}, true},
+		"by GET alone": {func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodHead {
+				w.WriteHeader(http.StatusMethodNotAllowed)
+				return
+			}
+			w.Header().Set("Content-Length", "100000")
+			w.Write(layer.Data)
+		}, true},
+		"by ranges alone": {func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodHead {
+				w.(http.Flusher).Flush()
+				return
+			}
+			http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(layer.Data))
+		}, true},
+		"by nothing": {func(w http.ResponseWriter, r *http.Request) {
+			w.(http.Flusher).Flush()
+			w.Write(layer.Data)
+		}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if strings.Contains(r.URL.Path, "/manifests/") {
+					io.WriteString(w, manifest)
+					return
+				}
+				c.answer(w, r)
+			}))
+			defer up.Close()
+			m := start(t, fmt.Sprintf("upstream docker.io {\n origin %s\n}", up.URL), "")
+			m.want(200, "GET", "/v2/library/x/manifests/latest")
+			path := "/v2/library/x/blobs/" + layer.Digest.String()
+			if !c.served {
+				m.wantError(503, oci.CodeUnavailable, "GET", path, "it does not say how long the blob is")
+				return
+			}
+			for range 2 {
+				if a := m.want(200, "GET", path); !bytes.Equal(a.body, layer.Data) {
+					t.Error("wrong bytes")
+				}
+			}
+		})
 	}
 }
 

@@ -189,17 +189,30 @@ func TestCodes(t *testing.T) {
 	m.want(200, "GET", "/v2/library/x/manifests/"+image.Digest.String()) // held
 }
 
-// TestMinFree: until there is another way, a fill that would leave too little
-// is refused, and says by which option.
+// TestMinFree: what would leave too little is passed through and not kept.
 func TestMinFree(t *testing.T) {
-	up := regtest.New(t, regtest.Options{})
-	layer := regtest.Random("x", 1000)
-	up.Push("library/x", regtest.NewImage("x", layer), "latest")
-	m := start(t, "storage disk "+t.TempDir()+" {\n min_free 99.99%\n}\n"+upstreamFor("docker.io", up), "")
-	m.want(200, "GET", "/v2/library/x/manifests/latest")
-	m.wantError(503, oci.CodeUnavailable, "GET", "/v2/library/x/blobs/"+layer.Digest.String(), "min_free 99.99%")
-	if sent := up.Sent(layer.Digest); sent >= 1000 {
-		t.Errorf("%d bytes were fetched to be thrown away", sent)
+	for _, size := range []int{1000, 3 << 20} {
+		up := regtest.New(t, regtest.Options{})
+		layer := regtest.Random("x", size)
+		image := regtest.NewImage("x", layer)
+		up.Push("library/x", image, "latest")
+		m := start(t, "", "")
+		block := "storage disk " + m.dir + " {\n min_free 99.99%\n}\n" + upstreamFor("docker.io", up)
+		if err := m.load(block, ""); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			m.pull("library/x", "latest", image)
+		}
+		failed := m.logs.with("fill failed")
+		if len(failed) == 0 || !strings.Contains(fmt.Sprint(failed[0]["error"]), "min_free 99.99%") {
+			t.Errorf("the log does not name the option: %v", failed)
+		}
+		if kept := kept(m.dir, layer.Digest); len(kept) > 0 {
+			t.Errorf("kept: %q", kept)
+		}
+		eventually(t, "nothing to be left in the spool", func() bool { return len(spooled(m.dir)) == 0 })
+		m.stop()
 	}
 }
 

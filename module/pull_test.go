@@ -174,7 +174,7 @@ func TestEveryRequesterLeaves(t *testing.T) {
 	m := start(t, upstreamFor("docker.io", up), "")
 	layer := image.Blobs[1]
 	hold := make(chan struct{})
-	up.Fail(regtest.Fault{Path: layer.Digest.String(), Hold: hold})
+	up.Fail(regtest.Fault{Path: layer.Digest.String(), Hold: hold, Offset: 3 << 20})
 	path := "/v2/library/left/blobs/" + layer.Digest.String()
 	m.want(200, "GET", "/v2/library/left/manifests/latest")
 	for range 5 {
@@ -205,7 +205,7 @@ func TestLateReader(t *testing.T) {
 	layer := image.Blobs[1]
 	size := int64(len(layer.Data))
 	hold := make(chan struct{})
-	up.Fail(regtest.Fault{Path: layer.Digest.String(), Hold: hold})
+	up.Fail(regtest.Fault{Path: layer.Digest.String(), Hold: hold, Offset: size / 2})
 	path := "/v2/library/late/blobs/" + layer.Digest.String()
 	m.want(200, "GET", "/v2/library/late/manifests/latest")
 	first := m.open("GET", path)
@@ -255,31 +255,36 @@ func TestLateReader(t *testing.T) {
 }
 
 func TestRanges(t *testing.T) {
+	for _, size := range []int{300_000, 3_000_000} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) { testRanges(t, size) })
+	}
+}
+
+func testRanges(t *testing.T, size int) {
 	up := regtest.New(t, regtest.Options{})
-	layer := regtest.Random("ranges", 300_000)
+	layer := regtest.Random("ranges", size)
 	image := regtest.NewImage("ranges", layer)
 	up.Push("library/ranges", image, "latest")
 	m := start(t, upstreamFor("docker.io", up), "")
 	path := "/v2/library/ranges/blobs/" + layer.Digest.String()
 	m.want(200, "GET", "/v2/library/ranges/manifests/latest")
-	size := len(layer.Data)
 	for _, temperature := range []string{"cold", "warm"} {
 		for _, c := range []struct {
-			header, contentRange string
-			from, to             int
+			header   string
+			from, to int
 		}{
-			{"bytes=0-1", "bytes 0-1/300000", 0, 2},
-			{"bytes=500-1499", "bytes 500-1499/300000", 500, 1500},
-			{"bytes=299000-", "bytes 299000-299999/300000", 299000, size},
-			{"bytes=0-", "bytes 0-299999/300000", 0, size},
-			{"bytes=-500", "bytes 299500-299999/300000", 299500, size},
-			{"bytes=-900000", "bytes 0-299999/300000", 0, size},
-			{"bytes=299999-300000", "bytes 299999-299999/300000", 299999, size}, // regctl's end
-			{"bytes=100-9999999", "bytes 100-299999/300000", 100, size},
+			{"bytes=0-1", 0, 2},
+			{"bytes=500-1499", 500, 1500},
+			{fmt.Sprintf("bytes=%d-", size-1000), size - 1000, size},
+			{"bytes=0-", 0, size},
+			{"bytes=-500", size - 500, size},
+			{"bytes=-9000000", 0, size},
+			{fmt.Sprintf("bytes=%d-%d", size-1, size), size - 1, size}, // regctl's end
+			{"bytes=100-9999999", 100, size},
 		} {
 			a := m.want(206, "GET", path, "Range", c.header)
-			if got := a.Header.Get("Content-Range"); got != c.contentRange {
-				t.Errorf("%s %s: Content-Range %q, want %q", temperature, c.header, got, c.contentRange)
+			if got, want := a.Header.Get("Content-Range"), fmt.Sprintf("bytes %d-%d/%d", c.from, c.to-1, size); got != want {
+				t.Errorf("%s %s: Content-Range %q, want %q", temperature, c.header, got, want)
 			}
 			if !bytes.Equal(a.body, layer.Data[c.from:c.to]) {
 				t.Errorf("%s %s: wrong bytes", temperature, c.header)
@@ -288,9 +293,9 @@ func TestRanges(t *testing.T) {
 				t.Errorf("%s %s: no Accept-Ranges", temperature, c.header)
 			}
 		}
-		for _, header := range []string{"bytes=500-0", "bytes=300000-", "bytes=300000-400000", "bytes=x-", "bytes=-0"} {
+		for _, header := range []string{"bytes=500-0", fmt.Sprintf("bytes=%d-", size), fmt.Sprintf("bytes=%d-%d", size, size+100_000), "bytes=x-", "bytes=-0"} {
 			a := m.want(416, "GET", path, "Range", header)
-			if got := a.Header.Get("Content-Range"); got != "bytes */300000" {
+			if got, want := a.Header.Get("Content-Range"), fmt.Sprintf("bytes */%d", size); got != want {
 				t.Errorf("%s: Content-Range %q", header, got)
 			}
 		}
@@ -301,29 +306,42 @@ func TestRanges(t *testing.T) {
 		m.want(400, "GET", path, "Range", "bytes=0-0"+strings.Repeat(",0-0", 1024))
 
 		a := m.want(206, "GET", path, "Range", "bytes=0-9,100000-100099,-7")
-		kind, params, err := mime.ParseMediaType(a.Header.Get("Content-Type"))
-		if err != nil || kind != "multipart/byteranges" {
-			t.Fatalf("multi-range: %q, %v", a.Header.Get("Content-Type"), err)
-		}
-		parts := multipart.NewReader(bytes.NewReader(a.body), params["boundary"])
-		for _, want := range [][]byte{layer.Data[:10], layer.Data[100_000:100_100], layer.Data[size-7:]} {
-			part, err := parts.NextPart()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if got, err := io.ReadAll(part); err != nil || !bytes.Equal(got, want) {
-				t.Errorf("a part of %d bytes, want %d, %v", len(got), len(want), err)
-			}
-		}
+		checkParts(t, a, layer.Data, [2]int{0, 10}, [2]int{100_000, 100_100}, [2]int{size - 7, size})
 	}
 	if sent := up.Sent(layer.Digest); sent != int64(size) {
 		t.Errorf("%d bytes of %d were fetched", sent, size)
 	}
 }
 
+// checkParts checks an answer to a request for several ranges of some data.
+func checkParts(t *testing.T, a *answer, data []byte, spans ...[2]int) {
+	t.Helper()
+	kind, params, err := mime.ParseMediaType(a.Header.Get("Content-Type"))
+	if err != nil || kind != "multipart/byteranges" {
+		t.Fatalf("multi-range: %q, %v", a.Header.Get("Content-Type"), err)
+	}
+	parts := multipart.NewReader(bytes.NewReader(a.body), params["boundary"])
+	for _, span := range spans {
+		part, err := parts.NextPart()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := io.ReadAll(part)
+		if err != nil || !bytes.Equal(got, data[span[0]:span[1]]) {
+			t.Errorf("a part of %d bytes, want %d, %v", len(got), span[1]-span[0], err)
+		}
+		if got, want := part.Header.Get("Content-Range"), fmt.Sprintf("bytes %d-%d/%d", span[0], span[1]-1, len(data)); got != want {
+			t.Errorf("a part's Content-Range is %q, want %q", got, want)
+		}
+	}
+	if _, err := parts.NextPart(); err != io.EOF {
+		t.Errorf("after the last part: %v", err)
+	}
+}
+
 // TestCorrupt: wrong bytes never arrive complete and are never kept.
 func TestCorrupt(t *testing.T) {
-	for _, size := range []int{1000, 64 << 10, 1 << 20} {
+	for _, size := range []int{1000, 64 << 10, 1 << 20, 3 << 20} {
 		up := regtest.New(t, regtest.Options{})
 		layer := regtest.Random("corrupt", size)
 		image := regtest.NewImage("corrupt", layer)
@@ -343,12 +361,10 @@ func TestCorrupt(t *testing.T) {
 			}
 			up.Heal()
 		}
-		if kept, _ := filepath.Glob(filepath.Join(m.dir, "docker/registry/v2/blobs/sha256/*/"+layer.Digest.Encoded()+"/*")); len(kept) > 0 {
+		if kept := kept(m.dir, layer.Digest); len(kept) > 0 {
 			t.Errorf("kept: %q", kept)
 		}
-		if left, _ := filepath.Glob(filepath.Join(m.dir, "mirror/spool/*/*")); len(left) > 0 {
-			t.Errorf("left in the spool: %q", left)
-		}
+		eventually(t, "nothing to be left in the spool", func() bool { return len(spooled(m.dir)) == 0 })
 		m.pull("library/corrupt", "latest", image)
 		m.stop()
 	}
@@ -391,7 +407,7 @@ func TestPassingFaults(t *testing.T) {
 		{Path: "/token", Status: 503, Count: 1},
 	} {
 		t.Run(fmt.Sprint(i, fault.Path, fault.Status), func(t *testing.T) {
-			image := regtest.NewImage(fmt.Sprint(i), regtest.Random(fmt.Sprint(i), 100_000))
+			image := regtest.NewImage(fmt.Sprint(i), regtest.Random(fmt.Sprint(i), 100_000), regtest.Random(fmt.Sprint("large", i), 2<<20))
 			up.Push("library/fault", image, fmt.Sprint(i))
 			m := start(t, upstreamFor("docker.io", up), "")
 			up.Fail(fault)

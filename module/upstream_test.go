@@ -398,25 +398,25 @@ func TestCertificates(t *testing.T) {
 // TestTimeouts: an upstream that stands still is given up as configured, and
 // asked for the rest.
 func TestTimeouts(t *testing.T) {
-	up := regtest.New(t, regtest.Options{})
-	layer := regtest.Random("x", 1<<20)
-	image := regtest.NewImage("x", layer)
-	up.Push("library/x", image, "latest")
-	m := start(t, upstreamFor("docker.io", up, "timeouts 1s 200ms 200ms"), "")
-	m.want(200, "GET", "/v2/library/x/manifests/latest")
-	hold := make(chan struct{})
-	defer close(hold)
-	up.Fail(regtest.Fault{Path: layer.Digest.String(), Hold: hold, Count: 1})
-	m.pull("library/x", "latest", image)
-	eventually(t, "the stalled request to end", func() bool {
-		sent := up.Sent(layer.Digest)
-		return sent >= 1<<20
-	})
-	if sent := up.Sent(layer.Digest); sent > 1<<20+100_000 {
-		t.Errorf("%d bytes were fetched after a stall", sent)
+	for _, size := range []int{1 << 20, 3 << 20} {
+		up := regtest.New(t, regtest.Options{})
+		layer := regtest.Random("x", size)
+		image := regtest.NewImage("x", layer)
+		up.Push("library/x", image, "latest")
+		m := start(t, upstreamFor("docker.io", up, "timeouts 1s 200ms 200ms"), "")
+		m.want(200, "GET", "/v2/library/x/manifests/latest")
+		hold := make(chan struct{})
+		defer close(hold)
+		up.Fail(regtest.Fault{Path: layer.Digest.String(), Hold: hold, Count: 1})
+		m.pull("library/x", "latest", image)
+		eventually(t, "the stalled request to end", func() bool { return up.Sent(layer.Digest) >= int64(size) })
+		if sent := up.Sent(layer.Digest); sent > int64(size)+100_000 {
+			t.Errorf("%d bytes of %d were fetched after a stall", sent, size)
+		}
+		up.FailSlowly("/manifests/", hold)
+		m.wantError(503, oci.CodeUnavailable, "GET", "/v2/library/x/manifests/other", "timeout")
+		m.stop()
 	}
-	up.FailSlowly("/manifests/", hold)
-	m.wantError(503, oci.CodeUnavailable, "GET", "/v2/library/x/manifests/other", "timeout")
 }
 
 // TestConnections: four times as many blobs come from one address at once.

@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -94,6 +95,10 @@ type Fault struct {
 	// At, if it is above 0, is the number of bytes to send instead.
 	Hold chan struct{}
 	At   int64
+	// Offset, if it is above 0, is the byte of the content at which Cut,
+	// Corrupt or Hold strikes, whatever part of it was asked for. Answers
+	// without that byte are spared.
+	Offset int64
 	// Rate is how many bytes a second are sent of the body, and Latency how
 	// long it takes before the answer.
 	Rate    int64
@@ -305,6 +310,9 @@ func (r *Registry) strike(server string, req *http.Request) *Fault {
 		if !strings.Contains(req.URL.Path, f.Path) || f.Method != "" && f.Method != req.Method || f.Ranged && req.Header.Get("Range") == "" {
 			continue
 		}
+		if from, to := r.asked(req); f.Offset > 0 && (f.Offset < from || f.Offset > to) {
+			continue
+		}
 		if f.Count > 0 {
 			if f.Count--; f.Count == 0 {
 				r.faults = slices.Delete(r.faults, i, i+1)
@@ -313,6 +321,18 @@ func (r *Registry) strike(server string, req *http.Request) *Fault {
 		return f
 	}
 	return nil
+}
+
+// asked is the first and last byte that a request asks for.
+func (r *Registry) asked(req *http.Request) (from, to int64) {
+	header := req.Header.Get("Range")
+	if r.opts.IgnoreRange || header == "" {
+		return 0, math.MaxInt64
+	}
+	if _, err := fmt.Sscanf(header, "bytes=%d-%d", &from, &to); err != nil {
+		to = math.MaxInt64 // open
+	}
+	return from, to
 }
 
 // Requests are those that fit a filter, in the order in which they ended.
@@ -335,7 +355,7 @@ func (r *Registry) Forget() {
 	defer r.mu.Unlock()
 	r.settle()
 	r.log = nil
-	r.watch.conns, r.watch.most = nil, r.watch.busy
+	r.watch.conns, r.watch.most, r.watch.sent = nil, r.watch.busy, nil
 }
 
 // Sent is how many bytes of a blob have been sent.
@@ -580,6 +600,13 @@ func (s *spoiler) Write(p []byte) (int, error) {
 	if s.fault.Hold != nil {
 		if at = s.fault.At; at == 0 {
 			at = length / 2
+		}
+	}
+	if s.fault.Offset > 0 {
+		at = s.fault.Offset
+		if from, _, ok := strings.Cut(strings.TrimPrefix(s.Header().Get("Content-Range"), "bytes "), "-"); ok {
+			first, _ := strconv.ParseInt(from, 10, 64)
+			at -= first
 		}
 	}
 	if s.sent <= at && at < s.sent+int64(len(p)) {

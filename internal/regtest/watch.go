@@ -16,6 +16,7 @@ import (
 // watch is what is known of requests before they end. Registry.mu guards it.
 type watch struct {
 	conns   map[string]map[int]bool // by server, those that a request came over
+	sent    map[string]int64        // bytes of answers, by path
 	busy    int                     // blobs being sent
 	most    int
 	ending  int       // requests that have sent all, but are not in the log yet
@@ -44,6 +45,19 @@ func (r *Registry) MostBlobs() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.watch.most
+}
+
+// Sending is how many bytes of a blob have been sent so far, also by requests
+// that are still under way.
+func (r *Registry) Sending(d digest.Digest) (bytes int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for path, sent := range r.watch.sent {
+		if strings.HasSuffix(path, d.String()) {
+			bytes += sent
+		}
+	}
+	return bytes
 }
 
 // Fetches are the requests for a blob's bytes that were answered where they
@@ -89,7 +103,7 @@ func numberConn(ctx context.Context, _ net.Conn) context.Context {
 func (r *Registry) arrives(server string, req *http.Request, conn int, c *counter) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	c.registry, c.gone = r, req.Context().Done()
+	c.registry, c.gone, c.path = r, req.Context().Done(), req.URL.Path
 	if r.watch.conns == nil {
 		r.watch.conns = map[string]map[int]bool{}
 	}
@@ -113,6 +127,7 @@ type counter struct {
 	began  time.Time
 
 	registry *Registry
+	path     string
 	gone     <-chan struct{} // closed with the client gone
 	busy     bool            // counted in watch.busy
 	ending   bool            // counted in watch.ending
@@ -161,6 +176,12 @@ func (c *counter) write(p []byte) (int, error) {
 	}
 	n, err := c.ResponseWriter.Write(p)
 	c.bytes += int64(n)
+	c.registry.mu.Lock()
+	if c.registry.watch.sent == nil {
+		c.registry.watch.sent = map[string]int64{}
+	}
+	c.registry.watch.sent[c.path] += int64(n)
+	c.registry.mu.Unlock()
 	return n, err
 }
 
