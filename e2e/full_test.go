@@ -3,8 +3,12 @@
 package e2e
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
+	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -97,51 +101,67 @@ func TestDiskFull(t *testing.T) {
 	upstream.push(t, "library/hello", img)
 
 	for _, kind := range []string{"ext4", "tmpfs"} {
-		for _, minFree := range []string{"min_free 0%", ""} {
-			for _, full := range []string{"before", "in the middle"} {
-				t.Run(kind+"/"+minFree+"/"+full, func(t *testing.T) {
+		for _, minFree := range []string{"0%", "10%"} {
+			for _, when := range []string{"24 MiB left", "nothing left", "in the middle"} {
+				t.Run(kind+"/"+minFree+"/"+when, func(t *testing.T) {
 					v := newVolume(t, kind, 96)
 					counted := startCounter(t, upstream.addr)
-					m := startMirror(t, setup{store: v.dir + "/registry", storage: minFree, registry: dockerHub(counted.addr)})
-					together := func() {
-						t.Run("pulls", func(t *testing.T) { // ends when all have ended
-							for i := range 8 {
-								t.Run(fmt.Sprint(i), func(t *testing.T) {
-									t.Parallel()
-									pullWithCrane(t, m.addr, img, ":latest")
-								})
-							}
-						})
+					s := setup{store: v.dir + "/registry", registry: dockerHub(counted.addr)}
+					if minFree != "10%" { // the default
+						s.storage = "min_free " + minFree
 					}
+					m := startMirror(t, s)
+					url := "http://" + m.addr + "/v2/library/hello/blobs/" + img.big
 
-					reason := "no space left on device"
-					if full == "before" {
-						reason = "keeps"
+					var begun []*slowReader
+					reason := "min_free " + minFree
+					goOn := func() {}
+					switch when {
+					case "24 MiB left":
 						v.leave(t, 24<<20)
-						together()
-					} else {
-						held, goOn := counted.hold(t, img.big, img.bigSize/2)
-						filled := make(chan struct{})
-						go func() {
-							defer close(filled)
-							defer goOn()
-							select {
-							case <-held:
-							case <-time.After(time.Minute):
-								t.Error("the mirror does not ask for the big layer")
-								return
-							}
-							v.fill(t)
-						}()
-						together()
-						<-filled
+					case "nothing left":
+						v.fill(t)
+					case "in the middle":
+						reason = "no space left on device"
+						var held <-chan struct{}
+						held, goOn = counted.hold(t, img.big, img.bigSize/2)
+						// The first has read nothing yet, the last 7 MiB, and all
+						// stay there until the disk is full.
+						for i := range int64(8) {
+							begun = append(begun, startSlowReader(t, url, i<<20))
+						}
+						select {
+						case <-held:
+						case <-time.After(20 * time.Second):
+							t.Fatal("the mirror does not ask for the big layer")
+						}
+						v.fill(t)
 					}
-					eventually(t, 20*time.Second, "the mirror to say why it keeps nothing", func() bool {
-						return strings.Contains(m.output(), "passed through: ") && strings.Contains(m.output(), reason)
+					t.Run("pulls", func(t *testing.T) { // ends when all have ended
+						for i := range 8 {
+							t.Run(fmt.Sprint("crane ", i), func(t *testing.T) {
+								t.Parallel()
+								pullWithCrane(t, m.addr, img, ":latest")
+							})
+						}
+						for i, r := range begun {
+							t.Run(fmt.Sprint(i, " MiB read"), func(t *testing.T) {
+								t.Parallel()
+								r.finish(t, img.big)
+							})
+						}
+						goOn()
 					})
-					if held := filepath.Join(m.store, "docker/registry/v2/blobs/sha256", img.big[7:9], img.big[7:], "data"); exists(held) {
-						t.Errorf("%s has found room; this proves nothing", held)
+					eventually(t, 20*time.Second, "the mirror to say why it keeps nothing", func() bool {
+						return m.said("fill failed", img.big) && strings.Contains(m.output(), reason)
+					})
+					data := filepath.Join(m.store, "docker/registry/v2/blobs/sha256", img.big[7:9], img.big[7:], "data")
+					if _, err := os.Stat(data); err == nil {
+						t.Error("the big layer has found room; this proves nothing")
 					}
+					pullWithCrane(t, m.addr, img, ":latest")
+					m.stop(t)
+					m = startMirror(t, s)
 					pullWithCrane(t, m.addr, img, ":latest")
 
 					v.clear(t)
@@ -155,7 +175,34 @@ func TestDiskFull(t *testing.T) {
 	}
 }
 
-func exists(path string) bool {
-	_, err := os.Stat(path)
-	return err == nil
+// A slowReader is a client in the middle of a blob.
+type slowReader struct {
+	resp *http.Response
+	sum  hash.Hash
+}
+
+// startSlowReader asks for a blob and reads so much of it.
+func startSlowReader(t *testing.T, url string, bytes int64) *slowReader {
+	t.Helper()
+	resp, err := http.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { resp.Body.Close() })
+	r := &slowReader{resp, sha256.New()}
+	if _, err := io.CopyN(r.sum, resp.Body, bytes); err != nil || resp.StatusCode != http.StatusOK {
+		t.Fatalf("%s, %v", resp.Status, err)
+	}
+	return r
+}
+
+// finish reads the rest.
+func (r *slowReader) finish(t *testing.T, digest string) {
+	t.Helper()
+	if _, err := io.Copy(r.sum, r.resp.Body); err != nil {
+		t.Errorf("the transfer broke: %v", err)
+	}
+	if got := fmt.Sprintf("sha256:%x", r.sum.Sum(nil)); got != digest {
+		t.Errorf("the blob has the digest %s, not %s", got, digest)
+	}
 }
