@@ -99,6 +99,7 @@ func TestDiskFull(t *testing.T) {
 	img := newImageOf(t, "full", 32)
 	upstream := startRegistry(t, workDir(t), "")
 	upstream.push(t, "library/hello", img)
+	data := must(io.ReadAll(must(img.layer.Compressed())))
 
 	for _, kind := range []string{"ext4", "tmpfs"} {
 		for _, minFree := range []string{"0%", "10%"} {
@@ -150,13 +151,26 @@ func TestDiskFull(t *testing.T) {
 								r.finish(t, img.big)
 							})
 						}
+						t.Run("containerd-2.4", func(t *testing.T) {
+							t.Parallel()
+							pullInParallel(t, m.addr, img, ":latest", 8<<20, 3)
+						})
+						t.Run("lazy", func(t *testing.T) {
+							t.Parallel()
+							l := &lazyReader{url, data}
+							for _, pieces := range l.some(t.Name(), 20) {
+								if err := l.read(pieces...); err != nil {
+									t.Error(err)
+								}
+							}
+						})
 						goOn()
 					})
 					eventually(t, 20*time.Second, "the mirror to say why it keeps nothing", func() bool {
 						return m.said("fill failed", img.big) && strings.Contains(m.output(), reason)
 					})
-					data := filepath.Join(m.store, "docker/registry/v2/blobs/sha256", img.big[7:9], img.big[7:], "data")
-					if _, err := os.Stat(data); err == nil {
+					kept := filepath.Join(m.store, "docker/registry/v2/blobs/sha256", img.big[7:9], img.big[7:], "data")
+					if _, err := os.Stat(kept); err == nil {
 						t.Error("the big layer has found room; this proves nothing")
 					}
 					pullWithCrane(t, m.addr, img, ":latest")

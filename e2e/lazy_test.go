@@ -107,6 +107,24 @@ func (l *lazyReader) chunks(numbers []int) []piece {
 	return pieces
 }
 
+// count is how many chunks there are.
+func (l *lazyReader) count() int { return (len(l.data) + chunkSize - 1) / chunkSize }
+
+// some are a number of requests for chunks here and there.
+func (l *lazyReader) some(seed string, requests int) [][]piece {
+	random := rand.New(rand.NewChaCha8(sha256.Sum256([]byte(seed))))
+	var list [][]piece
+	for range requests {
+		var numbers []int
+		for range 2 + random.IntN(9) {
+			numbers = append(numbers, random.IntN(l.count()))
+		}
+		slices.Sort(numbers)
+		list = append(list, l.chunks(slices.Compact(numbers)))
+	}
+	return list
+}
+
 // TestLazy: a reader of eStargz gets what it asks for, and only that is
 // fetched: a segment for a probe, a segment for a footer. Once it has fetched
 // the rest in the background, every byte has come from upstream once.
@@ -154,17 +172,8 @@ func TestLazy(t *testing.T) {
 
 	// What a container needs to start: here and there, several at once, and
 	// the same now and then.
-	count := int((size + chunkSize - 1) / chunkSize)
-	random := rand.New(rand.NewChaCha8(sha256.Sum256([]byte("lazy"))))
-	var jobs [][]piece
-	for range 60 {
-		var numbers []int
-		for range 2 + random.IntN(9) {
-			numbers = append(numbers, random.IntN(count))
-		}
-		slices.Sort(numbers)
-		jobs = append(jobs, l.chunks(slices.Compact(numbers)))
-	}
+	count := l.count()
+	jobs := l.some("lazy", 60)
 	before := len(jobs)
 	// The rest: all chunks in their order, some at a time.
 	for n := 0; n < count; n += 40 {
