@@ -389,6 +389,7 @@ func (f *Fill) copy(ctx context.Context, s *span) error {
 	t := tap{fill: f, ctx: ctx, pos: s.pos, end: min(s.end*f.segment, f.size), background: s.background}
 	f.mu.Unlock()
 	defer t.Close()
+	w.waiting = &t.waiting
 	t.opened = func(stream *Stream) error {
 		if !stream.Whole {
 			return nil

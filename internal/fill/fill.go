@@ -389,7 +389,7 @@ func (f *Fill) held() (bool, error) {
 		r.Close()
 		return false, fmt.Errorf("fill: %T cannot be read at an offset", r)
 	}
-	if info.Size != f.key.size {
+	if info.Size != f.key.size || info.Doubtful {
 		// What a loss of power left behind, or a manifest that lies. Fetching
 		// tells, and heals the former.
 		file.Close()

@@ -290,10 +290,11 @@ func (m *model) crash() {
 		for _, entry := range names {
 			if strings.HasSuffix(entry.Name(), ".ledger") == ledgers {
 				data, err := os.ReadFile(filepath.Join(dir, entry.Name()))
-				if err != nil && !errors.Is(err, fs.ErrNotExist) {
+				if err == nil {
+					image[entry.Name()] = data
+				} else if !errors.Is(err, fs.ErrNotExist) {
 					m.t.Fatal(err)
 				}
-				image[entry.Name()] = data
 			}
 		}
 	}

@@ -137,6 +137,17 @@ func (s *spool) restore(head line, p *progress) (*saved, map[int64]uint32) {
 			at = l.Hash
 		}
 	}
+	if info, err = s.data.Stat(); err != nil {
+		return nil, nil
+	}
+	for i := range sums {
+		// Between the rename of a commit and the ledger's removal, a process
+		// may die.
+		if i*p.segment+p.length(i) > info.Size() {
+			delete(sums, i)
+			at = nil
+		}
+	}
 	if head.Boot == "" || boot != head.Boot {
 		at = nil
 		for i, sum := range sums {

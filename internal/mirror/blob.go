@@ -54,6 +54,9 @@ func (m *Mirror) blob(ctx context.Context, t Target, d digest.Digest) (content, 
 		if !errors.Is(err, fs.ErrNotExist) {
 			return nil, miss, err
 		}
+		if errors.Is(err, tree.ErrDamaged) {
+			m.log.Warn("a stored blob was damaged by a loss of power", zap.String("reference", t.Repository+"@"+d.String()), zap.Error(err))
+		}
 	}
 	if t.Upstream == nil {
 		return nil, miss, fail(unknownContent, "the bytes of %s are missing from the store", d)

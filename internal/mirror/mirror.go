@@ -85,6 +85,7 @@ func (m *Mirror) Close() {
 	m.cancel()
 	m.fills.Close()
 	m.wg.Wait()
+	m.tree.Close()
 }
 
 // share runs f once for all who ask with the same key at the same time, on the
