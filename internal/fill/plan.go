@@ -38,7 +38,7 @@ type progress struct {
 	settled    bool   // there was nothing to fetch, and nothing has changed
 	full       error  // why the spool takes no more
 	trouble    error  // why the content cannot be had
-	reached    *saved // the digest along the prefix, in passing
+	reached    *proof // the digest along the prefix, in passing; not changed any more
 }
 
 // span is segments on their way.

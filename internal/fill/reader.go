@@ -134,7 +134,7 @@ func (r *Reader) wait(ctx context.Context) (limit int64, file content, pass bool
 				limit = min(limit, (f.size-1)/f.segment*f.segment)
 			}
 			if f.state == passing && r.proven {
-				limit = min(limit, f.reached.At)
+				limit = min(limit, f.reached.at)
 			}
 			if limit > r.offset {
 				return limit, f.file, false, nil
