@@ -34,9 +34,6 @@ func (f *Fill) fetchSmall() error {
 		f.mu.Unlock()
 		t := tap{fill: f, ctx: f.ctx, end: f.key.size, background: background}
 		_, err := io.ReadFull(&t, data)
-		if err == nil && f.key.size == 0 {
-			err = t.open() // is it there at all?
-		}
 		t.Close()
 		if err != nil {
 			return err

@@ -88,6 +88,7 @@ func openSpool(dir, boot string, k key, p *progress) (*spool, error) {
 		}
 		if err != nil {
 			s.close()
+			s.data.Close()
 			return nil, fmt.Errorf("spool: %w", err)
 		}
 	}
