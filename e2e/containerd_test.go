@@ -13,17 +13,27 @@ import (
 
 // pullWithContainerd uses Debian's containerd.
 func pullWithContainerd(t *testing.T, mirror string, img *image, ref string) {
-	containerd(t, 2, "/usr/bin", mirror, img, ref)
+	containerd(t, 2, "", "/usr/bin", mirror, img, ref)
 }
 
 // pullWithContainerd2 uses the containerd that install.sh has built.
 func pullWithContainerd2(t *testing.T, mirror string, img *image, ref string) {
-	containerd(t, 3, filepath.Join(checkout, ".cache/containerd2"), mirror, img, ref)
+	containerd(t, 3, "", filepath.Join(checkout, ".cache/containerd2"), mirror, img, ref)
+}
+
+// pullInParallel uses the same containerd, told to fetch a layer in pieces of
+// so many bytes, so many at once.
+func pullInParallel(t *testing.T, mirror string, img *image, ref string, piece, connections int) {
+	config := fmt.Sprintf(`[plugins."io.containerd.transfer.v1.local"]
+  concurrent_layer_fetch_buffer = %d
+  max_concurrent_downloads = %d
+`, piece, connections)
+	containerd(t, 3, config, filepath.Join(checkout, ".cache/containerd2"), mirror, img, ref)
 }
 
 // containerd pulls by `ctr`, which finds the mirror through hosts.toml and
 // tells it the registry by ?ns=, and then runs the image.
-func containerd(t *testing.T, configVersion int, bin, mirror string, img *image, ref string) {
+func containerd(t *testing.T, configVersion int, config, bin, mirror string, img *image, ref string) {
 	t.Helper()
 	for _, name := range []string{"containerd", "ctr"} {
 		if _, err := os.Stat(filepath.Join(bin, name)); err != nil {
@@ -32,7 +42,7 @@ func containerd(t *testing.T, configVersion int, bin, mirror string, img *image,
 	}
 	dir := workDir(t)
 	env := bare(dir, "PATH="+bin+":"+systemPath)
-	config := writeFile(t, dir+"/config.toml", fmt.Sprintf(`version = %d
+	file := writeFile(t, dir+"/config.toml", fmt.Sprintf(`version = %d
 root = "%s/root"
 state = "%s/state"
 disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime"]
@@ -40,12 +50,12 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", 
   address = "%s/sock"
 [ttrpc]
   address = "%s/ttrpc"
-`, configVersion, dir, dir, dir, dir))
+%s`, configVersion, dir, dir, dir, dir, config))
 	writeFile(t, dir+"/certs.d/docker.io/hosts.toml", fmt.Sprintf(`server = "http://%s"
 [host."http://%s"]
   capabilities = ["pull", "resolve"]
 `, deadAddr, mirror))
-	daemon := start(t, env, filepath.Join(bin, "containerd"), "--config", config)
+	daemon := start(t, env, filepath.Join(bin, "containerd"), "--config", file)
 	ctr := func(args ...string) (string, error) {
 		t.Helper()
 		return try(t, env, filepath.Join(bin, "ctr"), append([]string{"--address", dir + "/sock"}, args...)...)

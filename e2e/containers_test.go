@@ -35,9 +35,17 @@ func anySignature(t *testing.T, dir string) string {
 
 func pullWithSkopeo(t *testing.T, mirror string, img *image, ref string) {
 	dir := workDir(t)
-	run(t, bare(dir), tool(t, "skopeo"), "--registries-conf", registriesConf(t, dir, mirror), "--insecure-policy",
-		"copy", "docker://docker.io/library/hello"+ref, "oci:"+dir+"/out:latest")
+	if err := trySkopeo(t, dir, mirror, ref); err != nil {
+		t.Fatal(err)
+	}
 	checkLayout(t, dir+"/out", img.amd64)
+}
+
+func trySkopeo(t *testing.T, dir, mirror, ref string) error {
+	t.Helper()
+	_, err := try(t, bare(dir), tool(t, "skopeo"), "--registries-conf", registriesConf(t, dir, mirror), "--insecure-policy",
+		"copy", "docker://docker.io/library/hello"+ref, "oci:"+dir+"/out:latest")
+	return err
 }
 
 func pullWithSkopeoPrefix(t *testing.T, mirror string, img *image, ref string) {
@@ -62,6 +70,14 @@ func skopeoCopy(t *testing.T, from string, img *image) {
 	}
 }
 
+// pullWithContainersImage is skopeo as it would be with the library of today,
+// which goes on after a cut.
+func pullWithContainersImage(t *testing.T, mirror string, img *image, ref string) {
+	dir := workDir(t)
+	run(t, bare(dir), tool(t, "cimg"), registriesConf(t, dir, mirror), "docker://docker.io/library/hello"+ref, dir+"/out")
+	checkLayout(t, dir+"/out", img.amd64)
+}
+
 func pullWithPodman(t *testing.T, mirror string, img *image, ref string) {
 	podman(t, mirror, img, "docker.io/library/hello"+ref)
 }
@@ -73,13 +89,13 @@ func pullWithPodmanPrefix(t *testing.T, mirror string, img *image, ref string) {
 func podman(t *testing.T, mirror string, img *image, name string) {
 	t.Helper()
 	dir := workDir(t)
-	env := bare(dir, "CONTAINERS_REGISTRIES_CONF="+registriesConf(t, dir, mirror))
 	do := func(args ...string) string {
 		t.Helper()
-		return run(t, env, tool(t, "podman"), append([]string{
-			"--root", dir + "/root", "--runroot", dir + "/run", "--tmpdir", dir + "/tmp", "--storage-driver", "vfs",
-			// crun, podman's own choice, refuses hybrid cgroups.
-			"--runtime", tool(t, "runc"), "--cgroup-manager", "cgroupfs", "--events-backend", "none"}, args...)...)
+		out, err := tryPodman(t, dir, mirror, args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
 	}
 	do("pull", "--tls-verify=false", "--signature-policy", anySignature(t, dir), name)
 	if got := "sha256:" + strings.TrimSpace(do("image", "inspect", "--format", "{{.Id}}", name)); got != img.config {
@@ -88,6 +104,16 @@ func podman(t *testing.T, mirror string, img *image, name string) {
 	// The limits that podman sets by itself need a capability that
 	// containers, where CI runs, lack.
 	checkSaid(t, img, do("run", "--rm", "--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024", name))
+}
+
+// tryPodman runs podman on the images it has in dir.
+func tryPodman(t *testing.T, dir, mirror string, args ...string) (string, error) {
+	t.Helper()
+	env := bare(dir, "CONTAINERS_REGISTRIES_CONF="+registriesConf(t, dir, mirror))
+	return try(t, env, tool(t, "podman"), append([]string{
+		"--root", dir + "/root", "--runroot", dir + "/run", "--tmpdir", dir + "/tmp", "--storage-driver", "vfs",
+		// crun, podman's own choice, refuses hybrid cgroups.
+		"--runtime", tool(t, "runc"), "--cgroup-manager", "cgroupfs", "--events-backend", "none"}, args...)...)
 }
 
 func pullWithBuildah(t *testing.T, mirror string, img *image, ref string) {

@@ -15,12 +15,27 @@ func pullWithCrane(t *testing.T, mirror string, img *image, ref string) {
 	if got := strings.TrimSpace(run(t, bare(dir), tool(t, "crane"), "digest", name)); got != img.digest {
 		t.Errorf("crane says the digest is %s, not %s", got, img.digest)
 	}
-	run(t, bare(dir), tool(t, "crane"), "pull", "--format=oci", name, dir+"/out")
+	if err := tryCrane(t, dir, mirror, ref); err != nil {
+		t.Fatal(err)
+	}
 	checkLayout(t, dir+"/out", append(img.all(), img.digest))
+}
+
+func tryCrane(t *testing.T, dir, mirror, ref string) error {
+	t.Helper()
+	_, err := try(t, bare(dir), tool(t, "crane"), "pull", "--format=oci", mirror+"/library/hello"+ref, dir+"/out")
+	return err
 }
 
 func pullWithRegctl(t *testing.T, mirror string, img *image, ref string) {
 	dir := workDir(t)
+	run(t, regctlEnv(t, dir, mirror), tool(t, "regctl"), "image", "copy", "docker.io/library/hello"+ref, "ocidir://"+dir+"/out:latest")
+	checkLayout(t, dir+"/out", append(img.all(), img.digest))
+}
+
+// regctlEnv makes an address the mirror of docker.io.
+func regctlEnv(t *testing.T, dir, mirror string) []string {
+	t.Helper()
 	config, err := json.Marshal(map[string]any{"hosts": map[string]any{
 		"docker.io": map[string]any{"tls": "disabled", "hostname": deadAddr, "mirrors": []string{mirror}},
 		mirror:      map[string]any{"tls": "disabled", "hostname": mirror},
@@ -28,7 +43,5 @@ func pullWithRegctl(t *testing.T, mirror string, img *image, ref string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	env := bare(dir, "REGCTL_CONFIG="+writeFile(t, dir+"/config.json", string(config)))
-	run(t, env, tool(t, "regctl"), "image", "copy", "docker.io/library/hello"+ref, "ocidir://"+dir+"/out:latest")
-	checkLayout(t, dir+"/out", append(img.all(), img.digest))
+	return bare(dir, "REGCTL_CONFIG="+writeFile(t, dir+"/config.json", string(config)))
 }

@@ -24,9 +24,11 @@ import (
 type image struct {
 	index   v1.ImageIndex
 	digest  string // of the index
+	child   string // the digest of linux/amd64
 	config  string // of linux/amd64
 	big     string // its largest layer
 	bigSize int64
+	layer   v1.Layer         // the same
 	amd64   []string         // its blobs
 	blobs   map[string]int64 // those of both platforms, with their sizes
 	payload string           // the sha256 of /data/blob
@@ -34,19 +36,23 @@ type image struct {
 }
 
 // newImage makes an image whose content depends on its name.
-func newImage(t *testing.T, name string) *image {
+func newImage(t *testing.T, name string) *image { return newImageOf(t, name, 24) }
+
+// newImageOf makes one whose largest layer has so many MiB.
+func newImageOf(t *testing.T, name string, mib int) *image {
 	t.Helper()
 	hello, err := os.ReadFile(helloBin)
 	if err != nil {
 		t.Fatal(err)
 	}
-	payload := make([]byte, 20<<20)
+	payload := make([]byte, mib<<20)
 	rand.NewChaCha8(sha256.Sum256([]byte(name))).Read(payload)
 	img := &image{blobs: map[string]int64{}, payload: fmt.Sprintf("%x", sha256.Sum256(payload))}
 	img.says = name + " " + img.payload
 
 	greeting := layer(t, "etc/greeting", 0o644, []byte(name))
 	big := layer(t, "data/blob", 0o644, payload)
+	img.layer = big
 	amd64 := platform(t, "amd64", layer(t, "hello", 0o755, hello), big, greeting)
 	arm64 := platform(t, "arm64", layer(t, "hello", 0o755, payload[:1<<20]), greeting)
 	img.index = mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex),
@@ -54,6 +60,7 @@ func newImage(t *testing.T, name string) *image {
 		mutate.IndexAddendum{Add: arm64, Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: "arm64"}}})
 
 	img.digest = must(img.index.Digest()).String()
+	img.child = must(amd64.Digest()).String()
 	img.config = must(amd64.ConfigName()).String()
 	img.big = must(big.Digest()).String()
 	img.bigSize = must(big.Size())

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Installs what the end-to-end tests run: clients and servers from Debian 12,
-# the others by `go install` into .cache. Needs root and Go. What is there
+# the others by Go into .cache. Needs root and Go. What is there
 # already is left alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,6 +14,7 @@ packages=(
   skopeo podman buildah # the containers/image family
   docker-registry       # registry:2
   containerd runc docker.io
+  mount e2fsprogs       # small filesystems
   gcc libc6-dev         # for go test -race
 )
 
@@ -68,3 +69,7 @@ go_install bin $regctl
 for command in containerd ctr containerd-shim-runc-v2; do
   go_install containerd2 $containerd/cmd/$command@$containerd_version
 done
+
+# No program that uses today's containers/image can be had by `go install`.
+CGO_ENABLED=0 GOFLAGS=-buildvcs=false go build -C e2e/testdata/cimg -trimpath -ldflags='-s -w' -o "$PWD/.cache/bin/cimg" \
+  -tags containers_image_openpgp,exclude_graphdriver_btrfs,containers_image_docker_daemon_stub,containers_image_storage_stub

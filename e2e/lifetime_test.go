@@ -155,6 +155,71 @@ func TestKill(t *testing.T) {
 	pullWithSkopeo(t, m.addr, p.img, ":latest")
 }
 
+// TestKillFrugal: what had come when the mirror was killed is not fetched again.
+func TestKillFrugal(t *testing.T) {
+	img := newImageOf(t, "frugal", 40)
+	upstream := startRegistry(t, workDir(t), "")
+	upstream.push(t, "library/hello", img)
+	for _, percent := range []int64{20, 50, 90} {
+		t.Run(fmt.Sprintf("at %d %%", percent), func(t *testing.T) {
+			counted := startCounter(t, upstream.addr)
+			counted.slow(24 << 20) // or what is on its way is most of it
+			s := setup{addr: freeAddr(t), store: workDir(t), registry: dockerHub(counted.addr)}
+			m := startMirror(t, s)
+			dir := workDir(t)
+			client := start(t, bare(dir), tool(t, "crane"), "pull", "--format=oci", m.addr+"/library/hello", dir+"/out")
+			eventually(t, 30*time.Second, "part of the big layer", func() bool { return counted.fetched(img.big) >= img.bigSize*percent/100 })
+			m.kill()
+			if err := client.wait(t, time.Minute); err == nil {
+				t.Error("crane believes that it has the image")
+			}
+
+			m = startMirror(t, s)
+			pullWithCrane(t, m.addr, img, ":latest")
+			counted.fetchedWithin(t, img, img.all(), 1.05)
+			counted.stop()
+			pullWithCrane(t, m.addr, img, ":latest")
+		})
+	}
+}
+
+// TestAbort: the fill of a client that has gone is put away, or finished if
+// half of it is there, and the next client gets it without fetching anything
+// twice.
+func TestAbort(t *testing.T) {
+	img := newImage(t, "abort")
+	upstream := startRegistry(t, workDir(t), "")
+	upstream.push(t, "library/hello", img)
+	for _, c := range []struct {
+		percent int64
+		outcome string
+	}{{10, "fill put away"}, {90, "filled"}} {
+		t.Run(fmt.Sprintf("at %d %%", c.percent), func(t *testing.T) {
+			counted := startCounter(t, upstream.addr)
+			held, goOn := counted.hold(t, img.big, img.bigSize*c.percent/100)
+			m := startMirror(t, setup{registry: dockerHub(counted.addr)})
+			dir := workDir(t)
+			// Not an image: of that, one layer would be fetched ahead because of another.
+			client := start(t, bare(dir), tool(t, "crane"), "blob", m.addr+"/library/hello@"+img.big)
+			select {
+			case <-held:
+			case <-time.After(20 * time.Second):
+				t.Fatal("the mirror does not ask for the big layer")
+			}
+			client.kill()
+			if c.outcome == "filled" {
+				goOn()
+			}
+			eventually(t, 20*time.Second, c.outcome, func() bool { return m.said(c.outcome, img.big) })
+			goOn()
+			pullWithCrane(t, m.addr, img, ":latest")
+			counted.fetchedWithin(t, img, img.all(), 1.02)
+			counted.stop()
+			pullWithCrane(t, m.addr, img, ":latest")
+		})
+	}
+}
+
 // TestStop: a mirror that is asked to end lets a transfer finish within the
 // grace period, and takes no new ones.
 func TestStop(t *testing.T) {

@@ -25,9 +25,11 @@ type setup struct {
 	addr     string // default: a free one
 	admin    string // default: off
 	store    string // default: a new directory
+	storage  string // options of the storage
 	options  string // of Caddy
 	registry string // of the registry app
-	site     string // of the mirror's site
+	site     string // of the mirror in its site
+	server   string // of the site itself
 }
 
 func (s setup) caddyfile() string {
@@ -35,18 +37,21 @@ func (s setup) caddyfile() string {
 	admin %s
 	%s
 	registry {
-		storage disk %s
+		storage disk %s {
+			%s
+		}
 		%s
 	}
 }
 
 http://%s {
 	bind 127.0.0.1
+	%s
 	registry_mirror {
 		%s
 	}
 }
-`, s.admin, s.options, s.store, s.registry, s.addr, s.site)
+`, s.admin, s.options, s.store, s.storage, s.registry, s.addr, s.server, s.site)
 }
 
 // startMirror starts a mirror that answers on loopback.

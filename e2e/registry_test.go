@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
@@ -59,13 +60,15 @@ func (r *registry) push(t *testing.T, repository string, img *image) {
 }
 
 // A counter stands between the mirror and a registry, and knows what has been
-// fetched. It can hold a blob back in the middle.
+// fetched. It can hold a blob back in the middle, and be slow.
 type counter struct {
 	addr   string
 	server *http.Server
 
 	mu    sync.Mutex
 	bytes map[string]int64 // of each blob
+	pace  int64            // bytes a second of all blobs together; 0: no limit
+	due   time.Time        // when the next bytes may go
 	gets  map[string]int
 	held  string        // the blob to hold back
 	after int64         // after so many bytes
@@ -139,6 +142,39 @@ func (c *counter) fetchedOnce(t *testing.T, img *image, want []string) {
 	}
 }
 
+// fetchedWithin checks that all of want came from upstream, and of no blob more
+// than so many times its bytes.
+func (c *counter) fetchedWithin(t *testing.T, img *image, want []string, ratio float64) {
+	t.Helper()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for digest, n := range c.bytes {
+		if size := img.blobs[digest]; float64(n) > ratio*float64(size) {
+			t.Errorf("blob %s has %d bytes; %d came from upstream (%.3f), in %d requests", digest, size, n, float64(n)/float64(size), c.gets[digest])
+		}
+	}
+	for _, digest := range want {
+		if size := img.blobs[digest]; c.bytes[digest] < size {
+			t.Errorf("blob %s has %d bytes; only %d came from upstream", digest, size, c.bytes[digest])
+		}
+	}
+	t.Logf("%d of %d bytes of the big layer came from upstream, in %d requests", c.bytes[img.big], img.bigSize, c.gets[img.big])
+}
+
+// fetched is how many bytes of a blob have come from upstream.
+func (c *counter) fetched(digest string) int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.bytes[digest]
+}
+
+// slow makes the upstream deliver so many bytes a second.
+func (c *counter) slow(pace int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.pace = pace
+}
+
 type countingWriter struct {
 	http.ResponseWriter
 	c      *counter
@@ -159,6 +195,15 @@ func (w *countingWriter) Write(p []byte) (int, error) {
 	}
 	w.c.mu.Lock()
 	w.c.bytes[w.digest] += int64(n)
+	var pause time.Duration
+	if w.c.pace > 0 {
+		now := time.Now()
+		if w.c.due.Before(now) {
+			w.c.due = now
+		}
+		w.c.due = w.c.due.Add(time.Duration(n) * time.Second / time.Duration(w.c.pace))
+		pause = w.c.due.Sub(now)
+	}
 	var goOn chan struct{}
 	if w.c.held == w.digest && w.c.bytes[w.digest] >= w.c.after {
 		goOn = w.c.goOn
@@ -169,6 +214,12 @@ func (w *countingWriter) Write(p []byte) (int, error) {
 		}
 	}
 	w.c.mu.Unlock()
+	if pause > 0 {
+		select {
+		case <-time.After(pause):
+		case <-w.ctx.Done():
+		}
+	}
 	if goOn != nil {
 		select {
 		case <-goOn:

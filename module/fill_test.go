@@ -317,8 +317,8 @@ func TestFullDiskHerd(t *testing.T) {
 			if files := kept(m.dir, layer.Digest); len(files) > 0 {
 				t.Errorf("kept: %q", files)
 			}
-			eventually(t, "a line about it", func() bool { return len(m.logs.with("fill failed")) > 0 })
-			if lines := m.logs.with("fill failed"); len(lines) != 1 || !strings.Contains(fmt.Sprint(lines[0]["error"]), "min_free") {
+			eventually(t, "a line about it", func() bool { return len(m.logs.with("disk trouble")) > 0 })
+			if lines := m.logs.with("disk trouble"); len(lines) != 1 || !strings.Contains(fmt.Sprint(lines[0]["error"]), "min_free") {
 				t.Errorf("%d lines: %v", len(lines), lines)
 			}
 			if lines := append(m.logs.with("upstream trouble"), m.logs.with("answer broken off")...); len(lines) != 0 {

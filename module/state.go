@@ -95,7 +95,7 @@ func (s *state) Destruct() error {
 		select {
 		case <-s.closed:
 		case <-time.After(exitPatience):
-			s.log.Warn("ending with requests or fills under way; what they had is swept at the next start", zap.String("store", s.identity))
+			s.log.Warn("ending with requests or fills under way; the next start goes on from what they had", zap.String("store", s.identity))
 		}
 	}
 	return nil

@@ -96,13 +96,13 @@ func (f *Fill) fetchLarge() error {
 	f.mu.Lock()
 	f.begin(f.key.size, f.table.limits, f.connections)
 	f.mu.Unlock()
-	s, at, err := f.openSpool()
+	sum := newProof(algorithm)
+	s, err := f.openSpool()
 	if err != nil {
-		return f.pass(err, nil, newProof(algorithm))
+		return f.pass(err, nil, sum)
 	}
 	defer s.close()
 	f.mu.Lock()
-	sum := at.load(algorithm, f.contiguous())
 	f.file, f.spool, f.state = s.data, s.data, fetching
 	f.schedule()
 	f.wake()
@@ -121,7 +121,7 @@ func (f *Fill) fetchLarge() error {
 		}
 		f.fail(err) // unless it is paused; before the files are put away, since somebody waits
 		f.stop(err)
-		f.park(s, sum)
+		f.park(s)
 		return err
 	}
 	canonical, err := sum.check(f.key.digest, f.from)
@@ -148,9 +148,9 @@ func (f *Fill) fetchLarge() error {
 }
 
 // openSpool opens the files, unless there is nowhere to put them.
-func (f *Fill) openSpool() (*spool, *saved, error) {
+func (f *Fill) openSpool() (*spool, error) {
 	if f.table.broken != nil {
-		return nil, nil, f.table.broken
+		return nil, f.table.broken
 	}
 	return openSpool(f.table.spool, f.table.boot, f.key, &f.progress)
 }
@@ -196,7 +196,7 @@ func (f *Fill) follow(s *spool, sum *proof) error {
 			}
 			wait = 0
 		}
-		due, err := s.keep(sum, f.key.digest.Algorithm())
+		due, err := s.keep()
 		if err != nil {
 			return &diskError{err}
 		}
@@ -282,15 +282,23 @@ func (f *Fill) drain() {
 }
 
 // await waits for a wake. f.mu is held, and let go meanwhile.
-func (f *Fill) await() {
+func (f *Fill) await() { f.awaitOr(context.Background()) }
+
+// awaitOr waits for a wake or the end of ctx.
+func (f *Fill) awaitOr(ctx context.Context) error {
 	changed := f.changed
 	f.mu.Unlock()
-	<-changed
-	f.mu.Lock()
+	defer f.mu.Lock()
+	select {
+	case <-changed:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // park puts the files of a fill away for the next one. The spans have ended.
-func (f *Fill) park(s *spool, sum *proof) {
+func (f *Fill) park(s *spool) {
 	f.mu.Lock()
 	f.note(s)
 	got := f.got
@@ -299,7 +307,7 @@ func (f *Fill) park(s *spool, sum *proof) {
 		s.remove()
 		return
 	}
-	if s.append(line{Segments: s.pending, Hash: sum.save(f.key.digest.Algorithm())}) == nil && s.unsaved >= syncLeast {
+	if s.append(line{Segments: s.pending}) == nil && s.unsaved >= syncLeast {
 		s.settle()
 		s.sync()
 	}
@@ -317,10 +325,10 @@ func (f *Fill) pass(cause error, s *spool, sum *proof) error {
 		sum.follow(s.data, contiguous)
 	}
 	f.mu.Lock()
-	f.state, f.reached = passing, sum.save(f.key.digest.Algorithm())
+	f.state, f.reached = passing, sum
 	f.wake()
 	f.mu.Unlock()
-	cause = fmt.Errorf("passed through: %w", cause)
+	cause = fmt.Errorf("%w: %w", ErrPassed, cause)
 	for !f.abandon(cause) {
 		f.mu.Lock()
 		changed, users := f.changed, f.users
@@ -339,7 +347,7 @@ func (f *Fill) pass(cause error, s *spool, sum *proof) error {
 		}
 	}
 	if s != nil {
-		f.park(s, sum)
+		f.park(s)
 	}
 	return cause
 }
@@ -389,6 +397,7 @@ func (f *Fill) copy(ctx context.Context, s *span) error {
 	t := tap{fill: f, ctx: ctx, pos: s.pos, end: min(s.end*f.segment, f.size), background: s.background}
 	f.mu.Unlock()
 	defer t.Close()
+	w.waiting = &t.waiting
 	t.opened = func(stream *Stream) error {
 		if !stream.Whole {
 			return nil

@@ -126,6 +126,9 @@ var (
 	ErrSize = errors.New("content does not have the promised size")
 	// ErrSpool is wrapped when the spool's disk did not keep what was written.
 	ErrSpool = errors.New("the spool has lost bytes")
+	// ErrPassed is wrapped when the disk took no more, and every reader went on
+	// by itself.
+	ErrPassed = errors.New("passed through")
 	// ErrBusy is returned by Join when 1,024 fills are under way.
 	ErrBusy = errors.New("too many fills under way")
 	// ErrClosed is what readers and joiners see once the table is closed.
@@ -183,8 +186,8 @@ type Want struct {
 	Digest digest.Digest
 	// Size in bytes, as a manifest or the upstream says.
 	Size int64
-	// Repository is linked to the content once it is verified, unless it is
-	// empty. The joiner has proven beforehand that the content belongs to it.
+	// Repository is linked to the content once it is verified. The joiner has
+	// proven beforehand that the content belongs to it.
 	Repository string
 	// Sources are asked in this order, each going on where the one before
 	// failed.
@@ -201,8 +204,8 @@ type Summary struct {
 	Size       int64
 	Fetched    int64 // bytes read from sources
 	Duration   time.Duration
-	// Err is nil after a commit. ErrPaused, ErrClosed and storage.ErrFull, which
-	// is wrapped, are not the fault of any source.
+	// Err is nil after a commit. ErrPaused, ErrClosed, ErrSpool and ErrPassed
+	// are not the fault of any source.
 	Err error
 }
 
@@ -269,7 +272,7 @@ func (f *Fill) join(want Want, user bool) bool {
 	}
 	f.sources.add(want.Sources)
 	f.connections = max(f.connections, want.Connections)
-	if _, ok := f.repositories[want.Repository]; !ok && want.Repository != "" {
+	if _, ok := f.repositories[want.Repository]; !ok {
 		f.repositories[want.Repository] = false
 	}
 	if user {

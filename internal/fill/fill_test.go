@@ -511,10 +511,57 @@ func TestConnections(t *testing.T) {
 	if err != nil || !bytes.Equal(got, data) {
 		t.Error(err)
 	}
+	// Those that are begun together may be asked for in any order.
 	spans := src.spans()
+	slices.SortFunc(spans, func(a, b fill.Span) int { return int(a.Offset - b.Offset) })
 	for i, s := range spans {
 		if s.Offset != int64(i)*8*mib || s.Length != 8*mib {
 			t.Errorf("span %d: %+v", i, s)
 		}
+	}
+}
+
+// TestDamagedSpool: what is found in the spool is hashed as it is served. If
+// the disk has changed it, only that is fetched again, and no source is blamed.
+func TestDamagedSpool(t *testing.T) {
+	dir := t.TempDir()
+	x := openTable(t, dir)
+	x.parks = true
+	data, d := random(8 * mib)
+	src := &source{name: "a", data: data, gate: make(chan struct{}), gateAt: mib}
+	f := x.join(t, d, len(data), "r", src)
+	if _, err := read(t, f, 0, mib, false); err != nil {
+		t.Fatal(err)
+	}
+	x.close()
+	f.Release()
+	for _, name := range x.spooled() {
+		if !strings.HasSuffix(name, ".ledger") {
+			file, err := os.OpenFile(name, os.O_WRONLY, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := file.WriteAt([]byte("oops"), 3*fill.Segment); err != nil {
+				t.Fatal(err)
+			}
+			file.Close()
+		}
+	}
+
+	y := openTable(t, dir)
+	again := &source{name: "a", data: data}
+	g := y.join(t, d, len(data), "r", again)
+	if _, err := read(t, g, 0, len(data), true); !errors.Is(err, fill.ErrSpool) {
+		t.Errorf("a damaged spool: %v", err)
+	}
+	g.Release()
+	again.sent.Store(0)
+	g = y.join(t, d, len(data), "r", again)
+	defer g.Release()
+	if got, err := read(t, g, 0, len(data), true); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("after that: %v", err)
+	}
+	if n := again.sent.Load(); n != fill.Segment || again.blamed.Load() != 0 {
+		t.Errorf("%d bytes were fetched again; blamed %d times", n, again.blamed.Load())
 	}
 }

@@ -34,7 +34,7 @@ func (r *Reader) pass() *stream {
 		f.mu.Lock()
 		reached := f.reached
 		f.mu.Unlock()
-		s.sum = reached.load(f.key.digest.Algorithm(), reached.At)
+		s.sum = reached.clone()
 		s.tap.pos = s.sum.at
 	}
 	r.own = s

@@ -38,7 +38,7 @@ type progress struct {
 	settled    bool   // there was nothing to fetch, and nothing has changed
 	full       error  // why the spool takes no more
 	trouble    error  // why the content cannot be had
-	reached    *saved // the digest along the prefix, in passing
+	reached    *proof // the digest along the prefix, in passing; not changed any more
 }
 
 // span is segments on their way.
@@ -161,6 +161,16 @@ func (p *progress) next(connections int, ahead int64, finish bool) *span {
 	}
 	p.settled = best < 0 && (!all || p.missing(p.prefix, p.segments()) == p.segments())
 	return nil
+}
+
+// has reports whether every segment that bytes lie in is there.
+func (p *progress) has(from, to int64) bool {
+	for i := from / p.segment; i*p.segment < to; i++ {
+		if !p.have.get(i) {
+			return false
+		}
+	}
+	return true
 }
 
 // lacking tells what a span is to do with the next n bytes it has been given:

@@ -2,8 +2,6 @@ package fill
 
 import (
 	_ "crypto/sha512" // go-digest knows only what is linked in
-	"encoding"
-	"errors"
 	"fmt"
 	"hash"
 	"io"
@@ -19,14 +17,6 @@ type proof struct {
 	asked  hash.Hash // nil: the same
 }
 
-// saved is a proof that can be gone on from.
-type saved struct {
-	At        int64            `json:"at"`
-	SHA256    []byte           `json:"sha256"`
-	Algorithm digest.Algorithm `json:"algorithm,omitempty"` // of the digest asked for, if it is another
-	Asked     []byte           `json:"asked,omitempty"`
-}
-
 func newProof(algorithm digest.Algorithm) *proof {
 	p := &proof{sha256: digest.Canonical.Hash()}
 	if algorithm != digest.Canonical {
@@ -35,36 +25,19 @@ func newProof(algorithm digest.Algorithm) *proof {
 	return p
 }
 
-// load goes on from what was saved, if that is not beyond an offset, or else
-// begins anew.
-func (s *saved) load(algorithm digest.Algorithm, limit int64) *proof {
-	p := newProof(algorithm)
-	if s == nil || s.At < 0 || s.At > limit {
-		return p
-	}
-	err := p.sha256.(encoding.BinaryUnmarshaler).UnmarshalBinary(s.SHA256)
+// clone returns a proof that goes on from here by itself.
+func (p *proof) clone() *proof {
+	c := &proof{at: p.at, sha256: cloned(p.sha256)}
 	if p.asked != nil {
-		if s.Algorithm != algorithm {
-			return newProof(algorithm)
-		}
-		err = errors.Join(err, p.asked.(encoding.BinaryUnmarshaler).UnmarshalBinary(s.Asked))
+		c.asked = cloned(p.asked)
 	}
-	if err != nil {
-		return newProof(algorithm)
-	}
-	p.at = s.At
-	return p
+	return c
 }
 
-func (p *proof) save(algorithm digest.Algorithm) *saved {
-	// The hashes of the standard library never fail to be marshalled.
-	s := &saved{At: p.at}
-	s.SHA256, _ = p.sha256.(encoding.BinaryMarshaler).MarshalBinary()
-	if p.asked != nil {
-		s.Algorithm = algorithm
-		s.Asked, _ = p.asked.(encoding.BinaryMarshaler).MarshalBinary()
-	}
-	return s
+func cloned(h hash.Hash) hash.Hash {
+	// All of the standard library's can be cloned, and do not fail.
+	c, _ := h.(hash.Cloner).Clone()
+	return c
 }
 
 func (p *proof) Write(b []byte) (int, error) {

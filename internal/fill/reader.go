@@ -59,11 +59,15 @@ func (r *Reader) Close() error {
 	return nil
 }
 
-// Ready waits until there is something to read, or it is certain that there
-// will not be. Where ctx ends the waiting, the error tells what trouble there
-// has been with sources so far.
+// Ready waits until there is something to read, and some source has begun to
+// deliver if one will be needed; or until it is certain that there will not be.
+// Where ctx ends the waiting, the error tells what trouble there has been with
+// sources so far.
 func (r *Reader) Ready(ctx context.Context) error {
 	_, _, pass, err := r.wait(ctx)
+	if err == nil && !pass {
+		err = r.waitSource(ctx)
+	}
 	if pass && err == nil {
 		err = r.pass().ready(ctx)
 	}
@@ -81,6 +85,26 @@ func (r *Reader) Ready(ctx context.Context) error {
 		return nil
 	}
 	return err
+}
+
+// waitSource waits until a source has delivered something in this fill, or none
+// is needed: what an earlier fill has left says nothing of whether the rest can
+// be had now, and who is told so may still ask somebody else.
+func (r *Reader) waitSource(ctx context.Context) error {
+	f := r.fill
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for {
+		switch {
+		case f.state == failed || f.state == paused:
+			return f.err
+		case f.state != fetching || f.fetched > 0 || f.has(r.offset, r.end):
+			return nil
+		}
+		if err := f.awaitOr(ctx); err != nil {
+			return err
+		}
+	}
 }
 
 // wait waits until bytes may be read, and returns how far; or until the reader
@@ -110,7 +134,7 @@ func (r *Reader) wait(ctx context.Context) (limit int64, file content, pass bool
 				limit = min(limit, (f.size-1)/f.segment*f.segment)
 			}
 			if f.state == passing && r.proven {
-				limit = min(limit, f.reached.At)
+				limit = min(limit, f.reached.at)
 			}
 			if limit > r.offset {
 				return limit, f.file, false, nil
@@ -119,15 +143,7 @@ func (r *Reader) wait(ctx context.Context) (limit int64, file content, pass bool
 				return 0, nil, true, nil
 			}
 		}
-		changed := f.changed
-		f.mu.Unlock()
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			err = context.Cause(ctx)
-		}
-		f.mu.Lock()
-		if err != nil {
+		if err := f.awaitOr(ctx); err != nil {
 			return 0, nil, false, err
 		}
 	}

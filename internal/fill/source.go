@@ -136,9 +136,10 @@ type tap struct {
 	// pos and end. Its error is not the source's fault, and ends the reading.
 	opened func(*Stream) error
 
-	stream *Stream
-	entry  *entry
-	skip   int64
+	stream  *Stream
+	entry   *entry
+	skip    int64
+	waiting time.Duration // spent in reading
 }
 
 // Read reads up to end, and only then returns io.EOF.
@@ -154,7 +155,9 @@ func (t *tap) Read(p []byte) (int, error) {
 		if t.skip == 0 {
 			part = p[:min(int64(len(p)), t.end-t.pos)]
 		}
+		asked := time.Now()
 		n, err := t.stream.Read(part)
+		t.waiting += time.Since(asked)
 		if t.skip > 0 {
 			skipped := min(t.skip, int64(n))
 			t.skip -= skipped

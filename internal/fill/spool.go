@@ -62,21 +62,21 @@ type line struct {
 	Segments [][2]int64 `json:"segments,omitempty"`
 	// Lost are segments that turned out not to be what was noted.
 	Lost []int64 `json:"lost,omitempty"`
-	Hash *saved  `json:"hash,omitempty"`
 }
 
 const ledgerVersion = 1
 
 // openSpool opens the files of a fill, with what an earlier one left in them.
-// What it could use it notes in p; the hash goes on from the returned state.
-func openSpool(dir, boot string, k key, p *progress) (*spool, *saved, error) {
+// What it could use it notes in p. It is hashed again, since what the disk gives
+// back is what will be served.
+func openSpool(dir, boot string, k key, p *progress) (*spool, error) {
 	s := &spool{path: filepath.Join(dir, k.name()), synced: time.Now()}
 	var err error
 	if s.data, err = os.OpenFile(s.path, os.O_CREATE|os.O_RDWR, 0o600); err != nil {
-		return nil, nil, fmt.Errorf("spool: %w", err)
+		return nil, fmt.Errorf("spool: %w", err)
 	}
 	head := line{Version: ledgerVersion, Digest: k.digest, Size: k.size, Segment: p.segment, Boot: boot}
-	at, sums := s.restore(head, p)
+	sums := s.restore(head, p)
 	if s.ledger == nil {
 		// Without a ledger the data says nothing.
 		err = s.data.Truncate(0)
@@ -88,35 +88,34 @@ func openSpool(dir, boot string, k key, p *progress) (*spool, *saved, error) {
 		}
 		if err != nil {
 			s.close()
-			return nil, nil, fmt.Errorf("spool: %w", err)
+			return nil, fmt.Errorf("spool: %w", err)
 		}
 	}
 	for i, sum := range sums {
 		p.arrived(i, sum)
 	}
-	return s, at, nil
+	return s, nil
 }
 
-// restore reads a ledger that fits, and opens it for more. It returns the hash
-// along the prefix, and the segments that are there.
-func (s *spool) restore(head line, p *progress) (*saved, map[int64]uint32) {
+// restore reads a ledger that fits, and opens it for more. It returns the
+// segments that are there, with their checksums.
+func (s *spool) restore(head line, p *progress) map[int64]uint32 {
 	name := s.path + ledgerSuffix
 	info, err := os.Stat(name)
 	if err != nil || info.Size() > maxLedger {
-		return nil, nil
+		return nil
 	}
 	text, err := os.ReadFile(name)
 	if err != nil {
-		return nil, nil
+		return nil
 	}
 	first, rest, whole := readLine(text)
 	boot := first.Boot
 	first.Boot = head.Boot
 	if whole == 0 || first.Version != head.Version || first.Digest != head.Digest || first.Size != head.Size || first.Segment != head.Segment {
-		return nil, nil
+		return nil
 	}
 	sums := map[int64]uint32{}
-	var at *saved
 	length := whole
 	for {
 		l, more, n := readLine(rest)
@@ -131,25 +130,19 @@ func (s *spool) restore(head line, p *progress) (*saved, map[int64]uint32) {
 		}
 		for _, i := range l.Lost {
 			delete(sums, i)
-			at = nil
-		}
-		if l.Hash != nil {
-			at = l.Hash
 		}
 	}
 	if info, err = s.data.Stat(); err != nil {
-		return nil, nil
+		return nil
 	}
 	for i := range sums {
 		// Between the rename of a commit and the ledger's removal, a process
 		// may die.
 		if i*p.segment+p.length(i) > info.Size() {
 			delete(sums, i)
-			at = nil
 		}
 	}
 	if head.Boot == "" || boot != head.Boot {
-		at = nil
 		for i, sum := range sums {
 			if got, err := s.sum(i, p); err != nil || got != sum {
 				delete(sums, i)
@@ -158,11 +151,11 @@ func (s *spool) restore(head line, p *progress) (*saved, map[int64]uint32) {
 	}
 	// A line that was cut short must not spoil the next one.
 	if os.Truncate(name, int64(length)) != nil {
-		return nil, nil
+		return nil
 	}
 	if s.ledger, err = os.OpenFile(name, os.O_WRONLY|os.O_APPEND, 0o600); err != nil {
 		s.ledger = nil
-		return nil, nil
+		return nil
 	}
 	if boot != head.Boot {
 		// From here on the ledger is of this boot. It says again all that has
@@ -174,10 +167,10 @@ func (s *spool) restore(head line, p *progress) (*saved, map[int64]uint32) {
 		if os.Truncate(name, 0) != nil || s.append(head) != nil || s.append(line{Segments: found}) != nil {
 			s.ledger.Close()
 			s.ledger = nil
-			return nil, nil
+			return nil
 		}
 	}
-	return at, sums
+	return sums
 }
 
 // readLine takes the first line off a ledger's text; n is its length, or 0 if it
@@ -226,14 +219,14 @@ func (s *spool) sum(i int64, p *progress) (uint32, error) {
 
 // keep takes down what is pending when that is due, and says when to be called
 // again.
-func (s *spool) keep(sum *proof, algorithm digest.Algorithm) (due time.Duration, err error) {
+func (s *spool) keep() (due time.Duration, err error) {
 	if len(s.pending) == 0 {
 		return time.Hour, nil
 	}
 	if due := ledgerWait - time.Since(s.noted); len(s.pending) < ledgerRun && due > 0 {
 		return due, nil
 	}
-	if err := s.append(line{Segments: s.pending, Hash: sum.save(algorithm)}); err != nil {
+	if err := s.append(line{Segments: s.pending}); err != nil {
 		return 0, err
 	}
 	s.pending = s.pending[:0]

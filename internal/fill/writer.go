@@ -14,6 +14,10 @@ type writer struct {
 	span *span
 	room storage.Reservation
 	done []complete // of one run
+
+	waiting *time.Duration // spent waiting for the source
+	began   time.Time      // of the first run
+	waited  time.Duration  // until then
 }
 
 type complete struct {
@@ -112,14 +116,15 @@ func (w *writer) write(at int64, run []byte) error {
 	return nil
 }
 
-// widen opens another connection when this one takes long. f.mu is held.
+// widen opens another connection when this one takes long, unless it is we who
+// are slow: then more would not help. f.mu is held.
 func (w *writer) widen() {
 	f, s, now := w.fill, w.span, time.Now()
 	switch {
 	case !s.whole || f.width >= f.connections:
 	case s.ramp.IsZero():
-		s.ramp = now.Add(f.table.limits.ramp)
-	case now.After(s.ramp):
+		s.ramp, w.began, w.waited = now.Add(f.table.limits.ramp), now, *w.waiting
+	case now.After(s.ramp) && *w.waiting-w.waited > now.Sub(w.began)*3/4:
 		s.ramp = now.Add(f.table.limits.ramp)
 		f.width++
 		f.settled = false

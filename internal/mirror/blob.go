@@ -84,19 +84,13 @@ func (m *Mirror) want(ctx context.Context, t Target, d digest.Digest, size int64
 	if size == 0 && d != d.Algorithm().FromBytes(nil) {
 		return fill.Want{}, fail(noUpstream, "the blob is said to be empty, and its digest says that it is not")
 	}
-	repository := t.Repository
 	if err := m.claim(ctx, t); err != nil {
-		if errors.As(err, new(*failure)) {
-			return fill.Want{}, err
-		}
-		// The client need not suffer from our disk.
-		m.log.Error("recording a repository", zap.String("repository", t.Repository), zap.Error(err))
-		repository = ""
+		return fill.Want{}, err
 	}
 	return fill.Want{
 		Digest:      d,
 		Size:        size,
-		Repository:  repository,
+		Repository:  t.Repository,
 		Sources:     t.Upstream.Client.Blob(t.Name, d),
 		Connections: t.Upstream.Connections,
 	}, nil

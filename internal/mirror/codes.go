@@ -11,7 +11,6 @@ import (
 	"github.com/caddy-registry/mirror/internal/fill"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/upstream"
-	"github.com/caddy-registry/mirror/storage"
 )
 
 // A situation is why nothing can be served.
@@ -31,7 +30,6 @@ const (
 	readOnly
 	noUpstream // no usable answer in time
 	limited    // by the upstream
-	full       // our store
 	storeFailed
 )
 
@@ -57,7 +55,6 @@ var codes = map[situation]struct {
 	readOnly:        {http.StatusMethodNotAllowed, oci.CodeUnsupported, "", ""},
 	noUpstream:      {http.StatusServiceUnavailable, oci.CodeUnavailable, "", "try again; the mirror's log and the upstream's status page tell more"},
 	limited:         {http.StatusServiceUnavailable, oci.CodeUnavailable, "", "wait, or configure credentials with a larger budget in the mirror"},
-	full:            {http.StatusServiceUnavailable, oci.CodeUnavailable, "", ""},
 	storeFailed:     {http.StatusServiceUnavailable, oci.CodeUnavailable, "", "the mirror's log tells more"},
 }
 
@@ -105,8 +102,6 @@ func judge(err error) *failure {
 		f.situation = badRange
 	case errors.Is(err, oci.ErrTooManyRanges):
 		f.situation = tooManyRanges
-	case errors.Is(err, storage.ErrFull):
-		f.situation = full
 	case errors.Is(err, fill.ErrDigest), errors.Is(err, fill.ErrSize), errors.Is(err, fill.ErrBusy), errors.Is(err, fill.ErrClosed),
 		errors.Is(err, context.DeadlineExceeded), errors.Is(err, errNoAnswer):
 		f.situation = noUpstream

@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
-	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/tree"
@@ -109,8 +108,7 @@ func (m *Mirror) fetch(ctx context.Context, t Target, ref oci.Reference) (*tree.
 	}
 	stored, err := m.tree.PutManifest(ctx, t.Repository, got.Digest, got.Body)
 	if err != nil {
-		// The client need not suffer from our disk.
-		m.log.Error("storing a manifest", zap.String("reference", ref.Join(t.Repository)), zap.Error(err))
+		m.diskTrouble("storing a manifest", ref.Join(t.Repository), err)
 		parsed, parseErr := oci.ParseManifest(got.Body)
 		if parseErr != nil {
 			return nil, parseErr

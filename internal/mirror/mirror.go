@@ -52,7 +52,7 @@ type Mirror struct {
 	pendMu  sync.Mutex // makes changes of pending whole
 	flights singleflight.Group
 	probes  *lru.Cache[string, tree.Verdict] // verdicts not worth a record
-	told    *lru.Cache[string, time.Time]    // when an upstream's trouble was logged
+	told    *lru.Cache[string, time.Time]    // when trouble was logged: an upstream's, or the disk's
 	coming  *lru.Cache[member, *layers]      // of manifests that have just come
 }
 
@@ -128,9 +128,23 @@ func (m *Mirror) filled(s fill.Summary) {
 		m.log.Info("filled", fields...)
 	case errors.Is(s.Err, fill.ErrClosed), errors.Is(s.Err, fill.ErrPaused):
 		m.log.Info("fill put away", append(fields, zap.String("reason", s.Err.Error()))...)
+	case errors.Is(s.Err, fill.ErrSpool), errors.Is(s.Err, fill.ErrPassed):
+		m.diskTrouble("keeping a blob", s.Repository+"@"+s.Digest.String(), s.Err)
 	default:
 		m.log.Warn("fill failed", append(fields, zap.Error(s.Err))...)
 	}
+}
+
+// diskTrouble logs that something could not be stored. The client need not
+// suffer from our disk, nor the log.
+func (m *Mirror) diskTrouble(doing, about string, err error) {
+	const disk = "" // is no upstream's name
+	now := m.now()
+	if last, ok := m.told.Get(disk); ok && now.Sub(last) < tellEvery {
+		return
+	}
+	m.told.Add(disk, now)
+	m.log.Error("disk trouble", zap.String("while", doing), zap.String("reference", about), zap.Error(err))
 }
 
 // tellEvery is how often the trouble with one upstream is logged.
@@ -196,10 +210,16 @@ func (m *Mirror) claim(ctx context.Context, t Target) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return m.tree.PutRecord(ctx, t.Repository, tree.Record{
+	err = m.tree.PutRecord(ctx, t.Repository, tree.Record{
 		Class:    tree.Mirrored,
 		Upstream: t.Upstream.Name,
 		Prefix:   t.Upstream.Prefix,
 		Created:  m.now().UTC(),
 	})
+	if err != nil {
+		// A repository without a record belongs to whoever's prefix it is
+		// under.
+		m.diskTrouble("recording a repository", t.Repository, err)
+	}
+	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"time"
 
 	"github.com/caddy-registry/mirror/internal/oci"
@@ -93,12 +94,17 @@ func (m *Mirror) probe(ctx context.Context, t Target, kind oci.Kind, ref oci.Ref
 		return false, err
 	}
 	record, err := m.tree.Record(ctx, t.Repository)
+	if errors.Is(err, fs.ErrNotExist) {
+		return open, nil // there is no room for one
+	}
 	if err != nil {
 		return false, err
 	}
 	if record.Public == nil || record.Public.Public != open {
 		record.Public = &verdict
-		err = m.tree.PutRecord(ctx, t.Repository, record)
+		if err := m.tree.PutRecord(ctx, t.Repository, record); err != nil {
+			m.diskTrouble("recording what a probe has found", t.Repository, err)
+		}
 	}
-	return open, err
+	return open, nil
 }

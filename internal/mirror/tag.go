@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
-	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/tree"
@@ -194,7 +193,7 @@ func (m *Mirror) settle(ctx context.Context, key manifestKey) {
 			continue
 		}
 		if err := m.tree.SetTag(ctx, key.repository, tag, key.digest); err != nil {
-			m.log.Error("storing a tag", zap.String("reference", key.repository+":"+tag), zap.Error(err))
+			m.diskTrouble("storing a tag", key.repository+":"+tag, err)
 		}
 	}
 }

@@ -338,3 +338,18 @@ func TestCloseEndsHashing(t *testing.T) {
 }
 
 func third[A, B any](_ A, _ B, err error) error { return err }
+
+// TestLostRecord: the record of a mirrored repository is not synced at once,
+// and may be empty after a loss of power. Then it counts as absent.
+func TestLostRecord(t *testing.T) {
+	b := newBench(t)
+	s := b.doubt()
+	s.doubtful[layout.Record("lost")] = true
+	for _, left := range []string{"", "\x00\x00\x00"} {
+		b.write(layout.Record("lost"), []byte(left))
+		s.doubtful[layout.Record("lost")] = true
+		if _, err := b.Record(t.Context(), "lost"); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%q: %v", left, err)
+		}
+	}
+}

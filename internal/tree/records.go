@@ -1,6 +1,7 @@
 package tree
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -58,6 +59,13 @@ func (t *Tree) Record(ctx context.Context, repository string) (Record, error) {
 	if err != nil {
 		return Record{}, err
 	}
+	if len(bytes.Trim(data, "\x00")) == 0 {
+		if info, err := t.store.Stat(ctx, layout.Record(repository)); err == nil && info.Doubtful {
+			// A loss of power took it before it was synced, so it was a mirrored
+			// repository's.
+			return Record{}, fmt.Errorf("%w: the record of repository %s is empty", fs.ErrNotExist, repository)
+		}
+	}
 	var r Record
 	if err := json.Unmarshal(data, &r); err != nil {
 		return Record{}, fmt.Errorf("the record of repository %s is damaged: %w", repository, err)
@@ -76,7 +84,13 @@ func (t *Tree) PutRecord(ctx context.Context, repository string, r Record) error
 	if err != nil {
 		return err
 	}
-	if err := t.store.Put(ctx, layout.Record(repository), data, storage.Durable); err != nil {
+	// A mirrored repository that loses its record is recorded again when it is
+	// next asked for, and until then nothing in it is evicted.
+	durability := storage.Durable
+	if r.Class == Mirrored {
+		durability = storage.Lazy
+	}
+	if err := t.store.Put(ctx, layout.Record(repository), data, durability); err != nil {
 		return err
 	}
 	t.records.Add(repository, r)

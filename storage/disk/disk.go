@@ -36,8 +36,8 @@ type Disk struct {
 	Directory string `json:"directory,omitempty"`
 
 	// How much of the filesystem must stay free: a number of bytes (`20GiB`)
-	// or a share of its size (`10%`). What would leave less is not fetched,
-	// and the client is told so with 503. Default: 10%.
+	// or a share of its size (`10%`). What would leave less is not kept, but
+	// passed through from the upstream. Default: 10%.
 	MinFree string `json:"min_free,omitempty"`
 
 	// Permissions of new files, in octal, less the umask. Default: 0640.
