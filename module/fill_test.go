@@ -55,11 +55,12 @@ func TestAbort(t *testing.T) {
 	for _, c := range []struct {
 		percent     int64
 		connections string
+		rate        int64
 	}{
-		{10, ""},
-		{10, "connections 1"},
-		{90, ""},
-		{90, "connections 1"},
+		{10, "", 800_000},
+		{10, "connections 1", 3_200_000},
+		{90, "", 0},
+		{90, "connections 1", 0},
 	} {
 		t.Run(fmt.Sprint(c.percent, c.connections), func(t *testing.T) {
 			up := regtest.New(t, regtest.Options{})
@@ -71,7 +72,7 @@ func TestAbort(t *testing.T) {
 			m.want(200, "GET", "/v2/library/x/manifests/latest")
 			hold := make(chan struct{})
 			if c.percent < 50 {
-				up.Fail(regtest.Fault{Path: layer.Digest.String(), Rate: 800_000})
+				up.Fail(regtest.Fault{Path: layer.Digest.String(), Rate: c.rate})
 			} else {
 				up.Fail(regtest.Fault{Path: layer.Digest.String(), Hold: hold, Offset: size * 95 / 100})
 			}
@@ -364,7 +365,7 @@ func TestReloadInMidHerd(t *testing.T) {
 // TestStopInMidFill: a stop puts a fill that nobody reads away at once, and the
 // next start goes on from there.
 func TestStopInMidFill(t *testing.T) {
-	up := regtest.New(t, regtest.Options{Rate: 1 << 20})
+	up := regtest.New(t, regtest.Options{Rate: 2 << 20})
 	layer := regtest.Random("x", 24<<20)
 	image := regtest.NewImage("x", layer)
 	up.Push("library/x", image, "latest")
