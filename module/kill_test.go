@@ -140,14 +140,16 @@ func TestKill(t *testing.T) {
 		{"store.marked", small, stopping, "digest tag layer"},
 	} {
 		t.Run(fmt.Sprintf("%s %d", c.at, c.size), func(t *testing.T) {
-			up := regtest.New(t, regtest.Options{Rate: 12 << 20})
+			up := regtest.New(t, regtest.Options{})
 			image := regtest.NewImage(c.at, regtest.Random(c.at, c.size))
 			layer := image.Blobs[1]
 			up.Push("library/x", image, "latest")
 			if c.how == leaving {
 				hold := make(chan struct{})
 				defer close(hold)
-				up.Fail(regtest.Fault{Path: layer.Digest.String(), Hold: hold, Offset: 1 << 20})
+				up.Fail(regtest.Fault{Path: layer.Digest.String(), Hold: hold, Offset: 200_000})
+			} else {
+				up.Fail(regtest.Fault{Path: layer.Digest.String(), Rate: 12 << 20})
 			}
 			dir := t.TempDir()
 			doomed := child(t, dir, up.URL, c.at)
