@@ -34,7 +34,7 @@ func newVolume(t *testing.T, kind string, mib int64) *volume {
 	env := bare(dir)
 	switch kind {
 	case "tmpfs":
-		run(t, env, tool(t, "mount"), "-t", "tmpfs", "-o", fmt.Sprintf("size=%dM", mib), "e2e", v.dir)
+		run(t, env, tool(t, "mount"), "-t", "tmpfs", "-o", fmt.Sprintf("size=%dM,nr_inodes=%d", mib, mib*64), "e2e", v.dir)
 	case "ext4":
 		image := writeFile(t, dir+"/image", "")
 		if err := os.Truncate(image, mib<<20); err != nil {
@@ -84,10 +84,28 @@ func (v *volume) fill(t *testing.T) {
 	}
 }
 
+// crowd takes all inodes there are.
+func (v *volume) crowd(t *testing.T) {
+	t.Helper()
+	if err := os.Mkdir(v.ballast, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; ; i++ {
+		f, err := os.Create(filepath.Join(v.ballast, fmt.Sprint(i)))
+		if errors.Is(err, syscall.ENOSPC) {
+			return
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+	}
+}
+
 // clear makes room again.
 func (v *volume) clear(t *testing.T) {
 	t.Helper()
-	if err := os.Remove(v.ballast); err != nil {
+	if err := os.RemoveAll(v.ballast); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -103,7 +121,7 @@ func TestDiskFull(t *testing.T) {
 
 	for _, kind := range []string{"ext4", "tmpfs"} {
 		for _, minFree := range []string{"0%", "10%"} {
-			for _, when := range []string{"24 MiB left", "nothing left", "in the middle"} {
+			for _, when := range []string{"24 MiB left", "nothing left", "no inodes left", "in the middle"} {
 				t.Run(kind+"/"+minFree+"/"+when, func(t *testing.T) {
 					v := newVolume(t, kind, 96)
 					counted := startCounter(t, upstream.addr)
@@ -122,6 +140,9 @@ func TestDiskFull(t *testing.T) {
 						v.leave(t, 24<<20)
 					case "nothing left":
 						v.fill(t)
+					case "no inodes left":
+						reason = "no space left on device"
+						v.crowd(t)
 					case "in the middle":
 						reason = "no space left on device"
 						var held <-chan struct{}
