@@ -29,18 +29,21 @@ func (f *Fill) fetchSmall() error {
 	data := make([]byte, f.key.size)
 	var canonical digest.Digest
 	for {
-		f.mu.Lock()
-		background := f.users == 1
-		f.mu.Unlock()
-		t := tap{fill: f, ctx: f.ctx, end: f.key.size, background: background}
-		_, err := io.ReadFull(&t, data)
+		t := f.smallTap()
+		_, err := io.ReadFull(t, data)
 		t.Close()
+		if errors.Is(err, errYield) {
+			continue
+		}
 		if err != nil {
 			return err
 		}
+		f.mu.Lock()
+		from := f.from
+		f.mu.Unlock()
 		sum := newProof(f.key.digest.Algorithm())
 		sum.Write(data)
-		if canonical, err = sum.check(f.key.digest, f.from); err == nil {
+		if canonical, err = sum.check(f.key.digest, from); err == nil {
 			break
 		}
 		if !f.blame(err) {
@@ -61,6 +64,26 @@ func (f *Fill) fetchSmall() error {
 		f.swap(ctx, key)
 		return nil
 	})
+}
+
+// smallTap reads the whole. In the background, somebody who joins while it waits
+// for its turn at a source makes it begin again in the foreground.
+func (f *Fill) smallTap() *tap {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	t := &tap{fill: f, ctx: f.ctx, end: f.key.size, background: f.users == 1}
+	if t.background {
+		var cancel context.CancelCauseFunc
+		t.ctx, cancel = context.WithCancelCause(f.ctx)
+		f.promote = func() { cancel(errYield) }
+		t.opened = func(*Stream) error {
+			f.mu.Lock()
+			f.promote = nil
+			f.mu.Unlock()
+			return nil
+		}
+	}
+	return t
 }
 
 // swap lets readers that are still there go on from the store, so that slow
@@ -106,9 +129,7 @@ func (f *Fill) fetchLarge() error {
 	f.mu.Unlock()
 	defer func() {
 		f.drain()
-		if f.room != nil {
-			f.room.Release()
-		}
+		f.unreserve()
 	}()
 
 	if err := f.follow(s, sum); err != nil {
@@ -121,12 +142,16 @@ func (f *Fill) fetchLarge() error {
 		f.park(s)
 		return err
 	}
-	canonical, err := sum.check(f.key.digest, f.from)
+	f.mu.Lock()
+	f.note(s)
+	from := f.from
+	f.mu.Unlock()
+	canonical, err := sum.check(f.key.digest, from)
 	if err != nil {
 		if lost := s.lost(&f.progress); len(lost) > 0 {
 			err = fmt.Errorf("%w: %d segments are not what was written", ErrSpool, len(lost))
 			f.fail(err)
-			s.append(line{Lost: lost})
+			s.append(line{Segments: s.pending, Lost: lost})
 			return err
 		}
 		// It was delivered so, and readers have had some of it.
@@ -309,11 +334,13 @@ func (f *Fill) park(s *spool) {
 		s.sync()
 	}
 	failpoint.Hit("fill.parked")
+	f.table.tidy()
 }
 
 // pass lets readers go on by themselves, since the disk takes no more, until
 // the last has left. The spans have ended.
 func (f *Fill) pass(cause error, s *spool, sum *proof) error {
+	f.unreserve()
 	f.mu.Lock()
 	contiguous := f.contiguous()
 	f.mu.Unlock()
@@ -328,19 +355,26 @@ func (f *Fill) pass(cause error, s *spool, sum *proof) error {
 	cause = fmt.Errorf("%w: %w", ErrPassed, cause)
 	for !f.abandon(cause) {
 		f.mu.Lock()
-		changed, users := f.changed, f.users
+		changed, users, err := f.changed, f.users, f.err
 		f.mu.Unlock()
+		if err != nil { // what the spool has is wrong
+			if s != nil {
+				s.remove()
+			}
+			return err
+		}
 		if users == 1 {
 			continue
 		}
 		select {
 		case <-changed:
 		case <-f.table.ctx.Done():
-			f.fail(context.Cause(f.table.ctx))
 			cause = context.Cause(f.table.ctx)
-		}
-		if f.table.ctx.Err() != nil {
-			break
+			f.fail(cause)
+			if s != nil {
+				f.park(s)
+			}
+			return cause
 		}
 	}
 	if s != nil {
@@ -396,6 +430,9 @@ func (f *Fill) copy(ctx context.Context, s *span) error {
 	defer t.Close()
 	w.waiting = &t.waiting
 	t.opened = func(stream *Stream) error {
+		f.mu.Lock()
+		s.begun = true
+		f.mu.Unlock()
 		if !stream.Whole {
 			return nil
 		}

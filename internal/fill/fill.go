@@ -9,39 +9,43 @@
 //
 // # States
 //
-//		joined ──► fetching ──► verified ──► committed
-//		   │        │  │  ▲         │
-//		   │        │  │  └─ ─ ─ ┐  └──► (commit failed: readers finish, nothing is kept)
-//		   │        │  │      paused
-//		   │        │  ├──► failed
-//		   │        │  └──► passing ──► paused
-//		   └────────┴──► failed
+//	joined ──► fetching ──► verified ──► committed
+//	   │          │
+//	   │          ├──► passing ──► paused or failed
+//	   │          ├──► paused ─ ─ ► the next fill of the key
+//	   │          └──► failed
+//	   ├──► verified (the store has it after all)
+//	   ├──► passing  (there is nowhere to put a spool)
+//	   └──► failed
 //
-//	  - joined: in the table, and nothing asked of a source. The fill before it
-//	    with the same key, if one is still putting its files away, is waited for.
-//	    Then run looks into the store again. Without that there is a race: a
-//	    request misses the store, the fill it would have joined commits and
-//	    leaves the table, and the request starts a second fetch of what is
-//	    already there (groupcache's race).
-//	  - fetching: content of up to 1 MiB comes into memory, in one piece, and
-//	    nobody sees it before its digest is proven. Larger content comes in
-//	    spans, several at a time, into a sparse spool file; a map says which of
-//	    its segments are there, and a ledger beside it remembers that with their
-//	    checksums. The digest is computed along the contiguous prefix.
-//	  - passing: the disk takes no more. Readers use what the spool has, and then
-//	    a stream of their own, which each hashes for itself.
-//	  - verified: every byte is there and the digest is right. Readers are free
-//	    of the fill's fate from here on.
-//	  - committed: the content is under its key and every repository that joined
-//	    has its link. Joiners that arrive while links are being written are
-//	    linked too; the check that none is left and the removal from the table
-//	    happen under both locks.
-//	  - paused: nobody has been reading for a while, and less than half was
-//	    there. The fill has left the table; its files stay, and the next fill of
-//	    the key goes on from them, in this process or a later one.
-//	  - failed: err is set, and the fill has left the table, so that the next
-//	    Join starts anew: from the files, unless it was the content that was
-//	    wrong.
+// A verified fill whose commit fails lets its readers finish and keeps nothing.
+// The states mean:
+//
+//   - joined: in the table, and nothing asked of a source. The fill before it
+//     with the same key, if one is still putting its files away, is waited for.
+//     Then run looks into the store again. Without that there is a race: a
+//     request misses the store, the fill it would have joined commits and
+//     leaves the table, and the request starts a second fetch of what is
+//     already there (groupcache's race).
+//   - fetching: content of up to 1 MiB comes into memory, in one piece, and
+//     nobody sees it before its digest is proven. Larger content comes in
+//     spans, several at a time, into a sparse spool file; a map says which of
+//     its segments are there, and a ledger beside it remembers that with their
+//     checksums. The digest is computed along the contiguous prefix.
+//   - passing: the disk takes no more. Readers use what the spool has, and then
+//     a stream of their own, which each hashes for itself.
+//   - verified: every byte is there and the digest is right. Readers are free
+//     of the fill's fate from here on.
+//   - committed: the content is under its key and every repository that joined
+//     has its link. Joiners that arrive while links are being written are
+//     linked too; the check that none is left and the removal from the table
+//     happen under both locks.
+//   - paused: nobody has been reading for a while, and less than half was
+//     there. The fill has left the table; its files stay, and the next fill of
+//     the key goes on from them, in this process or a later one.
+//   - failed: err is set, and the fill has left the table, so that the next
+//     Join starts anew: from the files, unless it was the content that was
+//     wrong.
 //
 // # Lock
 //
@@ -243,6 +247,7 @@ type Fill struct {
 	sources      roster
 	connections  int
 	repositories map[string]bool // joined → linked
+	promote      func()          // makes small content come in the foreground; nil if it does, or comes already
 	progress                     // of larger content
 	spool        *os.File        // its data
 
@@ -277,6 +282,10 @@ func (f *Fill) join(want Want, user bool) bool {
 	}
 	if user {
 		f.users++
+		if f.promote != nil {
+			f.promote()
+			f.promote = nil
+		}
 	} else {
 		f.ahead = true
 	}
@@ -405,7 +414,7 @@ func (f *Fill) held() (bool, error) {
 	return true, nil
 }
 
-// verified lets readers have everything.
+// release lets readers have everything.
 func (f *Fill) release(file content) {
 	f.mu.Lock()
 	f.file, f.state = file, verified

@@ -15,9 +15,10 @@ type stream struct {
 	tap    tap
 	fill   *Fill
 	start  int64  // of the reader
-	from   int64  // what is before is hashed only
+	at     int64  // of the reader; what is before is hashed only
+	end    int64  // of the reader
 	sum    *proof // nil: unproven
-	tail   []byte // the last segment, once it is proven
+	tail   []byte // what is left of the last segment, once it is proven
 	closed context.CancelFunc
 }
 
@@ -28,14 +29,13 @@ func (r *Reader) pass() *stream {
 	}
 	f := r.fill
 	ctx, cancel := context.WithCancel(r.ctx)
-	s := &stream{fill: f, start: r.start, from: r.offset, closed: cancel}
+	s := &stream{fill: f, start: r.start, at: r.offset, end: r.end, closed: cancel}
 	s.tap = tap{fill: f, ctx: ctx, pos: r.offset, end: r.end}
 	if r.proven {
 		f.mu.Lock()
-		reached := f.reached
+		s.sum = f.reached.clone()
 		f.mu.Unlock()
-		s.sum = reached.clone()
-		s.tap.pos = s.sum.at
+		s.tap.pos, s.tap.end = s.sum.at, f.key.size
 	}
 	r.own = s
 	return s
@@ -60,31 +60,33 @@ func (s *stream) Read(p []byte) (int, error) {
 		return s.tap.Read(p)
 	}
 	last := (s.fill.key.size - 1) / s.fill.segment * s.fill.segment
-	for s.tail == nil {
-		if s.tap.pos >= last {
-			if err := s.prove(last); err != nil {
-				return 0, err
-			}
-			break
-		}
+	for s.at < min(s.end, last) {
 		n, err := s.tap.Read(p[:min(int64(len(p)), last-s.tap.pos)])
 		s.sum.Write(p[:n])
-		if begin := s.tap.pos - int64(n); begin < s.from {
-			skipped := min(s.from-begin, int64(n))
+		begin := s.tap.pos - int64(n)
+		if skipped := min(s.at-begin, int64(n)); skipped > 0 {
 			if err := s.compare(begin, p[:skipped]); err != nil {
-				return 0, err
+				return 0, s.wrong(err)
 			}
 			n = copy(p, p[skipped:n])
 		}
+		n = int(min(int64(n), s.end-s.at))
+		s.at += int64(n)
 		if n > 0 || err != nil {
 			return n, err
 		}
 	}
-	if len(s.tail) == 0 {
+	if s.at >= s.end {
 		return 0, io.EOF
+	}
+	if s.tail == nil {
+		if err := s.prove(last); err != nil {
+			return 0, err
+		}
 	}
 	n := copy(p, s.tail)
 	s.tail = s.tail[n:]
+	s.at += int64(n)
 	return n, nil
 }
 
@@ -107,21 +109,34 @@ func (s *stream) compare(begin int64, p []byte) error {
 	return nil
 }
 
-// prove reads the last segment and compares the digest.
+// prove reads on to the end and compares the digest.
 func (s *stream) prove(last int64) error {
+	if s.tap.pos < last { // the reader begins in the last segment
+		if _, err := io.CopyN(s.sum, &s.tap, last-s.tap.pos); err != nil {
+			return err
+		}
+	}
 	tail := make([]byte, s.tap.end-last)
 	if _, err := io.ReadFull(&s.tap, tail); err != nil {
 		return err
 	}
 	s.sum.Write(tail)
+	s.tap.Close()
 	f := s.fill
 	f.mu.Lock()
 	from := f.from
 	f.mu.Unlock()
 	if _, err := s.sum.check(f.key.digest, from); err != nil {
-		f.blame(err)
-		return err
+		return s.wrong(err)
 	}
-	s.tail = tail[max(0, min(s.from-last, int64(len(tail)))):]
+	s.tail = tail[s.at-last : s.end-last]
 	return nil
+}
+
+// wrong ends the fill: what it has in the spool, or some source, is not the
+// content.
+func (s *stream) wrong(err error) error {
+	s.fill.blame(err)
+	s.fill.fail(err)
+	return err
 }

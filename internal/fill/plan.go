@@ -48,6 +48,7 @@ type span struct {
 	background bool
 	cancel     func(error)
 	part                 // how far it has come
+	begun      bool      // a source is delivering it
 	ramp       time.Time // when, if it has not ended, another is begun
 }
 
@@ -193,6 +194,21 @@ func (p *progress) lacking(s *span, at, n int64) (m int64, skip bool) {
 		s.part = part
 	}
 	return n, false
+}
+
+// hurry ends background spans that a reader has come to wait for and that still
+// wait for their turn at a source. What they were to fetch is then asked for
+// again, in the foreground.
+func (p *progress) hurry(r *Reader) {
+	from, to := r.at, r.end
+	if r.proven && r.start == 0 {
+		from = 0
+	}
+	for _, s := range p.spans {
+		if s.background && !s.begun && s.first*p.segment < to && s.end*p.segment > from {
+			s.cancel(errYield)
+		}
+	}
 }
 
 // claim takes the segments from first that are missing, up to end or a window.

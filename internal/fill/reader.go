@@ -35,6 +35,7 @@ func (f *Fill) NewReader(ctx context.Context, offset, length int64, proven bool)
 	defer f.mu.Unlock()
 	f.readers = append(f.readers, r)
 	f.settled = false
+	f.hurry(r)
 	f.schedule()
 	return r
 }
@@ -118,10 +119,11 @@ func (r *Reader) wait(ctx context.Context) (limit int64, file content, pass bool
 	defer f.mu.Unlock()
 	if r.at != r.offset {
 		r.at = r.offset
-		if r.proven && r.start > 0 { // its 8 MiB have moved on
+		if r.proven && r.start > 0 && f.state == fetching { // its 8 MiB have moved on
 			f.settled = false
+			f.hurry(r)
+			f.schedule()
 		}
-		f.schedule()
 	}
 	for {
 		switch f.state {

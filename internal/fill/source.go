@@ -158,6 +158,7 @@ func (t *tap) Read(p []byte) (int, error) {
 		asked := time.Now()
 		n, err := t.stream.Read(part)
 		t.waiting += time.Since(asked)
+		came := int64(n)
 		if t.skip > 0 {
 			skipped := min(t.skip, int64(n))
 			t.skip -= skipped
@@ -165,8 +166,10 @@ func (t *tap) Read(p []byte) (int, error) {
 		}
 		fresh := int(min(int64(n), t.end-t.pos))
 		t.pos += int64(fresh)
-		t.heard(int64(n), fresh > 0)
-		if err != nil && t.pos < t.end {
+		t.heard(came, fresh > 0)
+		if t.pos == t.end && (err != nil || t.stream.Whole && t.end < t.fill.key.size) {
+			t.Close() // nothing more is to come, or to be read
+		} else if err != nil {
 			from := t.stream.From
 			t.Close()
 			if errors.Is(err, io.EOF) {

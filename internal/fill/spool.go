@@ -20,7 +20,7 @@ const (
 	ledgerSuffix = ".ledger"
 	goneSuffix   = ".gone"
 
-	ledgerRun  = 16              // segments noted at once
+	ledgerRun  = 8               // segments noted at once
 	ledgerWait = time.Second / 4 // longest that a segment is not noted
 	syncRun    = 64 << 20        // bytes that are synced at once
 	syncPause  = 5 * time.Second // between two syncs: a fast fill needs none
@@ -89,6 +89,7 @@ func openSpool(dir, boot string, k key, p *progress) (*spool, error) {
 		if err != nil {
 			s.close()
 			s.data.Close()
+			s.remove()
 			return nil, fmt.Errorf("spool: %w", err)
 		}
 	}

@@ -54,6 +54,7 @@ type Table struct {
 	ending map[key]*Fill // have left, and are putting their files away
 
 	parking sync.Mutex // of whoever removes parked files
+	swept   time.Time  // guarded by parking
 }
 
 // NewTable returns a table that commits to the given store. link makes
@@ -227,6 +228,7 @@ func (t *Table) busy() map[string]bool {
 func (t *Table) sweep() {
 	t.parking.Lock()
 	defer t.parking.Unlock()
+	t.swept = time.Now()
 	names, err := t.parked()
 	if err != nil {
 		return
@@ -239,6 +241,19 @@ func (t *Table) sweep() {
 		if err != nil || time.Since(info.ModTime()) > t.limits.keep || len(names)-i > maxParked {
 			t.discard(name)
 		}
+	}
+}
+
+// tidyEvery is how often parked files are looked through while there are new
+// ones.
+const tidyEvery = time.Minute
+
+func (t *Table) tidy() {
+	t.parking.Lock()
+	due := time.Since(t.swept) > tidyEvery
+	t.parking.Unlock()
+	if due {
+		t.sweep()
 	}
 }
 

@@ -49,6 +49,16 @@ func (w *writer) release() {
 	}
 }
 
+// unreserve gives back what the whole has not used.
+func (f *Fill) unreserve() {
+	f.rooms.Lock()
+	defer f.rooms.Unlock()
+	if f.room != nil {
+		f.room.Release()
+		f.room = nil
+	}
+}
+
 func (f *Fill) reserve(s *span) (storage.Reservation, error) {
 	f.mu.Lock()
 	whole, need := s.whole, f.size-f.got

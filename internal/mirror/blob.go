@@ -228,4 +228,9 @@ func (b *liveBlob) prepare(ctx, sending context.Context, spans []oci.Span, prove
 	return b.readers[0].Ready(ctx)
 }
 
-func (b *liveBlob) reader(i int) (io.Reader, error) { return b.readers[i], nil }
+func (b *liveBlob) reader(i int) (io.Reader, error) {
+	if i > 0 {
+		b.readers[i-1].Close()
+	}
+	return b.readers[i], nil
+}

@@ -122,7 +122,7 @@ func (b blob) Open(ctx context.Context, span fill.Span) (*fill.Stream, error) {
 		return nil, err
 	}
 	d := stream.ReadCloser.(*delivery)
-	d.blob, d.free = b, free
+	d.upstream, d.free = b.upstream, free
 	if !b.last && e.minSpeed.Bytes > 0 {
 		d.body.pace = &pace{least: e.minSpeed}
 	}
@@ -174,7 +174,8 @@ func (e *endpoint) visit(ctx context.Context, c call, what content, span fill.Sp
 	}
 	stream, err := e.accept(resp, span)
 	if err == nil {
-		stream.ReadCloser.(*delivery).target = e.remember(what, resp)
+		d := stream.ReadCloser.(*delivery)
+		d.what, d.target = what, e.remember(what, resp)
 	}
 	return stream, err
 }
@@ -192,7 +193,8 @@ func (e *endpoint) revisit(ctx context.Context, c call, what content, span fill.
 	if err == nil && (resp.StatusCode == http.StatusOK || resp.StatusCode == http.StatusPartialContent) {
 		var stream *fill.Stream
 		if stream, err = e.accept(resp, span); err == nil {
-			stream.ReadCloser.(*delivery).target = target
+			d := stream.ReadCloser.(*delivery)
+			d.what, d.target = what, target
 			return stream, nil
 		}
 	} else if err == nil {
@@ -222,11 +224,13 @@ func (e *endpoint) remember(what content, resp *http.Response) *url.URL {
 // delivery is the body of an answer that holds a span. It ends with the range
 // that the answer speaks of.
 type delivery struct {
-	body   *body
-	left   int64 // bytes to the end of the range; negative: no end is set
-	blob   blob
-	target *url.URL // where it comes from, if that is elsewhere
-	free   func()   // nil once closed
+	body     *body
+	left     int64 // bytes to the end of the range; negative: no end is set
+	endpoint *endpoint
+	upstream string
+	what     content
+	target   *url.URL // where it comes from, if that is elsewhere
+	free     func()   // of a place; nil if it has none, and once closed
 }
 
 func (d *delivery) Read(p []byte) (int, error) {
@@ -248,10 +252,10 @@ func (d *delivery) Read(p []byte) (int, error) {
 			return n, io.EOF
 		}
 		if d.target != nil { // another may do better
-			d.blob.endpoint.targets.drop(d.blob.content, d.target)
+			d.endpoint.targets.drop(d.what, d.target)
 		}
 		if errors.Is(err, errMinSpeed) {
-			err = &Error{Kind: Unavailable, Upstream: d.blob.upstream, Endpoint: d.blob.endpoint.name, Origin: d.blob.endpoint.origin, After: slowPause, Err: err}
+			err = &Error{Kind: Unavailable, Upstream: d.upstream, Endpoint: d.endpoint.name, Origin: d.endpoint.origin, After: slowPause, Err: err}
 		}
 	}
 	return n, err

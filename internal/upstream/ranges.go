@@ -62,7 +62,7 @@ func (c call) ranged(span fill.Span) call {
 // accept makes a stream of an answer to a request for a span, and closes what
 // does not fit.
 func (e *endpoint) accept(resp *http.Response, span fill.Span) (*fill.Stream, error) {
-	d := &delivery{body: resp.Body.(*body), left: -1}
+	d := &delivery{endpoint: e, body: resp.Body.(*body), left: -1}
 	stream := &fill.Stream{ReadCloser: d, From: e.name}
 	failure := &Error{Kind: Invalid, Endpoint: e.name, Origin: e.origin, Status: resp.StatusCode}
 	if coding := resp.Header.Get("Content-Encoding"); coding != "" && !strings.EqualFold(coding, "identity") {

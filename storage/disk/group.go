@@ -159,7 +159,7 @@ func (g *group) commit(dirty, clean bool) error {
 			// The kernel tells once of what it could not write, and from then
 			// on takes it for written: that the next sync succeeds proves
 			// nothing for these values.
-			next.Doubt = next.Doubt.join(next.Time.Add(-markMargin), began)
+			next.Doubt = next.Doubt.join(next.Time.Add(-markMargin), g.host.now().UTC())
 			g.doubt.Store(next.Doubt)
 		}
 	}
