@@ -241,3 +241,17 @@ func (r *slowReader) finish(t *testing.T, digest string) {
 		t.Errorf("the blob has the digest %s, not %s", got, digest)
 	}
 }
+
+// TestDiskFullCredentials: that it cannot be written down does not make an
+// image private.
+func TestDiskFullCredentials(t *testing.T) {
+	img := newImage(t, "public")
+	upstream := startRegistry(t, workDir(t), "")
+	upstream.push(t, "library/hello", img)
+	v := newVolume(t, "tmpfs", 96)
+	m := startMirror(t, setup{store: v.dir + "/registry", registry: dockerHub(upstream.addr, "credentials user secret")})
+	v.fill(t)
+	pullWithCrane(t, m.addr, img, ":latest")
+	v.clear(t)
+	pullWithCrane(t, m.addr, img, ":latest")
+}
