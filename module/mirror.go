@@ -136,7 +136,7 @@ func (m *Mirror) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhtt
 		mirror.Unavailable(w, r, err)
 		return nil
 	}
-	report := m.site.ServeHTTP(open, w, r, route)
+	report := m.site.ServeHTTP(open, newSender(w, r), r, route)
 	if extra, ok := r.Context().Value(caddyhttp.ExtraLogFieldsCtxKey).(*caddyhttp.ExtraLogFields); ok {
 		for _, field := range [...]struct{ key, value string }{
 			{"registry_upstream", report.Upstream},

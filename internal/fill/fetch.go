@@ -29,17 +29,21 @@ func (f *Fill) fetchSmall() error {
 	data := make([]byte, f.key.size)
 	var canonical digest.Digest
 	for {
-		t := f.smallTap()
-		_, err := io.ReadFull(t, data)
-		t.Close()
-		if errors.Is(err, errYield) {
-			continue
+		t := tap{fill: f, ctx: f.ctx, end: f.key.size}
+		f.mu.Lock()
+		if t.background = f.users == 1; t.background {
+			f.hurried = make(chan struct{})
+			t.hurry = f.hurried
 		}
+		f.mu.Unlock()
+		_, err := io.ReadFull(&t, data)
+		t.Close()
 		if err != nil {
 			return err
 		}
 		f.mu.Lock()
 		from := f.from
+		f.hurried = nil
 		f.mu.Unlock()
 		sum := newProof(f.key.digest.Algorithm())
 		sum.Write(data)
@@ -64,26 +68,6 @@ func (f *Fill) fetchSmall() error {
 		f.swap(ctx, key)
 		return nil
 	})
-}
-
-// smallTap reads the whole. In the background, somebody who joins while it waits
-// for its turn at a source makes it begin again in the foreground.
-func (f *Fill) smallTap() *tap {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	t := &tap{fill: f, ctx: f.ctx, end: f.key.size, background: f.users == 1}
-	if t.background {
-		var cancel context.CancelCauseFunc
-		t.ctx, cancel = context.WithCancelCause(f.ctx)
-		f.promote = func() { cancel(errYield) }
-		t.opened = func(*Stream) error {
-			f.mu.Lock()
-			f.promote = nil
-			f.mu.Unlock()
-			return nil
-		}
-	}
-	return t
 }
 
 // swap lets readers that are still there go on from the store, so that slow
@@ -113,6 +97,15 @@ func (f *Fill) swap(ctx context.Context, key string) {
 // follows it with the digest and the ledger.
 func (f *Fill) fetchLarge() error {
 	algorithm := f.key.digest.Algorithm()
+	if f.key.size > f.table.limits.trust {
+		// The map of it takes memory, and a manifest says what it likes.
+		t := tap{fill: f, ctx: f.ctx, end: 1}
+		err := t.open()
+		t.Close()
+		if err != nil {
+			return err
+		}
+	}
 	f.mu.Lock()
 	f.begin(f.key.size, f.table.limits, f.connections)
 	f.mu.Unlock()
@@ -425,14 +418,11 @@ func (f *Fill) copy(ctx context.Context, s *span) error {
 		return err
 	}
 	f.mu.Lock()
-	t := tap{fill: f, ctx: ctx, pos: s.pos, end: min(s.end*f.segment, f.size), background: s.background}
+	t := tap{fill: f, ctx: ctx, pos: s.pos, end: min(s.end*f.segment, f.size), background: s.background, hurry: s.hurry}
 	f.mu.Unlock()
 	defer t.Close()
 	w.waiting = &t.waiting
 	t.opened = func(stream *Stream) error {
-		f.mu.Lock()
-		s.begun = true
-		f.mu.Unlock()
 		if !stream.Whole {
 			return nil
 		}

@@ -100,6 +100,7 @@ const Segment = 64 << 10
 type limits struct {
 	segment int64
 	small   int64         // up to which content is fetched into memory
+	trust   int64         // up to which a size is believed before a source confirms it
 	window  [2]int64      // least and most asked for at once, of what is larger
 	ahead   int64         // of an open-ended reader
 	linger  time.Duration // without a reader, before a fill is paused
@@ -110,6 +111,7 @@ type limits struct {
 var standard = limits{
 	segment: Segment,
 	small:   1 << 20,
+	trust:   16 << 30,
 	window:  [2]int64{1 << 20, 8 << 20},
 	ahead:   8 << 20,
 	linger:  2 * time.Second,
@@ -133,6 +135,8 @@ var (
 	// ErrPassed is wrapped when the disk took no more, and every reader went on
 	// by itself.
 	ErrPassed = errors.New("passed through")
+	// ErrTooLarge is wrapped by the error of a Join of more than 1 TiB.
+	ErrTooLarge = errors.New("larger than any content")
 	// ErrBusy is returned by Join when 1,024 fills are under way.
 	ErrBusy = errors.New("too many fills under way")
 	// ErrClosed is what readers and joiners see once the table is closed.
@@ -169,6 +173,9 @@ type Span struct {
 	// Background says that nobody is waiting for it: it yields to spans that
 	// somebody waits for.
 	Background bool
+	// Hurry is closed when somebody has come to wait for it after all. It is
+	// nil unless Background.
+	Hurry <-chan struct{}
 }
 
 // A Stream is bytes on their way from a source.
@@ -247,7 +254,7 @@ type Fill struct {
 	sources      roster
 	connections  int
 	repositories map[string]bool // joined → linked
-	promote      func()          // makes small content come in the foreground; nil if it does, or comes already
+	hurried      chan struct{}   // Span.Hurry of small content that comes in the background, or nil
 	progress                     // of larger content
 	spool        *os.File        // its data
 
@@ -282,9 +289,9 @@ func (f *Fill) join(want Want, user bool) bool {
 	}
 	if user {
 		f.users++
-		if f.promote != nil {
-			f.promote()
-			f.promote = nil
+		if f.hurried != nil {
+			close(f.hurried)
+			f.hurried = nil
 		}
 	} else {
 		f.ahead = true

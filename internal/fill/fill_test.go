@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -420,7 +421,7 @@ func TestOpenEnded(t *testing.T) {
 	}
 	eventually(t, "what is ahead, and one of the holes, to be asked for", func() bool {
 		fore, back := ahead()
-		return len(fore) == 1 && fore[0] == fill.Span{Offset: int64(from), Length: 8 * mib} && len(back) == 1 && back[0].Offset == 0
+		return len(fore) == 1 && fore[0] == (fill.Span{Offset: int64(from), Length: 8 * mib}) && len(back) == 1 && back[0].Offset == 0
 	})
 	close(src.gate)
 	got, err := io.ReadAll(r)
@@ -563,5 +564,28 @@ func TestDamagedSpool(t *testing.T) {
 	}
 	if n := again.sent.Load(); n != fill.Segment || again.blamed.Load() != 0 {
 		t.Errorf("%d bytes were fetched again; blamed %d times", n, again.blamed.Load())
+	}
+}
+
+// TestHugeLie: a manifest that promises more than there is costs no memory.
+func TestHugeLie(t *testing.T) {
+	x := newTable(t)
+	_, d := random(10)
+	if _, err := x.Join(fill.Want{Digest: d, Size: 9e18, Repository: "r"}); !errors.Is(err, fill.ErrTooLarge) {
+		t.Errorf("more than any content: %v", err)
+	}
+	src := &source{name: "a", data: make([]byte, 10)}
+	f := x.join(t, d, 1<<40, "r", src)
+	defer f.Release()
+	r := f.NewReader(t.Context(), 0, 100, false)
+	defer r.Close()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	if err := r.Ready(t.Context()); !errors.Is(err, fill.ErrSize) {
+		t.Errorf("a lie: %v", err)
+	}
+	runtime.ReadMemStats(&after)
+	if n := after.TotalAlloc - before.TotalAlloc; n > mib {
+		t.Errorf("%d bytes were allocated for it", n)
 	}
 }

@@ -24,8 +24,10 @@ import (
 	"github.com/caddy-registry/mirror/storage"
 )
 
+var defaultSchedules = 100_000
+
 var (
-	schedules = flag.Int("schedules", 100_000, "how many schedules TestModel runs")
+	schedules = flag.Int("schedules", 0, "how many schedules TestModel runs; 0: 100,000, or less with the race detector")
 	firstSeed = flag.Uint64("seed", 1, "the first schedule's")
 )
 
@@ -48,6 +50,10 @@ var (
 // repeats it, with -schedules 1.
 func TestModel(t *testing.T) {
 	const shards = 4
+	count := uint64(*schedules)
+	if count == 0 {
+		count = uint64(defaultSchedules)
+	}
 	for shard := range shards {
 		t.Run(fmt.Sprint(shard), func(t *testing.T) {
 			t.Parallel()
@@ -56,7 +62,7 @@ func TestModel(t *testing.T) {
 				dir = memory
 				t.Cleanup(func() { os.RemoveAll(memory) })
 			}
-			for seed := *firstSeed + uint64(shard); seed < *firstSeed+uint64(*schedules); seed += shards {
+			for seed := *firstSeed + uint64(shard); seed < *firstSeed+count; seed += shards {
 				synctest.Test(t, func(t *testing.T) { newModel(t, dir, seed).run() })
 				if t.Failed() {
 					t.Fatalf("seed %d", seed)

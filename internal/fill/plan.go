@@ -47,9 +47,9 @@ type span struct {
 	whole      bool  // counts as one for the whole
 	background bool
 	cancel     func(error)
-	part                 // how far it has come
-	begun      bool      // a source is delivering it
-	ramp       time.Time // when, if it has not ended, another is begun
+	part                     // how far it has come
+	hurry      chan struct{} // Span.Hurry of one in the background
+	ramp       time.Time     // when, if it has not ended, another is begun
 }
 
 // part is how far a segment has come that is not whole. Readers may have had
@@ -156,7 +156,9 @@ func (p *progress) next(connections int, ahead int64, finish bool) *span {
 	if all && wholes < min(p.width, connections) {
 		if n := p.segments(); p.missing(p.prefix, n) < n {
 			s := p.claim(p.missing(p.prefix, n), n)
-			s.whole, s.background = true, !reading
+			if s.whole = true; !reading {
+				s.background, s.hurry = true, make(chan struct{})
+			}
 			return s
 		}
 	}
@@ -196,17 +198,17 @@ func (p *progress) lacking(s *span, at, n int64) (m int64, skip bool) {
 	return n, false
 }
 
-// hurry ends background spans that a reader has come to wait for and that still
-// wait for their turn at a source. What they were to fetch is then asked for
-// again, in the foreground.
+// hurry lets background spans that a reader has come to wait for go on in the
+// foreground.
 func (p *progress) hurry(r *Reader) {
 	from, to := r.at, r.end
 	if r.proven && r.start == 0 {
 		from = 0
 	}
 	for _, s := range p.spans {
-		if s.background && !s.begun && s.first*p.segment < to && s.end*p.segment > from {
-			s.cancel(errYield)
+		if s.background && s.first*p.segment < to && s.end*p.segment > from {
+			s.background = false
+			close(s.hurry)
 		}
 	}
 }

@@ -179,6 +179,21 @@ var smallBuffers = sync.Pool{New: func() any { return new([bufferSize / 8]byte) 
 
 // WriteTo sends what has arrived at each wake.
 func (r *Reader) WriteTo(w io.Writer) (int64, error) {
+	if sections, ok := w.(SectionWriter); ok && r.own == nil {
+		sent, err := r.writeSections(sections)
+		if err == io.EOF {
+			return sent, nil
+		}
+		if err != nil {
+			return sent, err
+		}
+		copied, err := r.copyTo(w)
+		return sent + copied, err
+	}
+	return r.copyTo(w)
+}
+
+func (r *Reader) copyTo(w io.Writer) (int64, error) {
 	r.fill.mu.Lock()
 	many := len(r.fill.readers) > few
 	r.fill.mu.Unlock()

@@ -132,6 +132,7 @@ type tap struct {
 	ctx        context.Context
 	pos, end   int64
 	background bool
+	hurry      <-chan struct{} // Span.Hurry
 	// opened, which may be nil, is called with each new stream, and may move
 	// pos and end. Its error is not the source's fault, and ends the reading.
 	opened func(*Stream) error
@@ -229,7 +230,7 @@ func (t *tap) open() error {
 			continue
 		}
 		t.entry = e
-		stream, err := e.source.Open(t.ctx, Span{Offset: t.pos, Length: t.end - t.pos, Background: t.background})
+		stream, err := e.source.Open(t.ctx, Span{Offset: t.pos, Length: t.end - t.pos, Background: t.background, Hurry: t.hurry})
 		if t.ctx.Err() != nil {
 			if err == nil {
 				stream.Close()

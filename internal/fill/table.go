@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -19,8 +20,9 @@ import (
 )
 
 const (
-	maxLive   = 1024 // fills at once
-	maxParked = 1024 // fills whose files are kept
+	maxLive   = 1024    // fills at once
+	maxSize   = 1 << 40 // bytes of one content
+	maxParked = 1024    // fills whose files are kept
 )
 
 // key is what makes two wants one fill. Size belongs to it so that a manifest
@@ -92,6 +94,9 @@ func (t *Table) Ahead(want Want) {
 }
 
 func (t *Table) join(want Want, user bool) (*Fill, error) {
+	if want.Size < 0 || want.Size > maxSize {
+		return nil, fmt.Errorf("%w: %d bytes", ErrTooLarge, want.Size)
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.ctx.Err() != nil {

@@ -102,7 +102,7 @@ func judge(err error) *failure {
 		f.situation = badRange
 	case errors.Is(err, oci.ErrTooManyRanges):
 		f.situation = tooManyRanges
-	case errors.Is(err, fill.ErrDigest), errors.Is(err, fill.ErrSize), errors.Is(err, fill.ErrBusy), errors.Is(err, fill.ErrClosed),
+	case errors.Is(err, fill.ErrDigest), errors.Is(err, fill.ErrSize), errors.Is(err, fill.ErrTooLarge), errors.Is(err, fill.ErrBusy), errors.Is(err, fill.ErrClosed),
 		errors.Is(err, context.DeadlineExceeded), errors.Is(err, errNoAnswer):
 		f.situation = noUpstream
 	case errors.Is(err, fs.ErrNotExist):

@@ -98,7 +98,8 @@ func (b blob) Open(ctx context.Context, span fill.Span) (*fill.Stream, error) {
 	if !span.Background {
 		defer hasten()()
 	}
-	if err := e.places.take(ctx, span.Background); err != nil {
+	background, err := e.places.take(ctx, span.Background, span.Hurry)
+	if err != nil {
 		cancel(nil)
 		if errors.Is(err, ErrSlow) {
 			err = &Error{Kind: Unavailable, Upstream: b.upstream, Endpoint: e.name, Reason: fmt.Sprintf("none of its %d streams has come free for %v", e.places.limit, hurry)}
@@ -109,7 +110,7 @@ func (b blob) Open(ctx context.Context, span fill.Span) (*fill.Stream, error) {
 		defer hasten()()
 	}
 	free := func() {
-		e.places.give(span.Background)
+		e.places.give(background)
 		cancel(nil)
 	}
 	stream, err := e.blob(ctx, b, span)

@@ -556,7 +556,7 @@ func TestNoPlace(t *testing.T) {
 		source := u.Blob("a/b", digest.FromString("x"))[0]
 		places := source.(blob).endpoint.places
 		for range places.limit {
-			if err := places.take(t.Context(), false); err != nil {
+			if _, err := places.take(t.Context(), false, nil); err != nil {
 				t.Fatal(err)
 			}
 		}

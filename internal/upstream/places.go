@@ -20,13 +20,15 @@ type places struct {
 	behind     list.List // the same of the background
 }
 
-// take waits for a place. Its error is the cause of the context's end.
-func (p *places) take(ctx context.Context, background bool) error {
+// take waits for a place, and reports whether it is one of the background's. Who
+// waits in the background joins the foreground's line when hurry, which may be
+// nil, is closed. The error is the cause of the context's end.
+func (p *places) take(ctx context.Context, background bool, hurry <-chan struct{}) (bool, error) {
 	p.mu.Lock()
 	if p.room(background) {
 		p.seat(background)
 		p.mu.Unlock()
-		return nil
+		return background, nil
 	}
 	line := &p.waiting
 	if background {
@@ -37,7 +39,18 @@ func (p *places) take(ctx context.Context, background bool) error {
 	p.mu.Unlock()
 	select {
 	case <-ready:
-		return nil
+		return background, nil
+	case <-hurry:
+		p.mu.Lock()
+		select {
+		case <-ready: // given in the same moment
+			p.mu.Unlock()
+			return background, nil
+		default:
+			line.Remove(at)
+		}
+		p.mu.Unlock()
+		return p.take(ctx, false, nil)
 	case <-ctx.Done():
 	}
 	p.mu.Lock()
@@ -48,7 +61,7 @@ func (p *places) take(ctx context.Context, background bool) error {
 	default:
 		line.Remove(at)
 	}
-	return context.Cause(ctx)
+	return background, context.Cause(ctx)
 }
 
 // give returns a place.

@@ -3,10 +3,12 @@ package upstream
 import (
 	"context"
 	"errors"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 )
 
 // line lets takers come one after the other, and writes down who is seated.
@@ -21,7 +23,7 @@ type line struct {
 func (l *line) comes(name string, background bool) (leave context.CancelCauseFunc) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	go func() {
-		err := l.places.take(ctx, background)
+		_, err := l.places.take(ctx, background, nil)
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		if err != nil {
@@ -157,7 +159,7 @@ func TestPlacesRush(t *testing.T) {
 				if (i+j)%3 == 0 {
 					go cancel()
 				}
-				if p.take(ctx, background) == nil {
+				if _, err := p.take(ctx, background, nil); err == nil {
 					count(1, background)
 					count(-1, background)
 					p.give(background)
@@ -169,5 +171,63 @@ func TestPlacesRush(t *testing.T) {
 	wg.Wait()
 	if p.taken != 0 || p.background != 0 || p.waiting.Len() != 0 || p.behind.Len() != 0 {
 		t.Errorf("in the end: %d taken, %d of them by the background, %d and %d waiting", p.taken, p.background, p.waiting.Len(), p.behind.Len())
+	}
+}
+
+// TestHurriedPlace: who waits in the background, and is waited for, goes before
+// others of the background, and counts as one of the foreground.
+func TestHurriedPlace(t *testing.T) {
+	p := places{limit: 2}
+	for range 2 {
+		if _, err := p.take(t.Context(), false, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	type got struct {
+		name       string
+		background bool
+	}
+	seated := make(chan got)
+	wait := func(name string, hurry chan struct{}, behind int) {
+		go func() {
+			background, err := p.take(t.Context(), true, hurry)
+			if err != nil {
+				t.Error(err)
+			}
+			seated <- got{name, background}
+		}()
+		until(t, name+" to wait", func() bool {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			return p.behind.Len() == behind
+		})
+	}
+	wait("patient", nil, 1)
+	hurry := make(chan struct{})
+	wait("hurried", hurry, 2)
+	close(hurry)
+	until(t, "it to change lines", func() bool {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.waiting.Len() == 1 && p.behind.Len() == 1
+	})
+	p.give(false)
+	if g := <-seated; g != (got{"hurried", false}) {
+		t.Errorf("%+v goes first", g)
+	}
+	p.give(false)
+	if g := <-seated; g != (got{"patient", true}) {
+		t.Errorf("%+v goes second", g)
+	}
+}
+
+func until(t *testing.T, what string, holds func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(10 * time.Second)
+	for !holds() {
+		if time.Now().After(deadline) {
+			t.Fatalf("not in time: %s", what)
+		}
+		runtime.Gosched()
 	}
 }
