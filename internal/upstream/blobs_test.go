@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"strings"
 	"sync"
@@ -601,5 +602,36 @@ func TestTargetSilent(t *testing.T) {
 			t.Errorf("%v: the registry was asked %d times", c.cause, registry)
 		}
 		r.Forget()
+	}
+}
+
+// TestProbeCut: the place that a registry redirects the question for a size to
+// breaks off its answer.
+func TestProbeCut(t *testing.T) {
+	cdn := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Range", "bytes 0-0/1000")
+		w.Header().Set("Content-Length", "1")
+		w.WriteHeader(http.StatusPartialContent)
+		w.(http.Flusher).Flush()
+		panic(http.ErrAbortHandler)
+	}))
+	defer cdn.Close()
+	registry := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, cdn.URL, http.StatusTemporaryRedirect)
+	}))
+	defer registry.Close()
+	base, err := url.Parse(registry.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pool Pool
+	u, err := pool.Open("cut.test", []Endpoint{{URL: base, Origin: true, Pull: true, Resolve: true, AllowPrivate: true}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer u.Close()
+	size, err := u.BlobSize(t.Context(), "a/b", digest.FromString("x"))
+	if err != nil && !errors.As(err, new(*Error)) || err == nil && size != 1000 {
+		t.Errorf("%d, %v", size, err)
 	}
 }
