@@ -576,3 +576,48 @@ func TestPullAhead(t *testing.T) {
 		}
 	}
 }
+
+// TestSections: a live fill is sent by the kernel, with Caddy's limit on how much
+// is written at once and without it, to readers at any offset, and nobody gets
+// a byte that has not arrived.
+func TestSections(t *testing.T) {
+	for name, idle := range map[string]string{"limited": "", "unlimited": `"write_idle_timeout": -1,`} {
+		t.Run(name, func(t *testing.T) {
+			up := regtest.New(t, regtest.Options{Rate: 20 << 20})
+			layer := regtest.Random("sections", 6<<20+12345)
+			image := regtest.NewImage("sections", layer)
+			up.Push("library/sections", image, "latest")
+			m := start(t, upstreamFor("docker.io", up), "")
+			adapted, err := m.adapt(upstreamFor("docker.io", up), "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			adapted = bytes.Replace(adapted, []byte(`"listen":`), []byte(idle+`"listen":`), 1)
+			if err := m.loadJSON(adapted); err != nil {
+				t.Fatal(err)
+			}
+			m.want(200, "GET", "/v2/library/sections/manifests/latest")
+			path := "/v2/library/sections/blobs/" + layer.Digest.String()
+			var wg sync.WaitGroup
+			for i := range 12 {
+				wg.Go(func() {
+					from := i * 400_001
+					to := len(layer.Data)
+					header := fmt.Sprintf("bytes=%d-", from)
+					if i%3 == 2 {
+						to = from + 300_007
+						header += fmt.Sprint(to - 1)
+					}
+					a := m.want(206, "GET", path, "Range", header)
+					if !bytes.Equal(a.body, layer.Data[from:to]) {
+						t.Errorf("%s: wrong bytes, %d of %d", header, len(a.body), to-from)
+					}
+				})
+			}
+			wg.Wait()
+			if sent := up.Sent(layer.Digest); sent != int64(len(layer.Data)) {
+				t.Errorf("%d bytes were fetched", sent)
+			}
+		})
+	}
+}

@@ -204,7 +204,8 @@ func TestMinFree(t *testing.T) {
 		for range 2 {
 			m.pull("library/x", "latest", image)
 		}
-		failed := m.logs.with("fill failed")
+		eventually(t, "a line about it", func() bool { return len(m.logs.with("disk trouble")) > 0 })
+		failed := m.logs.with("disk trouble")
 		if len(failed) == 0 || !strings.Contains(fmt.Sprint(failed[0]["error"]), "min_free 99.99%") {
 			t.Errorf("the log does not name the option: %v", failed)
 		}

@@ -167,7 +167,7 @@ func (f *Fill) openSpool() (*spool, error) {
 	if f.table.broken != nil {
 		return nil, f.table.broken
 	}
-	return openSpool(f.table.spool, f.table.boot, f.key, &f.progress)
+	return openSpool(f.ctx, f.table.spool, f.table.boot, f.key, &f.progress)
 }
 
 // diskError is trouble with the spool.

@@ -135,6 +135,9 @@ var (
 	// ErrPassed is wrapped when the disk took no more, and every reader went on
 	// by itself.
 	ErrPassed = errors.New("passed through")
+	// ErrCommit is wrapped when verified content could not be stored or linked.
+	// Its readers have had it.
+	ErrCommit = errors.New("committing")
 	// ErrTooLarge is wrapped by the error of a Join of more than 1 TiB.
 	ErrTooLarge = errors.New("larger than any content")
 	// ErrBusy is returned by Join when 1,024 fills are under way.
@@ -151,9 +154,11 @@ var (
 //
 //	Retry() (after time.Duration, worthwhile bool)
 //	Final() bool
+//	Slow() bool
 //
-// to say whether, and how soon, it makes sense to ask this source again, and
-// that no other source need be asked either. An error that does not is worth
+// to say whether, and how soon, it makes sense to ask this source again; that
+// no other source need be asked either; and that there is nothing wrong with
+// it but its speed, so that it may be asked at once if no other can. An error that does not is worth
 // another try after a pause. Sources are compared by ==.
 type Source interface {
 	// Open starts to deliver a span. A source that cannot start in the middle
@@ -215,8 +220,8 @@ type Summary struct {
 	Size       int64
 	Fetched    int64 // bytes read from sources
 	Duration   time.Duration
-	// Err is nil after a commit. ErrPaused, ErrClosed, ErrSpool and ErrPassed
-	// are not the fault of any source.
+	// Err is nil after a commit. ErrPaused, ErrClosed, ErrSpool, ErrPassed
+	// and ErrCommit are not the fault of any source.
 	Err error
 }
 
@@ -438,7 +443,7 @@ func (f *Fill) commit(canonical digest.Digest, store func(key string) error) err
 	ctx := context.WithoutCancel(f.ctx)
 	if store != nil {
 		if err := store(layout.Blob(canonical)); err != nil {
-			return fmt.Errorf("committing: %w", err)
+			return fmt.Errorf("%w: %w", ErrCommit, err)
 		}
 		failpoint.Hit("fill.stored")
 	}
@@ -448,7 +453,7 @@ func (f *Fill) commit(canonical digest.Digest, store func(key string) error) err
 			return nil
 		}
 		if err := f.table.link(ctx, repository, f.key.digest, canonical); err != nil {
-			return fmt.Errorf("committing: %w", err)
+			return fmt.Errorf("%w: %w", ErrCommit, err)
 		}
 		failpoint.Hit("fill.linked")
 	}

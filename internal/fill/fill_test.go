@@ -99,7 +99,7 @@ func TestWithheld(t *testing.T) {
 	whole := f.NewReader(t.Context(), 0, int64(len(data)), true)
 	defer whole.Close()
 	got, err := io.ReadAll(whole)
-	if !errors.Is(err, fill.ErrDigest) || len(got) != last {
+	if !errors.Is(err, fill.ErrDigest) || len(got) > last {
 		t.Errorf("wrong content: %d bytes, %v", len(got), err)
 	}
 	if n, err := rest.Read(make([]byte, 100)); n > 0 || !errors.Is(err, fill.ErrDigest) {

@@ -93,7 +93,6 @@ type model struct {
 	boot    string
 	links   map[string]bool
 	joined  map[string]bool
-	ended   int
 }
 
 func newModel(t *testing.T, dir string, seed uint64) *model {
@@ -139,11 +138,7 @@ func (m *model) open() {
 		}
 		m.links[repository] = true
 		return nil
-	}, func(s fill.Summary) {
-		m.mu.Lock()
-		defer m.mu.Unlock()
-		m.ended++
-	})
+	}, nil)
 	fill.Tune(m.table, m.tuning[0], m.tuning[1], m.tuning[2], m.tuning[3], m.tuning[4])
 	fill.Boot(m.table, m.boot)
 }
@@ -454,7 +449,6 @@ type modelSource struct {
 	refuses int  // it refuses, this often
 	down    bool
 	slow    bool
-	blamed  bool
 	sent    int
 }
 
@@ -487,7 +481,6 @@ func (s *modelSource) Blame(error) {
 	if bytes.Equal(s.data, s.m.content) && !s.m.wrong {
 		s.m.t.Error("an honest source is blamed")
 	}
-	s.blamed = true
 }
 
 func (s *modelSource) Open(ctx context.Context, span fill.Span) (*fill.Stream, error) {

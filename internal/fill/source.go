@@ -28,7 +28,8 @@ type entry struct {
 	source    Source
 	hopeless  bool
 	notBefore time.Time
-	failures  int // in a row, without a byte
+	failures  int  // in a row, without a byte
+	slow      bool // it delivers, and others are to be tried first until notBefore
 	delivered bool
 }
 
@@ -53,6 +54,7 @@ var errNoSource = errors.New("nobody to ask")
 func (r *roster) pick(now time.Time) (e *entry, wait time.Duration, err error) {
 	wait = -1
 	asked := true
+	var slow *entry
 	for _, e := range r.entries {
 		if e.hopeless {
 			continue
@@ -61,10 +63,16 @@ func (r *roster) pick(now time.Time) (e *entry, wait time.Duration, err error) {
 		if pause <= 0 {
 			return e, 0, nil
 		}
+		if e.slow {
+			slow = e
+		}
 		asked = asked && e.failures >= 2
 		if wait < 0 || pause < wait {
 			wait = pause
 		}
+	}
+	if slow != nil {
+		return slow, 0, nil // better than nobody
 	}
 	if err = r.last; err == nil {
 		err = errNoSource
@@ -84,7 +92,14 @@ func (r *roster) failed(e *entry, err error, now time.Time) (final bool) {
 	after, worthwhile := time.Duration(0), !errors.Is(err, ErrSize)
 	switch {
 	case errors.As(err, &last) && last.Final():
-		return true
+		for _, other := range r.entries {
+			if other != e && other.delivered && !other.hopeless {
+				worthwhile = false // it has been disproved
+			}
+		}
+		if worthwhile {
+			return true
+		}
 	case worthwhile && errors.As(err, &hint):
 		after, worthwhile = hint.Retry()
 	}
@@ -92,6 +107,8 @@ func (r *roster) failed(e *entry, err error, now time.Time) (final bool) {
 		e.hopeless = true
 		return false
 	}
+	var speed interface{ Slow() bool }
+	e.slow = errors.As(err, &speed) && speed.Slow()
 	if e.notBefore.After(now) { // several connections have failed at once: once is enough
 		if until := now.Add(after); until.After(e.notBefore) {
 			e.notBefore = until

@@ -2,6 +2,7 @@ package fill
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -69,14 +70,14 @@ const ledgerVersion = 1
 // openSpool opens the files of a fill, with what an earlier one left in them.
 // What it could use it notes in p. It is hashed again, since what the disk gives
 // back is what will be served.
-func openSpool(dir, boot string, k key, p *progress) (*spool, error) {
+func openSpool(ctx context.Context, dir, boot string, k key, p *progress) (*spool, error) {
 	s := &spool{path: filepath.Join(dir, k.name()), synced: time.Now()}
 	var err error
 	if s.data, err = os.OpenFile(s.path, os.O_CREATE|os.O_RDWR, 0o600); err != nil {
 		return nil, fmt.Errorf("spool: %w", err)
 	}
 	head := line{Version: ledgerVersion, Digest: k.digest, Size: k.size, Segment: p.segment, Boot: boot}
-	sums := s.restore(head, p)
+	sums := s.restore(ctx, head, p)
 	if s.ledger == nil {
 		// Without a ledger the data says nothing.
 		err = s.data.Truncate(0)
@@ -101,7 +102,7 @@ func openSpool(dir, boot string, k key, p *progress) (*spool, error) {
 
 // restore reads a ledger that fits, and opens it for more. It returns the
 // segments that are there, with their checksums.
-func (s *spool) restore(head line, p *progress) map[int64]uint32 {
+func (s *spool) restore(ctx context.Context, head line, p *progress) map[int64]uint32 {
 	name := s.path + ledgerSuffix
 	info, err := os.Stat(name)
 	if err != nil || info.Size() > maxLedger {
@@ -137,6 +138,7 @@ func (s *spool) restore(head line, p *progress) map[int64]uint32 {
 	if info, err = s.data.Stat(); err != nil {
 		return nil
 	}
+	noted := len(sums)
 	for i := range sums {
 		// Between the rename of a commit and the ledger's removal, a process
 		// may die.
@@ -146,6 +148,9 @@ func (s *spool) restore(head line, p *progress) map[int64]uint32 {
 	}
 	if head.Boot == "" || boot != head.Boot {
 		for i, sum := range sums {
+			if ctx.Err() != nil {
+				break // nobody will need it
+			}
 			if got, err := s.sum(i, p); err != nil || got != sum {
 				delete(sums, i)
 			}
@@ -159,9 +164,9 @@ func (s *spool) restore(head line, p *progress) map[int64]uint32 {
 		s.ledger = nil
 		return nil
 	}
-	if boot != head.Boot {
+	if ctx.Err() == nil && (boot != head.Boot || len(sums) < noted) {
 		// From here on the ledger is of this boot. It says again all that has
-		// been found right.
+		// been found right, and nothing else.
 		var found [][2]int64
 		for i, sum := range sums {
 			found = append(found, [2]int64{i, int64(sum)})

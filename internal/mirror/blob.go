@@ -44,9 +44,12 @@ func (m *Mirror) blob(ctx context.Context, t Target, d digest.Digest) (content, 
 		}
 		if err == nil {
 			if !known.Linked && t.Upstream != nil {
-				if err := m.link(ctx, t, d, known.Canonical); err != nil {
+				if err := m.claim(ctx, t); err != nil {
 					r.Close()
 					return nil, miss, err
+				}
+				if err := m.tree.LinkBlob(ctx, t.Repository, d, known.Canonical); err != nil {
+					m.diskTrouble("linking a blob", t.Repository+"@"+d.String(), err)
 				}
 			}
 			return &heldBlob{r: r, bytes: info.Size}, hit, nil
@@ -117,14 +120,6 @@ func intact(known tree.Member, size int64) bool {
 func (m *Mirror) damaged(t Target, d digest.Digest, known tree.Member, size int64) error {
 	m.log.Warn("a stored blob has the wrong length", zap.String("reference", t.Repository+"@"+d.String()), zap.Int64("bytes", size), zap.Int64("expected", known.Size))
 	return fmt.Errorf("%w: the stored bytes of %s are damaged", fs.ErrNotExist, d)
-}
-
-// link writes down that a repository has a blob that another one brought.
-func (m *Mirror) link(ctx context.Context, t Target, d, canonical digest.Digest) error {
-	if err := m.claim(ctx, t); err != nil {
-		return err
-	}
-	return m.tree.LinkBlob(ctx, t.Repository, d, canonical)
 }
 
 // member proves that a blob belongs to the repository: from what is stored, or

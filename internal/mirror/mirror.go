@@ -128,7 +128,7 @@ func (m *Mirror) filled(s fill.Summary) {
 		m.log.Info("filled", fields...)
 	case errors.Is(s.Err, fill.ErrClosed), errors.Is(s.Err, fill.ErrPaused):
 		m.log.Info("fill put away", append(fields, zap.String("reason", s.Err.Error()))...)
-	case errors.Is(s.Err, fill.ErrSpool), errors.Is(s.Err, fill.ErrPassed):
+	case errors.Is(s.Err, fill.ErrSpool), errors.Is(s.Err, fill.ErrPassed), errors.Is(s.Err, fill.ErrCommit):
 		m.diskTrouble("keeping a blob", s.Repository+"@"+s.Digest.String(), s.Err)
 	default:
 		m.log.Warn("fill failed", append(fields, zap.Error(s.Err))...)

@@ -64,6 +64,9 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
+// Slow reports whether a source delivers, but slower than `min_speed`.
+func (e *Error) Slow() bool { return errors.Is(e.Err, errMinSpeed) }
+
 // Final says that asking elsewhere makes no sense. See fill.Source.
 func (e *Error) Final() bool { return e.Kind == NotFound && e.Origin }
 
