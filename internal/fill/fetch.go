@@ -141,17 +141,7 @@ func (f *Fill) fetchLarge() error {
 	f.mu.Unlock()
 	canonical, err := sum.check(f.key.digest, from)
 	if err != nil {
-		if lost := s.lost(&f.progress); len(lost) > 0 {
-			err = fmt.Errorf("%w: %d segments are not what was written", ErrSpool, len(lost))
-			f.fail(err)
-			s.append(line{Segments: s.pending, Lost: lost})
-			return err
-		}
-		// It was delivered so, and readers have had some of it.
-		f.fail(err)
-		f.blame(err)
-		s.remove()
-		return err
+		return f.judge(s, err)
 	}
 	f.release(s.data)
 	return f.commit(canonical, func(key string) error {
@@ -255,14 +245,14 @@ func (f *Fill) note(s *spool) {
 	f.fresh = f.fresh[:0]
 }
 
-// abandon takes a fill that nobody uses out of the table. It reports whether that
-// is so.
+// abandon takes a fill that nobody uses out of the table, unless it has failed.
+// It reports whether that is so.
 func (f *Fill) abandon(err error) bool {
 	f.table.mu.Lock()
 	defer f.table.mu.Unlock()
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.users > 1 {
+	if f.users > 1 || f.err != nil {
 		return false
 	}
 	f.table.remove(f)
@@ -335,7 +325,8 @@ func (f *Fill) park(s *spool) {
 func (f *Fill) pass(cause error, s *spool, sum *proof) error {
 	f.unreserve()
 	f.mu.Lock()
-	contiguous := f.contiguous()
+	// Readers keep the last segment back, so it is theirs to hash.
+	contiguous := min(f.contiguous(), (f.size-1)/f.segment*f.segment)
 	f.mu.Unlock()
 	if s != nil {
 		// Where that fails, readers begin where it did.
@@ -350,11 +341,8 @@ func (f *Fill) pass(cause error, s *spool, sum *proof) error {
 		f.mu.Lock()
 		changed, users, err := f.changed, f.users, f.err
 		f.mu.Unlock()
-		if err != nil { // what the spool has is wrong
-			if s != nil {
-				s.remove()
-			}
-			return err
+		if err != nil {
+			return f.judge(s, err)
 		}
 		if users == 1 {
 			continue
@@ -374,6 +362,26 @@ func (f *Fill) pass(cause error, s *spool, sum *proof) error {
 		f.park(s)
 	}
 	return cause
+}
+
+// judge lets a fill fail whose content has turned out wrong. Who is to blame is
+// the disk, if the spool is not what was written, and then only that is fetched
+// again; or else whoever delivered it.
+func (f *Fill) judge(s *spool, err error) error {
+	if s != nil {
+		if lost := s.lost(&f.progress); len(lost) > 0 {
+			err = fmt.Errorf("%w: %d segments are not what was written", ErrSpool, len(lost))
+			f.fail(err)
+			s.append(line{Segments: s.pending, Lost: lost})
+			return err
+		}
+	}
+	f.fail(err)
+	f.blame(err)
+	if s != nil {
+		s.remove()
+	}
+	return err
 }
 
 // schedule starts fetchers while there is something to fetch and room for

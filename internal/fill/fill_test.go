@@ -589,3 +589,80 @@ func TestHugeLie(t *testing.T) {
 		t.Errorf("%d bytes were allocated for it", n)
 	}
 }
+
+// foreground is a source that delivers nothing in the background.
+type foreground struct{ *source }
+
+func (f *foreground) Open(ctx context.Context, span fill.Span) (*fill.Stream, error) {
+	if span.Background {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	return f.source.Open(ctx, span)
+}
+
+// TestPassingAgrees: a reader of the rest has had bytes from the spool, and then
+// the disk is full. What it goes on with proves the content; what it has had
+// must have been the same.
+func TestPassingAgrees(t *testing.T) {
+	x := newTable(t)
+	x.parks = true
+	fill.Tune(x.Table, fill.Segment, mib, mib, mib, mib)
+	data, d := random(4 * mib)
+	wrong := slices.Clone(data)
+	wrong[2*mib+mib/2] ^= 1
+	a, b := &source{name: "a", data: wrong}, &source{name: "b", data: data}
+	f := x.join(t, d, len(data), "r", &foreground{a})
+	r := f.NewReader(t.Context(), 2*mib, 2*mib, true)
+	if _, err := io.ReadFull(r, make([]byte, mib-1)); err != nil {
+		t.Fatal(err)
+	}
+	x.fill(true)
+	a.err = permanent{errors.New("gone")}
+	x.join(t, d, len(data), "r", b).Release()
+	got, err := io.ReadAll(r)
+	if !errors.Is(err, fill.ErrDigest) {
+		t.Errorf("%d more bytes, %v", len(got), err)
+	}
+	r.Close()
+	f.Release()
+	// The spool is gone, so the next one gets the right bytes.
+	eventually(t, "the files to be removed", func() bool { return len(x.spooled()) == 0 })
+	g := x.join(t, d, len(data), "r", b)
+	defer g.Release()
+	if got, err := read(t, g, 0, len(data), true); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("after that: %d bytes, %v", len(got), err)
+	}
+}
+
+// TestBadSpoolIsNotKept: the only reader of a passing fill finds the content
+// wrong and leaves at once.
+func TestBadSpoolIsNotKept(t *testing.T) {
+	x := newTable(t)
+	x.parks = true
+	fill.Tune(x.Table, fill.Segment, mib, mib, mib, mib)
+	data, d := random(4 * mib)
+	wrong := slices.Clone(data)
+	wrong[100] ^= 1
+	bad := &source{name: "bad", data: wrong, gate: make(chan struct{}), gateAt: mib}
+	for range 20 {
+		bad.gate = make(chan struct{})
+		f := x.join(t, d, len(data), "r", bad)
+		if _, err := read(t, f, 0, mib, false); err != nil {
+			t.Fatal(err)
+		}
+		x.fill(true)
+		close(bad.gate)
+		if _, err := read(t, f, 0, len(data), true); !errors.Is(err, fill.ErrDigest) {
+			t.Fatalf("wrong content: %v", err)
+		}
+		f.Release()
+		good := x.join(t, d, len(data), "r", &source{name: "good", data: data})
+		if got, err := read(t, good, 0, len(data), true); err != nil || !bytes.Equal(got, data) {
+			t.Fatalf("after wrong content: %v", err)
+		}
+		good.Release()
+		x.fill(false)
+		eventually(t, "the files to be removed", func() bool { return len(x.spooled()) == 0 })
+	}
+}

@@ -39,7 +39,7 @@ func newTable(t *testing.T) *table { return openTable(t, t.TempDir()) }
 
 func openTable(t *testing.T, dir string) *table {
 	t.Helper()
-	x := &table{store: disktest.Open(t, dir), dir: dir, links: map[string]digest.Digest{}}
+	x := &table{store: &fillable{Store: disktest.Open(t, dir)}, dir: dir, links: map[string]digest.Digest{}}
 	x.Table = fill.NewTable(x.store, func(_ context.Context, repository string, asked, canonical digest.Digest) error {
 		x.mu.Lock()
 		defer x.mu.Unlock()
@@ -58,6 +58,21 @@ func openTable(t *testing.T, dir string) *table {
 	})
 	return x
 }
+
+// fillable is a store that can be full.
+type fillable struct {
+	storage.Store
+	full atomic.Bool
+}
+
+func (s *fillable) Reserve(n int64) (storage.Reservation, error) {
+	if s.full.Load() {
+		return nil, storage.ErrFull
+	}
+	return s.Store.Reserve(n)
+}
+
+func (x *table) fill(full bool) { x.store.(*fillable).full.Store(full) }
 
 // close is a stop of the process.
 func (x *table) close() {

@@ -3,6 +3,7 @@ package fill
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 )
@@ -136,7 +137,8 @@ func (s *stream) prove(last int64) error {
 // wrong ends the fill: what it has in the spool, or some source, is not the
 // content.
 func (s *stream) wrong(err error) error {
-	s.fill.blame(err)
-	s.fill.fail(err)
+	if errors.Is(err, ErrDigest) {
+		s.fill.fail(err)
+	}
 	return err
 }

@@ -253,6 +253,9 @@ func (s *spool) keep() (due time.Duration, err error) {
 // lost are the segments that are not what was written.
 func (s *spool) lost(p *progress) (lost []int64) {
 	for i := range p.segments() {
+		if !p.have.get(i) {
+			continue
+		}
 		if sum, err := s.sum(i, p); err != nil || sum != p.sums[i] {
 			lost = append(lost, i)
 		}
