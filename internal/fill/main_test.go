@@ -62,11 +62,12 @@ func openTable(t *testing.T, dir string) *table {
 // fillable is a store that can be full.
 type fillable struct {
 	storage.Store
-	full atomic.Bool
+	full  atomic.Bool
+	until func() bool // there is room, if not nil
 }
 
 func (s *fillable) Reserve(n int64) (storage.Reservation, error) {
-	if s.full.Load() {
+	if s.full.Load() && (s.until == nil || !s.until()) {
 		return nil, storage.ErrFull
 	}
 	return s.Store.Reserve(n)
