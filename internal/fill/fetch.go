@@ -111,6 +111,9 @@ func (f *Fill) fetchLarge() error {
 	f.mu.Unlock()
 	sum := newProof(algorithm)
 	s, err := f.openSpool()
+	if f.ctx.Err() != nil && err != nil {
+		return err
+	}
 	if err != nil {
 		return f.pass(err, nil, sum)
 	}

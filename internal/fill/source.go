@@ -108,7 +108,11 @@ func (r *roster) failed(e *entry, err error, now time.Time) (final bool) {
 		return false
 	}
 	var speed interface{ Slow() bool }
-	e.slow = errors.As(err, &speed) && speed.Slow()
+	slow := errors.As(err, &speed) && speed.Slow()
+	if e.slow && !slow {
+		e.notBefore = now // it was to be left alone for its speed only
+	}
+	e.slow = slow
 	if e.notBefore.After(now) { // several connections have failed at once: once is enough
 		if until := now.Add(after); until.After(e.notBefore) {
 			e.notBefore = until

@@ -78,6 +78,11 @@ func openSpool(ctx context.Context, dir, boot string, k key, p *progress) (*spoo
 	}
 	head := line{Version: ledgerVersion, Digest: k.digest, Size: k.size, Segment: p.segment, Boot: boot}
 	sums := s.restore(ctx, head, p)
+	if ctx.Err() != nil { // in the middle of it; the files stay as they are
+		s.close()
+		s.data.Close()
+		return nil, context.Cause(ctx)
+	}
 	if s.ledger == nil {
 		// Without a ledger the data says nothing.
 		err = s.data.Truncate(0)
@@ -149,7 +154,7 @@ func (s *spool) restore(ctx context.Context, head line, p *progress) map[int64]u
 	if head.Boot == "" || boot != head.Boot {
 		for i, sum := range sums {
 			if ctx.Err() != nil {
-				break // nobody will need it
+				return nil
 			}
 			if got, err := s.sum(i, p); err != nil || got != sum {
 				delete(sums, i)
@@ -164,7 +169,7 @@ func (s *spool) restore(ctx context.Context, head line, p *progress) map[int64]u
 		s.ledger = nil
 		return nil
 	}
-	if ctx.Err() == nil && (boot != head.Boot || len(sums) < noted) {
+	if boot != head.Boot || len(sums) < noted {
 		// From here on the ledger is of this boot. It says again all that has
 		// been found right, and nothing else.
 		var found [][2]int64
