@@ -157,7 +157,7 @@ var (
 //	Slow() bool
 //
 // to say whether, and how soon, it makes sense to ask this source again; that
-// no other source need be asked either; and that there is nothing wrong with
+// no other source of the same joiner need be asked either; and that there is nothing wrong with
 // it but its speed, so that it may be asked at once if no other can. An error that does not is worth
 // another try after a pause. Sources are compared by ==.
 type Source interface {
@@ -301,6 +301,7 @@ func (f *Fill) join(want Want, user bool) bool {
 	} else {
 		f.ahead = true
 	}
+	f.settled = false
 	f.schedule()
 	return true
 }
@@ -313,6 +314,7 @@ func (f *Fill) Release() {
 	file := f.file
 	last := f.users == 0
 	if f.users == 1 {
+		f.ahead = false // somebody has come, and left
 		f.wake()
 	}
 	f.mu.Unlock()

@@ -140,11 +140,8 @@ func (p *progress) next(connections int, ahead int64, finish bool) *span {
 				continue
 			}
 		}
-		to := r.end
-		if r.proven {
-			to = min(to, r.at+ahead)
-		}
-		from, to := r.at/p.segment, (to+p.segment-1)/p.segment
+		from, to := r.wants(ahead)
+		from, to = from/p.segment, (to+p.segment-1)/p.segment
 		i := p.missing(from, to)
 		if i < to && (best < 0 || i-from < distance) {
 			best, end, distance = i, to, i-from
@@ -156,7 +153,12 @@ func (p *progress) next(connections int, ahead int64, finish bool) *span {
 	if all && wholes < min(p.width, connections) {
 		if n := p.segments(); p.missing(p.prefix, n) < n {
 			s := p.claim(p.missing(p.prefix, n), n)
-			if s.whole = true; !reading {
+			s.whole = true
+			for _, r := range p.readers { // parts that had no room among the parts
+				from, to := r.wants(ahead)
+				reading = reading || s.first*p.segment < to && s.end*p.segment > from
+			}
+			if !reading {
 				s.background, s.hurry = true, make(chan struct{})
 			}
 			return s
@@ -196,6 +198,15 @@ func (p *progress) lacking(s *span, at, n int64) (m int64, skip bool) {
 		s.part = part
 	}
 	return n, false
+}
+
+// wants is what a reader will read next: an open-ended one as far as it is
+// fetched ahead.
+func (r *Reader) wants(ahead int64) (from, to int64) {
+	if r.proven {
+		return r.at, min(r.end, r.at+ahead)
+	}
+	return r.at, r.end
 }
 
 // hurry lets background spans that a reader has come to wait for go on in the

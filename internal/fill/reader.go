@@ -2,7 +2,6 @@ package fill
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -65,45 +64,65 @@ func (r *Reader) Close() error {
 // Where ctx ends the waiting, the error tells what trouble there has been with
 // sources so far.
 func (r *Reader) Ready(ctx context.Context) error {
-	_, _, pass, err := r.wait(ctx)
-	if err == nil && !pass {
-		err = r.waitSource(ctx)
+	f := r.fill
+	var pass bool
+	var err error
+	if r.withheld() {
+		// All that it asks for comes when the whole is proven, which may take
+		// long. Its answer can begin before.
+		pass, err = r.waitSource(ctx)
+	} else if _, _, pass, err = r.wait(ctx); err == nil && !pass {
+		_, err = r.waitSource(ctx)
 	}
 	if pass && err == nil {
 		err = r.pass().ready(ctx)
 	}
 	if ctx.Err() != nil && err != nil {
-		r.fill.mu.Lock()
-		trouble := r.fill.sources.last
-		r.fill.mu.Unlock()
+		f.mu.Lock()
+		trouble := f.sources.last
+		f.mu.Unlock()
 		if trouble != nil {
 			// Not wrapped: it is not the verdict.
 			return fmt.Errorf("%w; so far: %v", context.Cause(ctx), trouble)
 		}
 		return context.Cause(ctx)
 	}
-	if errors.Is(err, io.EOF) {
+	if err == io.EOF {
 		return nil
 	}
 	return err
 }
 
+// withheld reports whether the reader is to get nothing but the last segment of
+// larger content.
+func (r *Reader) withheld() bool {
+	size, l := r.fill.key.size, r.fill.table.limits
+	return r.proven && size > l.small && r.offset >= (size-1)/l.segment*l.segment
+}
+
 // waitSource waits until a source has delivered something in this fill, or none
-// is needed: what an earlier fill has left says nothing of whether the rest can
-// be had now, and who is told so may still ask somebody else.
-func (r *Reader) waitSource(ctx context.Context) error {
+// is needed, or the fill passes: what an earlier fill has left says nothing of
+// whether the rest can be had now, and who is told so may still ask somebody
+// else.
+func (r *Reader) waitSource(ctx context.Context) (pass bool, err error) {
+	from := r.offset
+	if r.proven {
+		from = 0
+	}
 	f := r.fill
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for {
 		switch {
 		case f.state == failed || f.state == paused:
-			return f.err
-		case f.state != fetching || f.fetched > 0 || f.has(r.offset, r.end):
-			return nil
+			return false, f.err
+		case f.state == passing:
+			return true, nil
+		case f.state >= verified, f.state == fetching && (f.fetched > 0 || f.has(from, r.end)):
+			return false, nil
 		}
 		if err := f.awaitOr(ctx); err != nil {
-			return err
+			return false, err
 		}
 	}
 }

@@ -20,12 +20,14 @@ const (
 // it.
 type roster struct {
 	entries []*entry
+	groups  int
 	heard   time.Time // when a byte last came from any of them
 	last    error     // the latest trouble with one
 }
 
 type entry struct {
 	source    Source
+	group     int // of those that one joiner brought
 	hopeless  bool
 	notBefore time.Time
 	failures  int  // in a row, without a byte
@@ -34,6 +36,7 @@ type entry struct {
 }
 
 func (r *roster) add(sources []Source) {
+	r.groups++
 next:
 	for _, source := range sources {
 		for _, e := range r.entries {
@@ -42,7 +45,7 @@ next:
 			}
 		}
 		if len(r.entries) < maxSources {
-			r.entries = append(r.entries, &entry{source: source})
+			r.entries = append(r.entries, &entry{source: source, group: r.groups})
 		}
 	}
 }
@@ -92,12 +95,16 @@ func (r *roster) failed(e *entry, err error, now time.Time) (final bool) {
 	after, worthwhile := time.Duration(0), !errors.Is(err, ErrSize)
 	switch {
 	case errors.As(err, &last) && last.Final():
+		// Its word is about what its joiner asked for, and is disproved for
+		// whoever has delivered.
+		final, worthwhile = true, false
 		for _, other := range r.entries {
-			if other != e && other.delivered && !other.hopeless {
-				worthwhile = false // it has been disproved
+			if other != e && other.group == e.group && !other.delivered {
+				other.hopeless = true
 			}
+			final = final && (other == e || other.hopeless)
 		}
-		if worthwhile {
+		if final {
 			return true
 		}
 	case worthwhile && errors.As(err, &hint):

@@ -51,6 +51,9 @@ func (m *Mirror) ahead(t Target, d digest.Digest) {
 			}
 		}
 		for _, blob := range next[:min(len(next), t.Upstream.Connections)] {
+			if blob.Size < 0 {
+				continue // it would have to be asked for first
+			}
 			if want, err := m.want(m.ctx, t, blob.Digest, blob.Size); err == nil {
 				m.fills.Ahead(want)
 			}

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -296,7 +297,9 @@ func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) error {
 		spans, sum = []oci.Span{{Length: size}}, -1
 	}
 	proven = proven || sum == size || sum < 0
-	if err := content.prepare(ctx, x.r.Context(), spans, proven); err != nil {
+	sending, stop := context.WithCancel(x.r.Context())
+	defer stop()
+	if err := content.prepare(ctx, sending, spans, proven); err != nil {
 		return err
 	}
 	describe(c)
@@ -310,10 +313,10 @@ func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) error {
 	default:
 		parts := &parts{content: content, spans: spans}
 		http.ServeContent(x.w, x.r, "", time.Time{}, parts)
-		if parts.err != nil {
-			x.report.Abort = true
-		}
-		return parts.err
+		stop()
+		err := parts.end()
+		x.report.Abort = err != nil
+		return err
 	}
 }
 
@@ -337,17 +340,34 @@ func (x *exchange) send(content content, length int64, status int) error {
 }
 
 // parts is the spans of a content, as http.ServeContent comes to them: it
-// seeks to the beginning of one after another.
+// seeks to the beginning of one after another. It does so in a goroutine of its
+// own, for which it does not wait when the client is gone.
 type parts struct {
 	content content
 	spans   []oci.Span
-	next    int
-	offset  int64
-	reader  io.Reader
-	err     error // the first failure
+
+	mu     sync.Mutex
+	next   int
+	offset int64
+	reader io.Reader
+	err    error // the first failure
 }
 
+// end waits for a Read under way, whose context has ended, and lets every later
+// one fail. It returns the first failure.
+func (p *parts) end() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	err := p.err
+	p.err = errEnded
+	return err
+}
+
+var errEnded = errors.New("the answer has ended")
+
 func (p *parts) Seek(offset int64, whence int) (int64, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	switch whence {
 	case io.SeekCurrent:
 		offset += p.offset
@@ -359,6 +379,8 @@ func (p *parts) Seek(offset int64, whence int) (int64, error) {
 }
 
 func (p *parts) Read(b []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	if p.reader == nil && p.err == nil {
 		if p.next == len(p.spans) || p.spans[p.next].Offset != p.offset {
 			p.err = fmt.Errorf("no part was prepared at %d", p.offset)
