@@ -188,7 +188,7 @@ func TestDiskFull(t *testing.T) {
 						goOn()
 					})
 					eventually(t, 20*time.Second, "the mirror to say why it keeps nothing", func() bool {
-						return m.said("fill failed", img.big) && strings.Contains(m.output(), reason)
+						return m.said("disk trouble", img.big) && strings.Contains(m.output(), reason)
 					})
 					kept := filepath.Join(m.store, "docker/registry/v2/blobs/sha256", img.big[7:9], img.big[7:], "data")
 					if _, err := os.Stat(kept); err == nil {

@@ -68,13 +68,14 @@ func (r *roster) pick(now time.Time) (e *entry, wait time.Duration, err error) {
 		}
 		if e.slow {
 			slow = e
+		} else {
+			asked = asked && e.failures >= 2
 		}
-		asked = asked && e.failures >= 2
 		if wait < 0 || pause < wait {
 			wait = pause
 		}
 	}
-	if slow != nil {
+	if slow != nil && asked {
 		return slow, 0, nil // better than nobody
 	}
 	if err = r.last; err == nil {

@@ -82,8 +82,9 @@ func NewTable(store storage.Store, link func(ctx context.Context, repository str
 // The caller releases the fill.
 func (t *Table) Join(want Want) (*Fill, error) { return t.join(want, true) }
 
-// Ahead fetches content that somebody will soon ask for, in the background, to
-// its end. Unless there is room for it, it does nothing.
+// Ahead fetches content that somebody will soon ask for, in the background. Once
+// somebody has come for it and left, it is a fill as any other. Unless there is
+// room for it, it does nothing.
 func (t *Table) Ahead(want Want) {
 	t.mu.Lock()
 	busy := len(t.live) >= maxLive/2

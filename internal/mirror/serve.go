@@ -242,7 +242,7 @@ func matches(values []string, etag string) bool {
 	return false
 }
 
-func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) error {
+func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) (err error) {
 	header := x.w.Header()
 	etag := `"` + d.String() + `"`
 	describe := func(c cache) {
@@ -312,11 +312,15 @@ func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) error {
 		return x.send(content, spans[0].Length, http.StatusPartialContent)
 	default:
 		parts := &parts{content: content, spans: spans}
+		defer func() {
+			stop()
+			if err = parts.end(); errors.Is(err, context.Canceled) {
+				err = nil // it was we who stopped, since nobody takes more
+			}
+			x.report.Abort = err != nil
+		}()
 		http.ServeContent(x.w, x.r, "", time.Time{}, parts)
-		stop()
-		err := parts.end()
-		x.report.Abort = err != nil
-		return err
+		return nil
 	}
 }
 
