@@ -157,9 +157,10 @@ var (
 //	Slow() bool
 //
 // to say whether, and how soon, it makes sense to ask this source again; that
-// no other source of the same joiner need be asked either; and that there is nothing wrong with
-// it but its speed, so that it may be asked at once if no other can. An error that does not is worth
-// another try after a pause. Sources are compared by ==.
+// no other source of the same joiner need be asked either; and that there is
+// nothing wrong with it but its speed, so that it may be asked at once if no
+// other can. An error that says nothing is worth another try after a pause.
+// Sources are compared by ==.
 type Source interface {
 	// Open starts to deliver a span. A source that cannot start in the middle
 	// starts earlier, and says so in the stream. It is called from several

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -592,17 +593,6 @@ func TestHugeLie(t *testing.T) {
 	}
 }
 
-// foreground is a source that delivers nothing in the background.
-type foreground struct{ *source }
-
-func (f *foreground) Open(ctx context.Context, span fill.Span) (*fill.Stream, error) {
-	if span.Background {
-		<-ctx.Done()
-		return nil, ctx.Err()
-	}
-	return f.source.Open(ctx, span)
-}
-
 // TestPassingAgrees: a reader of the rest has had bytes from the spool, and then
 // the disk is full. What it goes on with proves the content; what it has had
 // must have been the same.
@@ -614,14 +604,28 @@ func TestPassingAgrees(t *testing.T) {
 	wrong := slices.Clone(data)
 	wrong[2*mib+mib/2] ^= 1
 	a, b := &source{name: "a", data: wrong}, &source{name: "b", data: data}
-	f := x.join(t, d, len(data), "r", &foreground{a})
+	// There is room for what the reader is at, and for no more; that is found
+	// out when it has had it.
+	had := make(chan struct{})
+	once := sync.OnceFunc(func() { close(had) })
+	t.Cleanup(once)
+	var parts atomic.Int64
+	x.store.(*fillable).until = func(n int64) bool {
+		if n == mib && parts.Add(1) == 1 {
+			return true
+		}
+		<-had
+		return false
+	}
+	x.fill(true)
+	f := x.join(t, d, len(data), "r", a)
 	r := f.NewReader(t.Context(), 2*mib, 2*mib, true)
 	if _, err := io.ReadFull(r, make([]byte, mib-1)); err != nil {
 		t.Fatal(err)
 	}
-	x.fill(true)
-	a.err = permanent{errors.New("gone")}
 	x.join(t, d, len(data), "r", b).Release()
+	a.err = permanent{errors.New("gone")}
+	once()
 	got, err := io.ReadAll(r)
 	if !errors.Is(err, fill.ErrDigest) {
 		t.Errorf("%d more bytes, %v", len(got), err)

@@ -63,11 +63,11 @@ func openTable(t *testing.T, dir string) *table {
 type fillable struct {
 	storage.Store
 	full  atomic.Bool
-	until func() bool // there is room, if not nil
+	until func(n int64) bool // there is room for n bytes, if not nil
 }
 
 func (s *fillable) Reserve(n int64) (storage.Reservation, error) {
-	if s.full.Load() && (s.until == nil || !s.until()) {
+	if s.full.Load() && (s.until == nil || !s.until(n)) {
 		return nil, storage.ErrFull
 	}
 	return s.Store.Reserve(n)

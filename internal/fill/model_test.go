@@ -127,7 +127,19 @@ func (m *model) n(n int) int {
 
 func (m *model) chance(n int) bool { return m.n(n) == 0 }
 
-func (m *model) pause(most time.Duration) { time.Sleep(time.Duration(m.n(int(most)))) }
+// pause lasts at most so long, or until ctx ends.
+func (m *model) pause(ctx context.Context, most time.Duration) {
+	wait(ctx, time.Duration(m.n(int(most))))
+}
+
+func wait(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
 
 func (m *model) open() {
 	m.table = fill.NewTable(m.store, func(_ context.Context, repository string, asked, canonical digest.Digest) error {
@@ -158,7 +170,7 @@ func (m *model) run() {
 		case 1: // a death
 			m.crash()
 		default:
-			m.pause(5 * time.Second)
+			m.pause(m.t.Context(), 5*time.Second)
 		}
 	}
 	m.table.Close()
@@ -181,12 +193,12 @@ func (m *model) round() {
 			late = 0
 		}
 		wg.Go(func() {
-			time.Sleep(late)
+			wait(m.t.Context(), late)
 			m.reader()
 		})
 	}
 	if m.closes {
-		m.pause(time.Second)
+		m.pause(m.t.Context(), time.Second)
 		m.table.Close()
 	}
 	wg.Wait()
@@ -252,7 +264,7 @@ func (m *model) reader() {
 			n, err = r.Read(buffer)
 			got = append(got, buffer[:n]...)
 			if slow {
-				m.pause(50 * time.Millisecond)
+				m.pause(ctx, 50*time.Millisecond)
 			}
 		}
 	}
@@ -391,8 +403,8 @@ func (s *modelStore) Open(_ context.Context, key string, _, _ int64) (io.ReadClo
 	return modelValue{bytes.NewReader(v)}, storage.Info{Size: int64(len(v))}, nil
 }
 
-func (s *modelStore) Put(_ context.Context, key string, data []byte, _ storage.Durability) error {
-	s.m.pause(time.Millisecond)
+func (s *modelStore) Put(ctx context.Context, key string, data []byte, _ storage.Durability) error {
+	s.m.pause(ctx, time.Millisecond)
 	s.m.mu.Lock()
 	defer s.m.mu.Unlock()
 	s.values[key] = bytes.Clone(data)
@@ -484,7 +496,7 @@ func (s *modelSource) Blame(error) {
 }
 
 func (s *modelSource) Open(ctx context.Context, span fill.Span) (*fill.Stream, error) {
-	s.m.pause(20 * time.Millisecond)
+	s.m.pause(ctx, 20*time.Millisecond)
 	s.m.mu.Lock()
 	defer s.m.mu.Unlock()
 	if span.Offset < 0 || span.Length <= 0 || span.Offset+span.Length > int64(len(s.data)) {
@@ -523,7 +535,7 @@ func (s *modelStream) Close() error { return nil }
 func (s *modelStream) Read(p []byte) (int, error) {
 	src, m := s.source, s.source.m
 	if src.slow {
-		m.pause(30 * time.Millisecond)
+		m.pause(s.ctx, 30*time.Millisecond)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -36,7 +36,7 @@ func TestRoomFromParked(t *testing.T) {
 	x.park(t, old, oldDigest)
 	data, d := random(3 * mib)
 	store := x.store.(*fillable)
-	store.until = func() bool {
+	store.until = func(int64) bool {
 		for _, name := range x.spooled() {
 			if strings.Contains(name, oldDigest.Encoded()) {
 				return false

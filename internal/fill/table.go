@@ -44,7 +44,7 @@ type Table struct {
 	done   func(Summary)
 	limits limits
 	boot   string
-	spool  string // "": there is none, for spoolErr
+	spool  string // "": there is none, for the reason in broken
 	broken error
 
 	ctx    context.Context
