@@ -15,6 +15,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -439,26 +440,23 @@ func TestOpenEnded(t *testing.T) {
 // TestLeaving: with nobody left a fill that is not half done is put away, and
 // goes on from there; one that is is finished.
 func TestLeaving(t *testing.T) {
-	for name, c := range map[string]struct {
-		at       int64
-		finishes bool
-	}{"early": {4 * mib, false}, "late": {36 * mib, true}} {
-		t.Run(name, func(t *testing.T) {
+	// leave reads up to where the source holds its bytes back, and leaves.
+	leave := func(t *testing.T, x *table, data []byte, d digest.Digest, at int64) *source {
+		src := &source{name: "a", data: data, gate: make(chan struct{}), gateAt: at}
+		f := x.join(t, d, len(data), "r", src)
+		r := f.NewReader(t.Context(), 0, int64(len(data)), true)
+		if _, err := io.ReadFull(r, make([]byte, at)); err != nil {
+			t.Fatal(err)
+		}
+		r.Close()
+		f.Release()
+		return src
+	}
+	data, d := random(40 * mib)
+	t.Run("early", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
 			x := newTable(t)
-			data, d := random(40 * mib)
-			src := &source{name: "a", data: data, gate: make(chan struct{}), gateAt: c.at}
-			f := x.join(t, d, len(data), "r", src)
-			r := f.NewReader(t.Context(), 0, int64(len(data)), true)
-			if _, err := io.ReadFull(r, make([]byte, c.at)); err != nil {
-				t.Fatal(err)
-			}
-			r.Close()
-			f.Release()
-			if c.finishes {
-				close(src.gate)
-				eventually(t, "the fill to be finished", func() bool { return x.linked("r", d) })
-				return
-			}
+			src := leave(t, x, data, d, 4*mib)
 			eventually(t, "the fill to be put away", func() bool { return len(x.summaries()) == 1 })
 			if len(x.spooled()) != 2 {
 				t.Errorf("in the spool: %q", x.spooled())
@@ -474,7 +472,33 @@ func TestLeaving(t *testing.T) {
 				t.Errorf("%d bytes were fetched of %d", sent, len(data))
 			}
 		})
-	}
+	})
+	t.Run("late", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			x := newTable(t)
+			src := leave(t, x, data, d, 36*mib)
+			wait(t.Context(), 3*fill.Linger(x.Table))
+			close(src.gate)
+			eventually(t, "the fill to be finished", func() bool { return x.linked("r", d) })
+		})
+	})
+	t.Run("after a part", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			x := newTable(t)
+			x.parks = true
+			f := x.join(t, d, len(data), "r", &source{name: "a", data: data})
+			if _, err := read(t, f, mib, 100, false); err != nil {
+				t.Fatal(err)
+			}
+			wait(t.Context(), time.Minute) // nothing is to be done any more
+			left := time.Now()
+			f.Release()
+			eventually(t, "the fill to be put away", func() bool { return len(x.summaries()) == 1 })
+			if after := time.Since(left); after < fill.Linger(x.Table) || after > fill.Linger(x.Table)+time.Second {
+				t.Errorf("it was put away after %v", after)
+			}
+		})
+	})
 }
 
 // TestAhead: what will be asked for comes in the background, and is finished.
