@@ -61,6 +61,17 @@ func (b *bench) doubt(blobs ...digest.Digest) *doubting {
 	return s
 }
 
+// stall holds each read back until gate is closed, and tells of it before.
+func (s *doubting) stall() (reading, gate chan struct{}) {
+	reading, gate = make(chan struct{}, 100), make(chan struct{})
+	s.read = func() error {
+		reading <- struct{}{}
+		<-gate
+		return nil
+	}
+	return reading, gate
+}
+
 func (s *doubting) doubts(key string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -176,13 +187,8 @@ func TestLossOfPower(t *testing.T) {
 func TestDoubtfulBlobIsHashedOnce(t *testing.T) {
 	b := newBench(t)
 	d := b.blob("some bytes")
-	reading, gate := make(chan struct{}, 100), make(chan struct{})
 	store := b.doubt(d)
-	store.read = func() error {
-		reading <- struct{}{}
-		<-gate
-		return nil
-	}
+	reading, gate := store.stall()
 	var wg sync.WaitGroup
 	for range 20 {
 		wg.Go(func() { b.opens(d, "some bytes") })
@@ -206,13 +212,8 @@ func TestDoubtfulBlobIsHashedOnce(t *testing.T) {
 func TestHashingOutlivesWhoWaited(t *testing.T) {
 	b := newBench(t)
 	d := b.blob("some bytes")
-	reading, gate := make(chan struct{}, 100), make(chan struct{})
 	store := b.doubt(d)
-	store.read = func() error {
-		reading <- struct{}{}
-		<-gate
-		return nil
-	}
+	reading, gate := store.stall()
 	ctx, cancel := context.WithCancel(t.Context())
 	left := make(chan error)
 	go func() { left <- third(b.OpenBlob(ctx, d)) }()
