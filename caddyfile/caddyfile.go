@@ -30,6 +30,7 @@ func init() {
 //
 //	registry {
 //		storage <backend> ...
+//		hot_cache <size>|off
 //		trust_networks <cidr...>
 //		upstream <host[:port]> {
 //			path_name         <name>
@@ -46,7 +47,8 @@ func init() {
 //			ca            <file...>
 //			tls_insecure_skip_verify
 //			allow_private
-//			tag_ttl  <duration>
+//			tag_ttl    <duration>
+//			on_missing follow|keep [<duration>]
 //			timeouts <connect> <header> <stall>
 //			connections <n>
 //			min_speed   <bytes/s> <duration>|off
@@ -80,6 +82,13 @@ func parseApp(d *caddyfile.Dispenser, earlier any) (any, error) {
 				return nil, err
 			}
 			app.StorageRaw = caddyconfig.JSONModuleObject(unm, "backend", backend, nil)
+		case "hot_cache":
+			if !d.AllArgs(&app.HotCache) {
+				return nil, d.ArgErr()
+			}
+			if err := app.Check(); err != nil {
+				return nil, d.WrapErr(err)
+			}
 		case "trust_networks":
 			app.TrustNetworks = d.RemainingArgs()
 			if len(app.TrustNetworks) == 0 {
@@ -170,6 +179,8 @@ func parseUpstream(d *caddyfile.Dispenser, hosts map[string]bool) (*module.Upstr
 			var ttl caddy.Duration
 			u.TagTTL = &ttl
 			err = parseDurations(d, &ttl)
+		case "on_missing":
+			u.OnMissing, err = parseOnMissing(d)
 		case "timeouts":
 			u.Timeouts = new(module.Timeouts)
 			err = parseDurations(d, &u.Timeouts.Connect, &u.Timeouts.Header, &u.Timeouts.Stall)
@@ -284,6 +295,27 @@ func parseConnections(d *caddyfile.Dispenser) (int, error) {
 		return 0, d.Errf("connections: %q is no number from 1 to %d", arg, upstream.MaxConnections)
 	}
 	return n, nil
+}
+
+func parseOnMissing(d *caddyfile.Dispenser) (*module.OnMissing, error) {
+	o := new(module.OnMissing)
+	if !d.NextArg() {
+		return nil, d.ArgErr()
+	}
+	o.Policy = d.Val()
+	if d.NextArg() {
+		d.Prev()
+		if err := parseDurations(d, &o.For); err != nil {
+			return nil, err
+		}
+		if o.For == 0 {
+			return nil, d.Err("on_missing: kept for 0 is what follow does; without a time it is kept for ever")
+		}
+	}
+	if err := o.Check(); err != nil {
+		return nil, d.WrapErr(err)
+	}
+	return o, nil
 }
 
 func parseMinSpeed(d *caddyfile.Dispenser) (*module.MinSpeed, error) {

@@ -14,9 +14,12 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"math"
 	"net/netip"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyevents"
+	"github.com/dustin/go-humanize"
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/mirror"
@@ -45,12 +48,19 @@ type App struct {
 	// Registries to add to the built-in ones, and changes to those.
 	Upstreams []*Upstream `json:"upstreams,omitempty"`
 
+	// How much memory there is for manifests, image configs and other blobs of
+	// up to 64 KiB that are asked for often: a number of bytes (`256MiB`), or
+	// `off`. Default: 64MiB.
+	HotCache string `json:"hot_cache,omitempty"`
+
 	// Networks, in CIDR notation, that upstreams may send the mirror into by a
 	// redirect or a token realm, besides public addresses. Default: none.
 	TrustNetworks []string `json:"trust_networks,omitempty"`
 
 	log       *zap.Logger
 	backend   storage.Backend
+	hot       int64
+	emit      func(event string, data map[string]any)
 	state     *state
 	upstreams *mirror.Upstreams
 	sites     int    // mirror sites of this configuration
@@ -81,6 +91,14 @@ func (a *App) Provision(ctx caddy.Context) error {
 		return fmt.Errorf("storage: %T is no storage backend", loaded)
 	}
 	a.backend = backend
+	if a.hot, err = parseHotCache(a.HotCache); err != nil {
+		return err
+	}
+	events, err := ctx.App("events")
+	if err != nil {
+		return fmt.Errorf("events app: %w", err)
+	}
+	a.emit = func(name string, data map[string]any) { events.(*caddyevents.App).Emit(ctx, name, data) }
 
 	var trusted []netip.Prefix
 	for i, cidr := range a.TrustNetworks {
@@ -95,6 +113,26 @@ func (a *App) Provision(ctx caddy.Context) error {
 	}
 	a.upstreams, err = a.buildUpstreams(ctx, &a.state.endpoints, trusted)
 	return err
+}
+
+// Check reports what is wrong with the app's own options.
+func (a *App) Check() error {
+	_, err := parseHotCache(a.HotCache)
+	return err
+}
+
+func parseHotCache(s string) (int64, error) {
+	switch s {
+	case "":
+		return mirror.DefaultHot, nil
+	case "off":
+		return 0, nil
+	}
+	size, err := humanize.ParseBytes(s)
+	if err != nil || size > math.MaxInt64 {
+		return 0, fmt.Errorf("hot_cache: %q is neither a size such as 64MiB nor off", s)
+	}
+	return int64(size), nil
 }
 
 // buildUpstreams makes the table of registries: the built-in ones, changed and
@@ -156,7 +194,7 @@ func (a *App) Start() error {
 		return err
 	}
 	var err error
-	if a.before, err = a.state.tune(tuning{a.backend, a.log}); err != nil {
+	if a.before, err = a.state.tune(tuning{a.backend, a.log, mirror.Settings{Hot: a.hot, Emit: a.emit}}); err != nil {
 		return err
 	}
 	if a.sites > 0 {

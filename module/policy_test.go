@@ -171,18 +171,18 @@ func TestCodes(t *testing.T) {
 	m.want(200, "GET", "/v2/library/x/manifests/latest")
 
 	up.Down()
-	m.wantError(503, oci.CodeUnavailable, "GET", "/v2/library/none/manifests/latest", "upstream docker.io ("+up.URL+")", "connection refused")
-	m.wantError(503, oci.CodeUnavailable, "HEAD", "/v2/library/none/manifests/latest")
+	m.wantError(503, oci.CodeUnavailable, "GET", "/v2/library/none/manifests/other", "upstream docker.io ("+up.URL+")", "connection refused")
+	m.wantError(503, oci.CodeUnavailable, "HEAD", "/v2/library/none/manifests/other")
 	up.Up()
 	up.Fail(regtest.Fault{Path: "/manifests/", Status: 429, Header: http.Header{"Retry-After": {"60"}}})
-	a = m.wantError(503, oci.CodeUnavailable, "GET", "/v2/library/none/manifests/latest", "credentials")
+	a = m.wantError(503, oci.CodeUnavailable, "GET", "/v2/library/none/manifests/other", "credentials")
 	if a.Header.Get("Retry-After") != "60" {
 		t.Errorf("Retry-After: %q", a.Header.Get("Retry-After"))
 	}
 	// It is obeyed: nobody is asked until then.
 	up.Heal()
 	up.Forget()
-	m.wantError(503, oci.CodeUnavailable, "GET", "/v2/library/none/manifests/latest")
+	m.wantError(503, oci.CodeUnavailable, "GET", "/v2/library/none/manifests/other")
 	if n := len(up.Requests(func(regtest.Request) bool { return true })); n != 0 {
 		t.Errorf("%d requests to an upstream that asked to be left alone", n)
 	}

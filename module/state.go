@@ -144,6 +144,7 @@ var errClosed = errors.New("the store is being closed; try again")
 type tuning struct {
 	backend storage.Backend // nil: none yet
 	log     *zap.Logger
+	mirror  mirror.Settings
 }
 
 // tune gives the state the settings of a configuration that starts, and returns
@@ -159,6 +160,7 @@ func (s *state) tune(to tuning) (before tuning, err error) {
 	}
 	before, s.tuned = s.tuned, to
 	s.core.current.Store(to.log)
+	s.mirror.Load().Set(to.mirror)
 	return before, nil
 }
 
@@ -176,4 +178,5 @@ func (s *state) untune(latest storage.Backend, before tuning) {
 	}
 	s.tuned = before
 	s.core.current.Store(before.log)
+	s.mirror.Load().Set(before.mirror)
 }

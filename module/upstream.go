@@ -69,6 +69,10 @@ type Upstream struct {
 	// request. Default: 1m.
 	TagTTL *caddy.Duration `json:"tag_ttl,omitempty"`
 
+	// What becomes of a tag that is held when the origin says that it is gone.
+	// Default: `{"policy": "follow"}`.
+	OnMissing *OnMissing `json:"on_missing,omitempty"`
+
 	// How long to wait on the network.
 	Timeouts *Timeouts `json:"timeouts,omitempty"`
 
@@ -126,6 +130,30 @@ type Timeouts struct {
 	Header caddy.Duration `json:"header,omitempty"`
 	// Between two bytes of an answer. Default: 30s.
 	Stall caddy.Duration `json:"stall,omitempty"`
+}
+
+// OnMissing is what becomes of a tag that has gone.
+type OnMissing struct {
+	// `follow`: it is gone here, too. `keep`: what it meant last is served on,
+	// with a warning, and the origin is still asked whether it is back.
+	Policy string `json:"policy"`
+
+	// How long it is kept. Default: for ever.
+	For caddy.Duration `json:"for,omitempty"`
+}
+
+// Check reports what is wrong. A nil policy is right.
+func (o *OnMissing) Check() error {
+	switch {
+	case o == nil:
+	case o.Policy != "follow" && o.Policy != "keep":
+		return fmt.Errorf("on_missing: %q is neither follow nor keep", o.Policy)
+	case o.Policy == "follow" && o.For != 0:
+		return errors.New("on_missing: follow has no time; keep has")
+	case o.For < 0:
+		return errors.New("on_missing: the time cannot be negative")
+	}
+	return nil
 }
 
 // MinSpeed is an average that a connection must not fall below.
@@ -199,7 +227,7 @@ func (u *Upstream) Check() error {
 	if u.Connections < 0 || u.Connections > upstream.MaxConnections {
 		return fmt.Errorf("connections: %d is not from 1 to %d", u.Connections, upstream.MaxConnections)
 	}
-	return u.MinSpeed.Check()
+	return cmp.Or(u.OnMissing.Check(), u.MinSpeed.Check())
 }
 
 // Check is like that of Upstream.
@@ -400,6 +428,9 @@ func (u *Upstream) open(pool *upstream.Pool, trusted []netip.Prefix) (*mirror.Up
 	}
 	if u.TagTTL != nil {
 		up.TagTTL = time.Duration(*u.TagTTL)
+	}
+	if u.OnMissing != nil {
+		up.Keep, up.KeepFor = u.OnMissing.Policy == "keep", time.Duration(u.OnMissing.For)
 	}
 	if strings.HasPrefix(u.host, "*.") {
 		up.Open = func(host string) (*upstream.Upstream, error) {

@@ -63,6 +63,11 @@ func Record(repository string) string {
 	return records + "repositories/" + repository + "/_record.json"
 }
 
+// TagRecord is the key of a tag's record.
+func TagRecord(repository, tag string) string {
+	return records + "repositories/" + repository + "/_tags/" + tag + ".json"
+}
+
 // DigestOf reads the digest out of a link's key, as listed under Revisions.
 func DigestOf(linkKey string) (digest.Digest, bool) {
 	parts := strings.Split(linkKey, "/")

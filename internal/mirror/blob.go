@@ -64,6 +64,9 @@ func (m *Mirror) blob(ctx context.Context, t Target, d digest.Digest) (content, 
 	if t.Upstream == nil {
 		return nil, miss, fail(unknownContent, "the bytes of %s are missing from the store", d)
 	}
+	if err := m.lacks(t, oci.KindBlob, string(d)); err != nil {
+		return nil, miss, err
+	}
 	want, err := m.want(ctx, t, d, known.Size)
 	if err != nil {
 		return nil, miss, err
@@ -131,6 +134,9 @@ func (m *Mirror) member(ctx context.Context, t Target, d digest.Digest) (tree.Me
 	}
 	if t.Upstream == nil {
 		return known, fail(unknownContent, "%s is not part of the hosted repository %s", d, t.Repository)
+	}
+	if err := m.lacks(t, oci.KindBlob, string(d)); err != nil {
+		return known, err
 	}
 	size, err := m.upstreamSize(ctx, t, d)
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/caddy-registry/mirror/internal/fill"
@@ -25,6 +26,7 @@ const (
 	unknownEndpoint
 	unknownName // registry or repository
 	unknownContent
+	unobtainable   // a manifest whose blobs are not there
 	deniedUpstream // our credentials were refused
 	privateName
 	readOnly
@@ -33,29 +35,64 @@ const (
 	storeFailed
 )
 
+// A cell is what a client is told: a status, and an OCI code.
+type cell struct {
+	status int
+	code   string
+}
+
 // codes is the one table that turns a situation into what the client is told,
-// by what was asked for. 404 lets every client move on to its next source;
-// 503 does so for containerd at once, while 429 would make it ask again
-// without a pause, five times over.
+// by what was asked for and by who asks. 404 lets every client move on to its
+// next source; 503 does so for containerd at once, while 429 would make it ask
+// again without a pause, five times over.
+//
+// The family of containers/image (podman, skopeo, buildah, CRI-O) has no other
+// source for the blobs of a manifest that it has had from here, and gives up at
+// a 503; after a 429 it asks again, up to five times, when Retry-After says.
 var codes = map[situation]struct {
-	status         int
-	manifest, blob string // OCI codes; blob "" is as manifest
-	remedy         string
+	manifest cell
+	blob     cell // zero: as manifest
+	patient  cell // a blob for the family of containers/image; zero: as blob
+	remedy   string
 }{
-	badName:         {http.StatusBadRequest, oci.CodeNameInvalid, "", ""},
-	badReference:    {http.StatusBadRequest, oci.CodeManifestInvalid, oci.CodeDigestInvalid, ""},
-	badPage:         {http.StatusBadRequest, oci.CodePageInvalid, "", ""},
-	badRange:        {http.StatusRequestedRangeNotSatisfiable, oci.CodeRangeInvalid, "", ""},
-	tooManyRanges:   {http.StatusBadRequest, oci.CodeRangeInvalid, "", "ask for fewer at once"},
-	unknownEndpoint: {http.StatusNotFound, oci.CodeUnsupported, "", ""},
-	unknownName:     {http.StatusNotFound, oci.CodeNameUnknown, "", ""},
-	unknownContent:  {http.StatusNotFound, oci.CodeManifestUnknown, oci.CodeBlobUnknown, ""},
-	deniedUpstream:  {http.StatusForbidden, oci.CodeDenied, "", "check the credentials in the mirror's configuration"},
-	privateName:     {http.StatusForbidden, oci.CodeDenied, "", ""},
-	readOnly:        {http.StatusMethodNotAllowed, oci.CodeUnsupported, "", ""},
-	noUpstream:      {http.StatusServiceUnavailable, oci.CodeUnavailable, "", "try again; the mirror's log and the upstream's status page tell more"},
-	limited:         {http.StatusServiceUnavailable, oci.CodeUnavailable, "", "wait, or configure credentials with a larger budget in the mirror"},
-	storeFailed:     {http.StatusServiceUnavailable, oci.CodeUnavailable, "", "the mirror's log tells more"},
+	badName:         {manifest: cell{http.StatusBadRequest, oci.CodeNameInvalid}},
+	badReference:    {manifest: cell{http.StatusBadRequest, oci.CodeManifestInvalid}, blob: cell{http.StatusBadRequest, oci.CodeDigestInvalid}},
+	badPage:         {manifest: cell{http.StatusBadRequest, oci.CodePageInvalid}},
+	badRange:        {manifest: cell{http.StatusRequestedRangeNotSatisfiable, oci.CodeRangeInvalid}},
+	tooManyRanges:   {manifest: cell{http.StatusBadRequest, oci.CodeRangeInvalid}, remedy: "ask for fewer at once"},
+	unknownEndpoint: {manifest: cell{http.StatusNotFound, oci.CodeUnsupported}},
+	unknownName:     {manifest: cell{http.StatusNotFound, oci.CodeNameUnknown}},
+	unknownContent:  {manifest: cell{http.StatusNotFound, oci.CodeManifestUnknown}, blob: cell{http.StatusNotFound, oci.CodeBlobUnknown}},
+	unobtainable:    {manifest: cell{http.StatusForbidden, oci.CodeDenied}, remedy: "pull from another source, or another tag"},
+	deniedUpstream:  {manifest: cell{http.StatusForbidden, oci.CodeDenied}, remedy: "check the credentials in the mirror's configuration"},
+	privateName:     {manifest: cell{http.StatusForbidden, oci.CodeDenied}},
+	readOnly:        {manifest: cell{http.StatusMethodNotAllowed, oci.CodeUnsupported}},
+	noUpstream: {
+		manifest: cell{http.StatusServiceUnavailable, oci.CodeUnavailable},
+		patient:  cell{http.StatusTooManyRequests, oci.CodeTooManyRequests},
+		remedy:   "try again; the mirror's log and the upstream's status page tell more",
+	},
+	limited: {
+		manifest: cell{http.StatusServiceUnavailable, oci.CodeUnavailable},
+		patient:  cell{http.StatusTooManyRequests, oci.CodeTooManyRequests},
+		remedy:   "wait, or configure credentials with a larger budget in the mirror",
+	},
+	storeFailed: {manifest: cell{http.StatusServiceUnavailable, oci.CodeUnavailable}, remedy: "the mirror's log tells more"},
+}
+
+// patience is when a client that waits is to ask again, where the upstream does
+// not say.
+const patience = 5 * time.Second
+
+// patient reports whether a client is of the family of containers/image. The
+// library calls itself containers/5.36; programs put their own name.
+func patient(userAgent string) bool {
+	product, _, _ := strings.Cut(userAgent, "/")
+	switch strings.ToLower(product) {
+	case "containers", "skopeo", "podman", "buildah", "cri-o", "libpod":
+		return true
+	}
+	return false
 }
 
 // A failure is a situation with the sentence that explains it.
@@ -112,23 +149,32 @@ func judge(err error) *failure {
 }
 
 // refusal is what a client is told of an error, about the thing it asked for.
-func refusal(err error, kind oci.Kind, about string) *oci.Error {
+func refusal(err error, kind oci.Kind, userAgent, about string) *oci.Error {
 	f := judge(err)
-	code := codes[f.situation]
-	e := &oci.Error{Status: code.status, Code: code.manifest, Message: f.message, RetryAfter: f.after}
-	if kind == oci.KindBlob && code.blob != "" {
-		e.Code = code.blob
+	row := codes[f.situation]
+	says := row.manifest
+	if kind == oci.KindBlob {
+		if row.blob != (cell{}) {
+			says = row.blob
+		}
+		if row.patient != (cell{}) && patient(userAgent) {
+			says = row.patient
+		}
+	}
+	e := &oci.Error{Status: says.status, Code: says.code, Message: f.message, RetryAfter: f.after}
+	if says.status == http.StatusTooManyRequests && f.after == 0 {
+		e.RetryAfter = patience
 	}
 	if about != "" {
 		e.Message = about + ": " + e.Message
 	}
-	if code.remedy != "" {
-		e.Message += "; " + code.remedy
+	if row.remedy != "" {
+		e.Message += "; " + row.remedy
 	}
 	return e
 }
 
 // Unavailable answers a request whose store could not be opened.
 func Unavailable(w http.ResponseWriter, r *http.Request, err error) {
-	refusal(fail(storeFailed, "%v", err), oci.KindUnknown, "").Write(w, r)
+	refusal(fail(storeFailed, "%v", err), oci.KindUnknown, "", "").Write(w, r)
 }

@@ -67,8 +67,8 @@ func TestOvertaken(t *testing.T) {
 				Repository: "reg.example/team/app",
 			}
 			pull := func() {
-				answer, err := m.manifest(t.Context(), target, ref, false)
-				if err != nil || string(answer.body) != string(image.Data) {
+				answer, err := m.manifest(t.Context(), target, ref, false, false)
+				if err != nil || string(answer.held.Body) != string(image.Data) {
 					t.Errorf("wrong answer: %v", err)
 				}
 			}

@@ -60,8 +60,11 @@ func (x *exchange) tags(ctx context.Context) error {
 		return err
 	}
 	held = slices.DeleteFunc(held, func(tag string) bool {
+		if tag <= last || x.target.Upstream == nil {
+			return tag <= last
+		}
 		state, ok := x.mirror.tags.Get(tagKey{x.target.Repository, tag})
-		return tag <= last || ok && state.gone
+		return ok && state.standing(x.mirror.now(), x.target.Upstream) >= gone
 	})
 	sort.Strings(held)
 	var tags []string

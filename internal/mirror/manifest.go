@@ -16,24 +16,49 @@ import (
 // A manifestAnswer is a manifest, or after a HEAD of what is not held only its
 // description.
 type manifestAnswer struct {
+	held *tree.Manifest // or else:
+
 	digest    digest.Digest
 	mediaType string
 	size      int64
-	body      []byte
+
 	// stale is why a tag is answered from what is held though it should have
 	// been checked; age is since its last check.
 	stale string
 	age   time.Duration
+	kept  time.Time // since when the tag is gone at its origin, or zero
 	cache cache
 }
 
-func held(m *tree.Manifest, c cache) *manifestAnswer {
-	return &manifestAnswer{digest: m.Digest, mediaType: m.MediaType, size: int64(len(m.Body)), body: m.Body, cache: c}
+func held(m *tree.Manifest, c cache) *manifestAnswer { return &manifestAnswer{held: m, cache: c} }
+
+// warmManifest answers from memory alone, or returns nil.
+func (m *Mirror) warmManifest(t Target, ref oci.Reference) *manifestAnswer {
+	d := ref.Digest
+	var state tagState
+	if ref.Tag != "" {
+		if t.Upstream == nil {
+			return nil
+		}
+		var ok bool
+		if state, ok = m.tags.Get(tagKey{t.Repository, ref.Tag}); !ok || state.standing(m.now(), t.Upstream) != fresh {
+			return nil
+		}
+		d = state.digest
+	}
+	had, ok := m.tree.Warm(t.Repository, d)
+	switch {
+	case !ok:
+		return nil
+	case ref.Tag != "":
+		return m.freshAnswer(t, ref.Tag, state, had)
+	}
+	return held(had, hit)
 }
 
 // manifest answers for a tag or a digest. With head, what is not held is not
-// fetched.
-func (m *Mirror) manifest(ctx context.Context, t Target, ref oci.Reference, head bool) (*manifestAnswer, error) {
+// fetched; with force, a tag is checked though it is fresh.
+func (m *Mirror) manifest(ctx context.Context, t Target, ref oci.Reference, head, force bool) (*manifestAnswer, error) {
 	if t.Upstream == nil {
 		d := ref.Digest
 		if ref.Tag != "" {
@@ -49,8 +74,9 @@ func (m *Mirror) manifest(ctx context.Context, t Target, ref oci.Reference, head
 		return held(stored, hit), nil
 	}
 	if ref.Tag != "" {
-		return m.tag(ctx, t, ref.Tag, head)
+		return m.tag(ctx, t, ref.Tag, head, force)
 	}
+
 	return m.byDigest(ctx, t, ref.Digest, head)
 }
 
@@ -68,6 +94,9 @@ func (m *Mirror) byDigest(ctx context.Context, t Target, d digest.Digest, head b
 		return held(had, hit), nil
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	if err := m.lacks(t, oci.KindManifest, string(d)); err != nil {
 		return nil, err
 	}
 	ref := oci.Reference{Digest: d}
@@ -113,7 +142,7 @@ func (m *Mirror) fetch(ctx context.Context, t Target, ref oci.Reference) (*tree.
 		if parseErr != nil {
 			return nil, parseErr
 		}
-		return &tree.Manifest{Digest: got.Digest, Body: got.Body, Manifest: parsed}, nil
+		return tree.NewManifest(got.Digest, got.Body, parsed), nil
 	}
 	m.settle(ctx, manifestKey{t.Repository, got.Digest})
 	m.expect(t, stored.Manifest)

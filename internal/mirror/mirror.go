@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io/fs"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
@@ -22,14 +23,12 @@ const (
 	// manifestBudget bounds the asking of all endpoints for a manifest: with
 	// it a client hears from us before 10 s, and containerd can move on.
 	manifestBudget = 8 * time.Second
-	// checkPatience is how long a client waits for the check of a tag that is
-	// held. The check goes on behind.
-	checkPatience = 2 * time.Second
 	// blobPatience is how long a client waits for a blob's first byte, all
 	// asking included.
 	blobPatience = 20 * time.Second
 
-	maxTags = 100_000 // remembered
+	maxTags  = 100_000 // remembered
+	maxLacks = 10_000  // remembered of what upstreams do not have
 )
 
 // A Mirror is the state behind all sites of one store. It outlives
@@ -51,9 +50,12 @@ type Mirror struct {
 	claims  sync.Mutex
 	pendMu  sync.Mutex // makes changes of pending whole
 	flights singleflight.Group
+	aheads  chan struct{} // holds a value for each check ahead
+	lacking *lru.Cache[lackKey, lack]
 	probes  *lru.Cache[string, tree.Verdict] // verdicts not worth a record
-	told    *lru.Cache[string, time.Time]    // when trouble was logged: an upstream's, or the disk's
-	coming  *lru.Cache[member, *layers]      // of manifests that have just come
+	told    *lru.Cache[trouble, time.Time]   // when it was last told of
+	emit    atomic.Pointer[func(string, map[string]any)]
+	coming  *lru.Cache[member, *layers] // of manifests that have just come
 }
 
 type tagKey struct{ repository, tag string }
@@ -65,13 +67,14 @@ type manifestKey struct {
 
 // New returns a mirror on an open store, which it does not close.
 func New(store storage.Store, log *zap.Logger) *Mirror {
-	m := &Mirror{tree: tree.New(store), log: log, now: time.Now}
+	m := &Mirror{tree: tree.New(store), log: log, now: time.Now, aheads: make(chan struct{}, checksAhead)}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	// lru.New fails only for a size below 1.
 	m.tags, _ = lru.New[tagKey, tagState](maxTags)
 	m.pending, _ = lru.New[manifestKey, []string](maxTags)
+	m.lacking, _ = lru.New[lackKey, lack](maxLacks)
 	m.probes, _ = lru.New[string, tree.Verdict](10_000)
-	m.told, _ = lru.New[string, time.Time](1_000)
+	m.told, _ = lru.New[trouble, time.Time](1_000)
 	m.coming, _ = lru.New[member, *layers](10_000)
 	m.fills = fill.NewTable(store, m.tree.LinkBlob, m.filled)
 	return m
@@ -88,17 +91,45 @@ func (m *Mirror) Close() {
 	m.tree.Close()
 }
 
+// begin keeps the mirror open for something that no request waits for, until
+// wg.Done. It fails when the mirror is being closed.
+func (m *Mirror) begin() bool {
+	m.ending.Lock()
+	defer m.ending.Unlock()
+	if !m.ended {
+		m.wg.Add(1)
+	}
+	return !m.ended
+}
+
+// DefaultHot is how many bytes of memory there are for small content unless
+// Settings say more or less.
+const DefaultHot = tree.DefaultHot
+
+// Settings are what a configuration changes in a mirror.
+type Settings struct {
+	// Hot is how many bytes of memory there are for small content.
+	Hot int64
+	// Emit is told what an operator may want to act on; nil: nobody is. Its
+	// events have `reference` and `error`: upstream_down, upstream_denied and
+	// rate_limited besides `upstream`, digest_mismatch `endpoint`, and
+	// storage_full no more. None comes more often than once a minute.
+	Emit func(event string, data map[string]any)
+}
+
+// Set replaces the settings.
+func (m *Mirror) Set(s Settings) {
+	m.tree.Heat(s.Hot)
+	m.emit.Store(&s.Emit)
+}
+
 // share runs f once for all who ask with the same key at the same time, on the
 // mirror's own time: who asked may leave. It returns early when ctx ends.
 func share[T any](ctx context.Context, m *Mirror, key string, f func(context.Context) (T, error)) (T, error) {
 	result := m.flights.DoChan(key, func() (any, error) {
-		m.ending.Lock()
-		if m.ended {
-			m.ending.Unlock()
+		if !m.begin() {
 			return nil, fill.ErrClosed
 		}
-		m.wg.Add(1)
-		m.ending.Unlock()
 		defer m.wg.Done()
 		ctx, cancel := context.WithTimeoutCause(m.ctx, manifestBudget, upstream.ErrSlow)
 		defer cancel()
@@ -132,41 +163,10 @@ func (m *Mirror) filled(s fill.Summary) {
 		m.diskTrouble("keeping a blob", s.Repository+"@"+s.Digest.String(), s.Err)
 	default:
 		m.log.Warn("fill failed", append(fields, zap.Error(s.Err))...)
+		if errors.Is(s.Err, fill.ErrDigest) && m.due(trouble{digestMismatch, s.Repository}) {
+			m.event(digestMismatch, map[string]any{"endpoint": s.From, "reference": s.Repository + "@" + s.Digest.String(), "error": s.Err.Error()})
+		}
 	}
-}
-
-// diskTrouble logs that something could not be stored. The client need not
-// suffer from our disk, nor the log.
-func (m *Mirror) diskTrouble(doing, about string, err error) {
-	const disk = "" // is no upstream's name
-	now := m.now()
-	if last, ok := m.told.Get(disk); ok && now.Sub(last) < tellEvery {
-		return
-	}
-	m.told.Add(disk, now)
-	m.log.Error("disk trouble", zap.String("while", doing), zap.String("reference", about), zap.Error(err))
-}
-
-// tellEvery is how often the trouble with one upstream is logged.
-const tellEvery = time.Minute
-
-// tell logs that an upstream does not answer as it should, with the latest
-// request that met it.
-func (m *Mirror) tell(t Target, about string, err error) {
-	if t.Upstream == nil {
-		return
-	}
-	switch judge(err).situation {
-	case noUpstream, limited, deniedUpstream:
-	default:
-		return
-	}
-	now := m.now()
-	if last, ok := m.told.Get(t.Upstream.Name); ok && now.Sub(last) < tellEvery {
-		return
-	}
-	m.told.Add(t.Upstream.Name, now)
-	m.log.Warn("upstream trouble", zap.String("upstream", t.Upstream.Name), zap.String("reference", about), zap.Error(err))
 }
 
 // admit checks that a repository is what the request takes it for. A record

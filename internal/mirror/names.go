@@ -28,6 +28,10 @@ type Upstream struct {
 	Prefix string
 	// TagTTL is how long a tag counts as fresh after it was checked.
 	TagTTL time.Duration
+	// Keep says that a held tag is served on when the origin says that it is
+	// gone: for KeepFor, or for ever where that is 0.
+	Keep    bool
+	KeepFor time.Duration
 	// Connections is how many connections a blob is fetched over at once.
 	Connections int
 	// Client asks the registry. It is nil in a wildcard.
@@ -206,7 +210,7 @@ func (u *Upstreams) concrete(entry *Upstream, host string) (*Upstream, error) {
 	if err != nil {
 		return nil, err
 	}
-	up := &Upstream{Name: host, PathName: host, Prefix: host, TagTTL: entry.TagTTL, Connections: entry.Connections, Client: client}
+	up := &Upstream{Name: host, PathName: host, Prefix: host, TagTTL: entry.TagTTL, Keep: entry.Keep, KeepFor: entry.KeepFor, Connections: entry.Connections, Client: client}
 	u.opened.Add(host, up)
 	return up, nil
 }

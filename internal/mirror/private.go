@@ -22,7 +22,7 @@ const (
 // them. An anonymous probe decides; its verdict is kept in the record, for
 // times when nobody can be asked. Unknown means private.
 func (m *Mirror) public(ctx context.Context, t Target, kind oci.Kind, ref oci.Reference) error {
-	if t.Upstream == nil || t.Upstream.Client.Anonymous() == nil {
+	if m.readable(t) {
 		return nil
 	}
 	verdict, known := m.probes.Get(t.Repository)
@@ -70,6 +70,16 @@ func (m *Mirror) public(ctx context.Context, t Target, kind oci.Kind, ref oci.Re
 		return nil
 	}
 	return fail(privateName, "nobody could be asked whether %s is public at %s (%v), and it counts as private until then", t.Name, t.Upstream.Name, err)
+}
+
+// readable reports whether memory alone tells that everyone may read a
+// repository.
+func (m *Mirror) readable(t Target) bool {
+	if t.Upstream == nil || t.Upstream.Client.Anonymous() == nil {
+		return true
+	}
+	verdict, known := m.probes.Get(t.Repository)
+	return known && verdict.Public && m.now().Sub(verdict.Checked) < publicFor
 }
 
 // probe asks, and remembers what it learns of the repository.

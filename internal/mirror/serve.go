@@ -59,15 +59,16 @@ type Report struct {
 // ServeHTTP answers a request below /v2 from a mirror. See [oci.ParsePath].
 func (s *Site) ServeHTTP(m *Mirror, w http.ResponseWriter, r *http.Request, route oci.Route) Report {
 	header := w.Header()
-	header.Set("Docker-Distribution-Api-Version", "registry/2.0")
+	set(header, "Docker-Distribution-Api-Version", "registry/2.0")
 	x := &exchange{site: s, mirror: m, w: w, r: r, route: route}
 	if err := x.serve(); err != nil {
 		x.report.Err = err
 		if r.Context().Err() == nil {
-			m.tell(x.target, x.about(), err)
+			m.tell(x.target, x.about(), err, false)
+			m.learnLack(x.target, route.Kind, route.Ref, err)
 		}
 		if r.Context().Err() == nil && !x.report.Abort {
-			refusal(err, route.Kind, x.about()).Write(w, r)
+			refusal(err, route.Kind, r.UserAgent(), x.about()).Write(w, r)
 		}
 	}
 	return x.report
@@ -137,6 +138,12 @@ func (x *exchange) serve() error {
 			return fail(badReference, "%v", err)
 		}
 	}
+	if err := x.mirror.admit(x.r.Context(), x.target); err != nil {
+		return err
+	}
+	if done, err := x.warm(ref, head); done {
+		return err
+	}
 	// What is sent may take as long as it takes; what is looked for may not.
 	budget := manifestBudget + time.Second // beyond that of what is shared
 	if x.route.Kind == oci.KindBlob {
@@ -144,9 +151,6 @@ func (x *exchange) serve() error {
 	}
 	ctx, cancel := context.WithTimeoutCause(x.r.Context(), budget, errNoAnswer)
 	defer cancel()
-	if err := x.mirror.admit(ctx, x.target); err != nil {
-		return err
-	}
 	if err := x.mirror.public(ctx, x.target, x.route.Kind, ref); err != nil {
 		return err
 	}
@@ -165,7 +169,7 @@ func (x *exchange) serve() error {
 // cached notes where the answer came from.
 func (x *exchange) cached(c cache) {
 	x.report.Cache = string(c)
-	x.w.Header().Set("Cache-Status", c.status())
+	set(x.w.Header(), "Cache-Status", c.status())
 }
 
 // json sends a small document of our own making.
@@ -182,78 +186,12 @@ func (x *exchange) json(body []byte) error {
 	return nil
 }
 
-func (x *exchange) manifest(ctx context.Context, ref oci.Reference, head bool) error {
-	answer, err := x.mirror.manifest(ctx, x.target, ref, head)
-	if err != nil {
-		return err
-	}
-	x.cached(answer.cache)
-	header := x.w.Header()
-	etag := `"` + answer.digest.String() + `"`
-	header.Set("Content-Type", answer.mediaType)
-	header.Set("Docker-Content-Digest", answer.digest.String())
-	header.Set("ETag", etag)
-	if ref.Tag != "" {
-		header.Set("Cache-Control", "no-cache, no-transform")
-	} else {
-		header.Set("Cache-Control", "max-age=31536000, immutable, no-transform")
-	}
-	if answer.stale != "" {
-		if answer.age > 0 {
-			header.Set("Age", strconv.Itoa(int(answer.age/time.Second)))
-		}
-		header.Set("Warning", `299 - "`+warning("this tag could not be checked: "+answer.stale)+`"`)
-	}
-	if matches(x.r.Header.Values("If-None-Match"), etag) {
-		x.w.WriteHeader(http.StatusNotModified)
-		return nil
-	}
-	header.Set("Content-Length", strconv.FormatInt(answer.size, 10))
-	x.w.WriteHeader(http.StatusOK)
-	if !head {
-		x.w.Write(answer.body)
-	}
-	return nil
-}
-
-// warning makes a sentence fit a quoted string of bounded length.
-func warning(s string) string {
-	s = strings.Map(func(r rune) rune {
-		switch {
-		case r < ' ' || r >= 0x7f:
-			return ' '
-		case r == '"' || r == '\\':
-			return '\''
-		}
-		return r
-	}, s)
-	return s[:min(len(s), 400)]
-}
-
-// matches reports whether an If-None-Match header names the tag.
-func matches(values []string, etag string) bool {
-	for _, value := range values {
-		for item := range strings.SplitSeq(value, ",") {
-			if item = strings.TrimPrefix(strings.TrimSpace(item), "W/"); item == etag || item == "*" {
-				return true
-			}
-		}
-	}
-	return false
-}
-
 func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) (err error) {
 	header := x.w.Header()
-	etag := `"` + d.String() + `"`
+	etag := quoted(d)
 	describe := func(c cache) {
 		x.cached(c)
-		header.Set("Content-Type", "application/octet-stream")
-		header.Set("Docker-Content-Digest", d.String())
-		header.Set("ETag", etag)
-		header.Set("Accept-Ranges", "bytes")
-		// Encoding a blob would take its length and its ranges away;
-		// containerd invites it by offering zstd and gzip.
-		header.Set("Cache-Control", "max-age=31536000, immutable, no-transform")
+		x.describeBlob(d)
 	}
 	if head || matches(x.r.Header.Values("If-None-Match"), etag) {
 		size, c, err := x.mirror.describeBlob(ctx, x.target, d)

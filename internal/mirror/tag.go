@@ -8,78 +8,111 @@ import (
 	"slices"
 	"time"
 
-	"github.com/opencontainers/go-digest"
+	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/internal/upstream"
 )
 
-// A tagState is what is known of a mirrored tag. It is replaced, never
-// changed. A tag that is only in the store, after a restart, has never been
-// checked.
-type tagState struct {
-	digest    digest.Digest
-	mediaType string // as a HEAD described it, while the manifest is not held
-	size      int64
-	checked   time.Time
-	gone      bool // the origin said 404
-}
-
 // known returns what is known of a tag.
 func (m *Mirror) known(ctx context.Context, t Target, tag string) (tagState, bool, error) {
-	if state, ok := m.tags.Get(tagKey{t.Repository, tag}); ok {
+	key := tagKey{t.Repository, tag}
+	if state, ok := m.tags.Get(key); ok {
 		return state, true, nil
 	}
 	d, err := m.tree.Tag(ctx, t.Repository, tag)
 	if errors.Is(err, fs.ErrNotExist) {
 		return tagState{}, false, nil
 	}
-	return tagState{digest: d}, err == nil, err
+	if err != nil {
+		return tagState{}, false, err
+	}
+	record, err := m.tree.TagRecord(ctx, t.Repository, tag)
+	if err != nil {
+		return tagState{}, false, err
+	}
+	state := tagState{digest: d, gone: record.Gone, use: new(use)}
+	// Unless more has become known since.
+	m.tags.ContainsOrAdd(key, state)
+	return state, true, nil
 }
 
-// tag answers for a mirrored tag. Within the upstream's tag_ttl of the last
-// check it is fresh. After that one HEAD asks, for everyone, what it means now;
-// a client waits for that 2 s, and gets what is held if the upstream fails or
-// is slow. Only the origin's 404 makes a tag go away.
-func (m *Mirror) tag(ctx context.Context, t Target, tag string, head bool) (*manifestAnswer, error) {
+// tag answers for a mirrored tag, as its standing says. With force, a fresh one
+// is checked all the same. Only the origin's 404 makes a tag go away.
+func (m *Mirror) tag(ctx context.Context, t Target, tag string, head, force bool) (*manifestAnswer, error) {
 	state, ok, err := m.known(ctx, t, tag)
 	if err != nil {
 		return nil, err
 	}
-	age := m.now().Sub(state.checked)
-	fresh := ok && !state.checked.IsZero() && age < t.Upstream.TagTTL
-	if fresh && state.gone {
-		return nil, fail(unknownContent, "upstream %s said %s ago that it has no such tag", t.Upstream.Name, age.Round(time.Second))
-	}
-	var had *tree.Manifest
-	if ok && !state.gone {
-		had, err = m.tree.Manifest(ctx, t.Repository, state.digest)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if !ok {
+		if err := m.lacks(t, oci.KindManifest, tag); err != nil && !force {
 			return nil, err
 		}
-	}
-	if fresh {
-		switch {
-		case had != nil:
-			return held(had, hit), nil
-		case head && state.size > 0:
-			return state.describe(), nil
-		}
-		answer, err := m.byDigest(ctx, t, state.digest, head)
-		if err == nil {
-			return answer, nil
-		}
-		// The tag may have moved on since; ask by name.
-	}
-	if had == nil {
 		return m.discover(ctx, t, tag, head)
+	}
+	standing := state.standing(m.now(), t.Upstream)
+	switch {
+	case standing == fresh && force:
+		standing = due
+	case standing == gone && force:
+		standing = lost
+	}
+	switch standing {
+	case gone:
+		return nil, m.goneSince(t, state)
+	case lost:
+		answer, err := m.discover(ctx, t, tag, head)
+		if err != nil && !saysNone(err) {
+			m.tell(t, oci.Reference{Tag: tag}.Join(t.Upstream.Name+"/"+t.Name), err, true)
+			err = m.goneSince(t, state)
+		}
+		return answer, err
+	}
+	had, err := m.tree.Manifest(ctx, t.Repository, state.digest)
+	switch {
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return nil, err
+	case err != nil && standing == fresh && head && state.size > 0:
+		return state.describe(), nil
+	case err != nil && standing == fresh:
+		answer, err := m.byDigest(ctx, t, state.digest, head)
+		if err != nil { // the tag may have moved on since; ask by name
+			answer, err = m.discover(ctx, t, tag, head)
+		}
+		return answer, err
+	case err != nil:
+		return m.discover(ctx, t, tag, head)
+	case standing == fresh:
+		return m.freshAnswer(t, tag, state, had), nil
 	}
 	return m.revalidate(ctx, t, tag, state, had)
 }
 
+// freshAnswer serves what is held without asking, unless this is when to ask
+// ahead.
+func (m *Mirror) freshAnswer(t Target, tag string, state tagState, had *tree.Manifest) *manifestAnswer {
+	if state.ripe(m.now(), t.Upstream) {
+		m.checkAhead(t, tag, had)
+	}
+	answer := held(had, hit)
+	answer.kept = state.gone
+	return answer
+}
+
 func (s tagState) describe() *manifestAnswer {
 	return &manifestAnswer{digest: s.digest, mediaType: s.mediaType, size: s.size, cache: miss}
+}
+
+func (m *Mirror) goneSince(t Target, state tagState) error {
+	return fail(unknownContent, "upstream %s says since %s that it has no such tag", t.Upstream.Name, state.gone.UTC().Format(time.RFC3339))
+}
+
+// saysNone reports whether an error is the origin's word that something does not
+// exist, and not only trouble on the way.
+func saysNone(err error) bool {
+	var refusal *upstream.Error
+	return errors.As(err, &refusal) && refusal.Kind == upstream.NotFound && refusal.Origin
 }
 
 // discover answers for a tag of which nothing is held: HEAD by HEAD, GET by
@@ -91,7 +124,7 @@ func (m *Mirror) discover(ctx context.Context, t Target, tag string, head bool) 
 			if state, ok := m.justChecked(t, tag); ok && state.size > 0 {
 				return state, nil
 			}
-			return m.head(ctx, t, tag, true)
+			return m.head(ctx, t, tag)
 		})
 		if err != nil {
 			return nil, err
@@ -118,64 +151,78 @@ func (m *Mirror) discover(ctx context.Context, t Target, tag string, head bool) 
 // before it asks: the one before it may have ended after its asker looked.
 func (m *Mirror) justChecked(t Target, tag string) (tagState, bool) {
 	state, ok := m.tags.Get(tagKey{t.Repository, tag})
-	return state, ok && !state.gone && m.now().Sub(state.checked) < t.Upstream.TagTTL
+	return state, ok && state.gone.IsZero() && state.standing(m.now(), t.Upstream) == fresh
 }
 
 // head asks what a tag means and remembers the answer. The state is empty
 // where the upstream does not say enough.
-func (m *Mirror) head(ctx context.Context, t Target, tag string, must bool) (tagState, error) {
-	described, err := t.Upstream.Client.Head(ctx, t.Name, oci.Reference{Tag: tag}, must)
+func (m *Mirror) head(ctx context.Context, t Target, tag string) (tagState, error) {
+	described, err := t.Upstream.Client.Head(ctx, t.Name, oci.Reference{Tag: tag}, true)
 	if err != nil {
-		m.missing(t, tag, err)
+		m.missing(ctx, t, tag, err)
 		return tagState{}, err
 	}
 	if described == nil {
 		return tagState{}, nil
 	}
-	state := tagState{digest: described.Digest, mediaType: described.MediaType, size: described.Size, checked: m.now()}
-	m.remember(ctx, t, tag, state)
-	return state, nil
+	state := tagState{digest: described.Digest, mediaType: described.MediaType, size: described.Size}
+	return m.remember(ctx, t, tag, state), nil
 }
 
 // missing remembers that the origin has no such tag.
-func (m *Mirror) missing(t Target, tag string, err error) {
-	var refusal *upstream.Error
-	if !errors.As(err, &refusal) || refusal.Kind != upstream.NotFound || !refusal.Origin {
+func (m *Mirror) missing(ctx context.Context, t Target, tag string, err error) {
+	if !saysNone(err) {
 		return
 	}
-	// A tag that never was is not remembered: it may be pushed any moment.
-	key := tagKey{t.Repository, tag}
-	if state, ok := m.tags.Get(key); ok || m.inStore(t, tag) {
-		state.gone, state.checked = true, m.now()
-		m.tags.Add(key, state)
+	// A tag that never was has no state: it may be pushed any moment.
+	state, ok, err := m.known(ctx, t, tag)
+	if err != nil || !ok {
+		return
 	}
-}
-
-func (m *Mirror) inStore(t Target, tag string) bool {
-	_, err := m.tree.Tag(m.ctx, t.Repository, tag)
-	return err == nil
+	now := m.now()
+	state.checked, state.use = now, new(use)
+	if state.gone.IsZero() {
+		state.gone = now
+		if err := m.tree.SetGone(ctx, t.Repository, tag, now); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			m.diskTrouble("recording that a tag is gone", t.Repository+":"+tag, err)
+		}
+		m.log.Info("a tag is gone at its origin", zap.String("reference", oci.Reference{Tag: tag}.Join(t.Repository)), zap.Bool("kept", t.Upstream.keeps(0)))
+	}
+	m.tags.Add(tagKey{t.Repository, tag}, state)
 }
 
 // maxPending bounds the tags that wait for one manifest.
 const maxPending = 16
 
-// remember keeps what a tag means: in the store if the manifest is held, and
+// remember keeps what a tag means now: in the store if the manifest is held, and
 // otherwise until it is. Clients ask for a tag by HEAD and then fetch by
 // digest; the tag is to be found all the same when the upstream is gone.
-func (m *Mirror) remember(ctx context.Context, t Target, tag string, state tagState) {
-	m.tags.Add(tagKey{t.Repository, tag}, state)
-	key := manifestKey{t.Repository, state.digest}
-	m.pendMu.Lock()
-	tags, _ := m.pending.Get(key)
-	if !slices.Contains(tags, tag) && len(tags) < maxPending {
-		m.pending.Add(key, append(slices.Clone(tags), tag))
+func (m *Mirror) remember(ctx context.Context, t Target, tag string, state tagState) tagState {
+	key := tagKey{t.Repository, tag}
+	if before, ok, err := m.known(ctx, t, tag); err == nil && ok && !before.gone.IsZero() {
+		if err := m.tree.SetGone(ctx, t.Repository, tag, time.Time{}); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			m.diskTrouble("recording that a tag is back", t.Repository+":"+tag, err)
+		}
 	}
-	m.pendMu.Unlock()
-	// Whoever stores the manifest settles what is pending then. It may have
-	// been stored before the tag was pending.
-	if _, err := m.tree.Manifest(ctx, t.Repository, state.digest); err == nil {
-		m.settle(ctx, key)
+	state.checked, state.use = m.now(), new(use)
+	m.tags.Add(key, state)
+	if _, ok := m.tree.Warm(t.Repository, state.digest); !ok {
+		waiting := manifestKey{t.Repository, state.digest}
+		m.pendMu.Lock()
+		tags, _ := m.pending.Get(waiting)
+		if !slices.Contains(tags, tag) && len(tags) < maxPending {
+			m.pending.Add(waiting, append(slices.Clone(tags), tag))
+		}
+		m.pendMu.Unlock()
+		// Whoever stores the manifest settles what is pending then. It may have
+		// been stored before the tag was pending.
+		if _, err := m.tree.Manifest(ctx, t.Repository, state.digest); err == nil {
+			m.settle(ctx, waiting)
+		}
+		return state
 	}
+	m.setTag(ctx, t.Repository, tag, state)
+	return state
 }
 
 // settle stores the tags that mean a manifest that is now held, less those
@@ -186,15 +233,19 @@ func (m *Mirror) settle(ctx context.Context, key manifestKey) {
 	m.pending.Remove(key)
 	m.pendMu.Unlock()
 	for _, tag := range tags {
-		if state, ok := m.tags.Get(tagKey{key.repository, tag}); ok && state.digest != key.digest {
-			continue
+		state, ok := m.tags.Get(tagKey{key.repository, tag})
+		if !ok {
+			state = tagState{digest: key.digest, checked: m.now()}
 		}
-		if current, err := m.tree.Tag(ctx, key.repository, tag); err == nil && current == key.digest {
-			continue
+		if state.digest == key.digest {
+			m.setTag(ctx, key.repository, tag, state)
 		}
-		if err := m.tree.SetTag(ctx, key.repository, tag, key.digest); err != nil {
-			m.diskTrouble("storing a tag", key.repository+":"+tag, err)
-		}
+	}
+}
+
+func (m *Mirror) setTag(ctx context.Context, repository, tag string, state tagState) {
+	if err := m.tree.SetTag(ctx, repository, tag, state.digest, state.checked); err != nil {
+		m.diskTrouble("storing a tag", repository+":"+tag, err)
 	}
 }
 
@@ -202,44 +253,57 @@ func (m *Mirror) settle(ctx context.Context, key manifestKey) {
 func (m *Mirror) fetchTag(ctx context.Context, t Target, tag string) (*tree.Manifest, error) {
 	stored, err := m.fetch(ctx, t, oci.Reference{Tag: tag})
 	if err != nil {
-		m.missing(t, tag, err)
+		m.missing(ctx, t, tag, err)
 		return nil, err
 	}
-	m.remember(ctx, t, tag, tagState{digest: stored.Digest, checked: m.now()})
+	m.remember(ctx, t, tag, tagState{digest: stored.Digest})
 	return stored, nil
 }
 
 var errNoAnswer = errors.New("no answer in time")
 
-// revalidate answers for a tag that is held and due for a check.
+// revalidate answers for a tag that is held and due for a check. A client waits
+// 2 s for it, and gets what is held if the upstream fails or is slow.
 func (m *Mirror) revalidate(ctx context.Context, t Target, tag string, state tagState, had *tree.Manifest) (*manifestAnswer, error) {
-	ref := oci.Reference{Tag: tag}
 	patient, cancel := context.WithTimeoutCause(ctx, checkPatience, errNoAnswer)
 	defer cancel()
-	current, err := share(patient, m, "check "+ref.Join(t.Repository), func(ctx context.Context) (*tree.Manifest, error) {
-		if state, ok := m.justChecked(t, tag); ok {
-			if now, err := m.tree.Manifest(ctx, t.Repository, state.digest); err == nil {
-				return now, nil
-			}
-		}
-		return m.check(ctx, t, tag, had)
-	})
-	var refusal *upstream.Error
+	current, err := share(patient, m, checkKey(t, tag), m.checking(t, tag, had))
 	switch {
 	case err == nil && current.Digest == had.Digest:
 		return held(current, revalidated), nil
 	case err == nil:
 		return held(current, stored), nil
-	case errors.As(err, &refusal) && refusal.Kind == upstream.NotFound && refusal.Origin:
+	case saysNone(err):
+		if now, ok, err := m.known(ctx, t, tag); err == nil && ok && now.standing(m.now(), t.Upstream) <= due {
+			answer := held(had, hit)
+			answer.kept = now.gone
+			return answer, nil
+		}
 		return nil, err
 	}
-	m.tell(t, ref.Join(t.Upstream.Name+"/"+t.Name), err)
+	m.tell(t, oci.Reference{Tag: tag}.Join(t.Upstream.Name+"/"+t.Name), err, true)
 	answer := held(had, stale)
-	answer.stale = err.Error()
+	answer.stale, answer.kept = err.Error(), state.gone
 	if !state.checked.IsZero() {
 		answer.age = m.now().Sub(state.checked)
 	}
 	return answer, nil
+}
+
+func checkKey(t Target, tag string) string { return "check " + t.Repository + ":" + tag }
+
+// checking is a flight that checks a tag, unless one has just ended: the flight
+// was begun by somebody who had looked before.
+func (m *Mirror) checking(t Target, tag string, had *tree.Manifest) func(context.Context) (*tree.Manifest, error) {
+	before, _ := m.tags.Get(tagKey{t.Repository, tag})
+	return func(ctx context.Context) (*tree.Manifest, error) {
+		if state, ok := m.justChecked(t, tag); ok && state.checked.After(before.checked) {
+			if now, err := m.tree.Manifest(ctx, t.Repository, state.digest); err == nil {
+				return now, nil
+			}
+		}
+		return m.check(ctx, t, tag, had)
+	}
 }
 
 // check asks what a held tag means now, and fetches the new manifest before
@@ -247,7 +311,7 @@ func (m *Mirror) revalidate(ctx context.Context, t Target, tag string, state tag
 func (m *Mirror) check(ctx context.Context, t Target, tag string, had *tree.Manifest) (*tree.Manifest, error) {
 	described, err := t.Upstream.Client.Head(ctx, t.Name, oci.Reference{Tag: tag}, false)
 	if err != nil {
-		m.missing(t, tag, err)
+		m.missing(ctx, t, tag, err)
 		return nil, err
 	}
 	if described == nil {
@@ -262,6 +326,29 @@ func (m *Mirror) check(ctx context.Context, t Target, tag string, had *tree.Mani
 			}
 		}
 	}
-	m.remember(ctx, t, tag, tagState{digest: described.Digest, checked: m.now()})
+	m.remember(ctx, t, tag, tagState{digest: described.Digest})
 	return current, nil
+}
+
+// checksAhead is how many tags are checked ahead at once.
+const checksAhead = 16
+
+// checkAhead checks a fresh tag in the background. What fails is tried again
+// when the tag is stale.
+func (m *Mirror) checkAhead(t Target, tag string, had *tree.Manifest) {
+	select {
+	case m.aheads <- struct{}{}:
+	default:
+		return
+	}
+	if !m.begin() {
+		<-m.aheads
+		return
+	}
+	check := m.checking(t, tag, had)
+	go func() {
+		defer m.wg.Done()
+		defer func() { <-m.aheads }()
+		share(m.ctx, m, checkKey(t, tag), check)
+	}()
 }

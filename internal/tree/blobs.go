@@ -1,6 +1,7 @@
 package tree
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -25,35 +26,65 @@ var errClosed = errors.New("the store is being closed")
 // been damaged by a loss of power, they are hashed first, once for all who ask
 // and whether or not they wait. Bytes that are wrong are deleted, and the error
 // wraps [ErrDamaged] for those who waited.
+//
+// Small ones come from memory, and are hashed whenever they come there. One
+// that is wrong though nobody doubted it is left where it is.
 func (t *Tree) OpenBlob(ctx context.Context, canonical digest.Digest) (io.ReadCloser, storage.Info, error) {
 	key := layout.Blob(canonical)
+	if w, ok := t.hot.get(canonical); ok {
+		return w.open(), storage.Info{Key: key, Size: int64(len(w.body))}, nil
+	}
 	r, info, err := t.store.Open(ctx, key, 0, -1)
-	if err != nil || !info.Doubtful {
+	if err == nil && info.Doubtful {
+		r.Close()
+		if err := t.proveOnce(ctx, canonical); err != nil {
+			return nil, storage.Info{}, err
+		}
+		r, info, err = t.store.Open(ctx, key, 0, -1)
+	}
+	if err != nil || info.Size > MaxHot || info.Doubtful {
 		return r, info, err
 	}
-	r.Close()
-	if err := t.proveOnce(ctx, canonical); err != nil {
-		return nil, storage.Info{}, err
+	defer r.Close()
+	w := &warm{body: make([]byte, info.Size)}
+	if _, err := io.ReadFull(r, w.body); err != nil {
+		return nil, info, fmt.Errorf("reading the stored bytes of %s: %w", canonical, err)
 	}
-	return t.store.Open(ctx, key, 0, -1)
+	if canonical.Algorithm().FromBytes(w.body) != canonical {
+		return nil, info, fmt.Errorf("the stored bytes of %s are %w", canonical, ErrDamaged)
+	}
+	t.hot.add(canonical, w)
+	return w.open(), info, nil
 }
+
+// inMemory is the bytes of a blob in memory.
+type inMemory struct{ *bytes.Reader }
+
+func (inMemory) Close() error { return nil }
+
+func (w *warm) open() io.ReadCloser { return inMemory{bytes.NewReader(w.body)} }
 
 // StatBlob describes the bytes of a blob, whoever it belongs to. It does not
 // hash doubtful ones, which can take minutes: OpenBlob may then find that a blob
 // StatBlob has described is damaged.
 func (t *Tree) StatBlob(ctx context.Context, canonical digest.Digest) (storage.Info, error) {
+	if w, ok := t.hot.get(canonical); ok {
+		return storage.Info{Key: layout.Blob(canonical), Size: int64(len(w.body))}, nil
+	}
 	return t.store.Stat(ctx, layout.Blob(canonical))
 }
 
 // Close ends the hashing of doubtful blobs, and waits for its end. Whoever waits
-// for one gets an error, and so does every later OpenBlob of one. The store may
-// be closed then.
+// for one gets an error, and so does every later OpenBlob of one. Nothing may be
+// reading manifests or small blobs at that moment: setting a value in ristretto
+// while it is being closed panics. The store may be closed then.
 func (t *Tree) Close() {
 	t.proofs.mu.Lock()
 	t.proofs.closed = true
 	t.proofs.mu.Unlock()
 	t.proofs.cancel(errClosed)
 	t.proofs.wg.Wait()
+	t.hot.cache.Close()
 }
 
 // proofs are the blobs that are being hashed.

@@ -53,9 +53,16 @@ type Verdict struct {
 // none.
 func (t *Tree) Record(ctx context.Context, repository string) (Record, error) {
 	if r, ok := t.records.Get(repository); ok {
-		return r, nil
+		if r == nil {
+			return Record{}, fs.ErrNotExist
+		}
+		return *r, nil
 	}
 	data, err := t.store.Get(ctx, layout.Record(repository), maxRecord)
+	if errors.Is(err, fs.ErrNotExist) {
+		// Unless one has been written since.
+		t.records.ContainsOrAdd(repository, nil)
+	}
 	if err != nil {
 		return Record{}, err
 	}
@@ -73,7 +80,7 @@ func (t *Tree) Record(ctx context.Context, repository string) (Record, error) {
 	if r.Schema > recordSchema {
 		return Record{}, fmt.Errorf("the record of repository %s has schema %d, which a newer version of this program wrote", repository, r.Schema)
 	}
-	t.records.Add(repository, r)
+	t.records.Add(repository, &r)
 	return r, nil
 }
 
@@ -93,7 +100,7 @@ func (t *Tree) PutRecord(ctx context.Context, repository string, r Record) error
 	if err := t.store.Put(ctx, layout.Record(repository), data, durability); err != nil {
 		return err
 	}
-	t.records.Add(repository, r)
+	t.records.Add(repository, &r)
 	return nil
 }
 

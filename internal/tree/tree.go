@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"strconv"
 	"strings"
 	"time"
 
@@ -26,7 +27,8 @@ import (
 const (
 	maxLink     = 512     // bytes of a link; a digest has at most 135
 	maxMembers  = 200_000 // memberships remembered, about 40 MiB when full
-	maxRecords  = 20_000  // records remembered
+	maxRevs     = 100_000 // links to manifests remembered, about 30 MiB when full
+	maxRecords  = 20_000  // records remembered, and names that have none
 	maxScans    = 4_000   // scanned repositories remembered
 	scanTimeout = time.Minute
 	maxRevision = 5_000 // manifests read to answer one question about a repository
@@ -38,10 +40,14 @@ type Tree struct {
 	// members remembers which content belongs to a repository; it is filled
 	// from links and from the manifests that pass.
 	members *lru.Cache[member, Member]
-	records *lru.Cache[string, Record]
-	scanned *lru.Cache[string, struct{}]
-	scans   singleflight.Group
-	proofs  *proofs
+	// revisions remembers which manifests have been read in a repository: what
+	// is hot may be served to whoever asks there.
+	revisions *lru.Cache[member, struct{}]
+	hot       *hot
+	records   *lru.Cache[string, *Record] // nil: there is none
+	scanned   *lru.Cache[string, struct{}]
+	scans     singleflight.Group
+	proofs    *proofs
 }
 
 type member struct {
@@ -73,10 +79,15 @@ var ErrDamaged = fmt.Errorf("damaged, which counts as absent: %w", fs.ErrNotExis
 func New(store storage.Store) *Tree {
 	// lru.New fails only for a size below 1.
 	members, _ := lru.New[member, Member](maxMembers)
-	records, _ := lru.New[string, Record](maxRecords)
+	revisions, _ := lru.New[member, struct{}](maxRevs)
+	records, _ := lru.New[string, *Record](maxRecords)
 	scanned, _ := lru.New[string, struct{}](maxScans)
-	return &Tree{store: store, members: members, records: records, scanned: scanned, proofs: newProofs()}
+	return &Tree{store: store, members: members, revisions: revisions, hot: newHot(), records: records, scanned: scanned, proofs: newProofs()}
 }
+
+// Heat changes how many bytes of small content are kept in memory. The next
+// content to come makes the others go, where there is less room now.
+func (t *Tree) Heat(size int64) { t.hot.cache.UpdateMaxCost(max(size, 1)) }
 
 // link reads a link. A link that does not hold a digest, as a crash may leave
 // it, is absent.
@@ -99,11 +110,44 @@ func (t *Tree) setLink(ctx context.Context, key string, d digest.Digest) error {
 	return t.store.Put(ctx, key, []byte(d), storage.Lazy)
 }
 
-// A Manifest is a stored manifest.
+// A Manifest is a stored manifest. It is shared by all who read it.
 type Manifest struct {
 	Digest digest.Digest
 	Body   []byte
 	*oci.Manifest
+	// ETag and Length are Digest and the number of bytes, as headers say them.
+	ETag, Length string
+}
+
+// NewManifest describes a manifest that is stored nowhere.
+func NewManifest(d digest.Digest, body []byte, parsed *oci.Manifest) *Manifest {
+	return &Manifest{Digest: d, Body: body, Manifest: parsed, ETag: `"` + d.String() + `"`, Length: strconv.Itoa(len(body))}
+}
+
+// Warm returns a manifest that belongs to a repository, if memory alone tells.
+func (t *Tree) Warm(repository string, d digest.Digest) (*Manifest, bool) {
+	if _, ok := t.revisions.Get(member{repository, d}); !ok {
+		return nil, false
+	}
+	w, ok := t.hot.get(d)
+	if !ok || w.manifest == nil {
+		return nil, false
+	}
+	return w.manifest, true
+}
+
+// WarmBlob returns the bytes of a small blob that belongs to a repository, if
+// memory alone tells. Nobody may change them.
+func (t *Tree) WarmBlob(repository string, d digest.Digest) ([]byte, bool) {
+	known, ok := t.members.Get(member{repository, d})
+	if !ok || !known.Linked {
+		return nil, false
+	}
+	w, ok := t.hot.get(known.Canonical)
+	if !ok || known.Size >= 0 && known.Size != int64(len(w.body)) {
+		return nil, false
+	}
+	return w.body, true
 }
 
 // Manifest returns a manifest that belongs to a repository: because it was
@@ -111,6 +155,9 @@ type Manifest struct {
 // held for another repository. Bytes that do not match the digest count as
 // absent, so that they are fetched again.
 func (t *Tree) Manifest(ctx context.Context, repository string, d digest.Digest) (*Manifest, error) {
+	if m, ok := t.Warm(repository, d); ok {
+		return m, nil
+	}
 	m, absent := t.linkedManifest(ctx, repository, d)
 	if !errors.Is(absent, fs.ErrNotExist) || d.Algorithm() != digest.Canonical {
 		return m, absent
@@ -159,8 +206,16 @@ func (t *Tree) readManifest(ctx context.Context, repository string, d, canonical
 	if err != nil {
 		return nil, fmt.Errorf("%w: %s is no manifest: %w", fs.ErrNotExist, d, err)
 	}
-	t.learn(repository, parsed)
-	return &Manifest{Digest: d, Body: body, Manifest: parsed}, nil
+	return t.known(repository, NewManifest(d, body, parsed)), nil
+}
+
+// known remembers a manifest that belongs to a repository, and what it makes a
+// member.
+func (t *Tree) known(repository string, m *Manifest) *Manifest {
+	t.learn(repository, m.Manifest)
+	t.revisions.Add(member{repository, m.Digest}, struct{}{})
+	t.hot.add(m.Digest, &warm{body: m.Body, manifest: m})
+	return m
 }
 
 // learn remembers what a manifest makes a member.
@@ -215,39 +270,7 @@ func (t *Tree) PutManifest(ctx context.Context, repository string, d digest.Dige
 		}
 	}
 	failpoint.Hit("manifest.linked")
-	t.learn(repository, parsed)
-	return &Manifest{Digest: d, Body: body, Manifest: parsed}, nil
-}
-
-// Tag returns what a tag means.
-func (t *Tree) Tag(ctx context.Context, repository, tag string) (digest.Digest, error) {
-	return t.link(ctx, layout.TagLink(repository, tag))
-}
-
-// SetTag lets a tag mean a manifest. The index, which remembers all it ever
-// meant, comes first, as in registry:2.
-func (t *Tree) SetTag(ctx context.Context, repository, tag string, d digest.Digest) error {
-	if err := t.setLink(ctx, layout.TagIndexLink(repository, tag, d), d); err != nil {
-		return err
-	}
-	failpoint.Hit("tag.indexed")
-	return t.setLink(ctx, layout.TagLink(repository, tag), d)
-}
-
-// Tags returns the tags of a repository, in no order.
-func (t *Tree) Tags(ctx context.Context, repository string) ([]string, error) {
-	var tags []string
-	prefix := layout.Tags(repository)
-	for info, err := range t.store.List(ctx, prefix, false) {
-		if err != nil {
-			return nil, err
-		}
-		tag := strings.TrimSuffix(strings.TrimPrefix(info.Key, prefix), "/")
-		if strings.HasSuffix(info.Key, "/") && oci.ValidTag(tag) {
-			tags = append(tags, tag)
-		}
-	}
-	return tags, nil
+	return t.known(repository, NewManifest(d, body, parsed)), nil
 }
 
 // Member reports whether a blob belongs to a repository, from memory, its

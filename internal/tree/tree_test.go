@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -193,6 +194,7 @@ func TestDamagedManifestIsAbsent(t *testing.T) {
 			body := image(digest.FromString("config"))
 			d := b.put("r", body)
 			b.write(layout.Blob(d), []byte(damage))
+			b.restart()
 			if _, err := b.Manifest(t.Context(), "r", d); !errors.Is(err, ErrDamaged) || !errors.Is(err, fs.ErrNotExist) {
 				t.Errorf("got %v, want ErrDamaged, which is absence", err)
 			}
@@ -209,6 +211,7 @@ func TestManifestWithoutBytesIsAbsent(t *testing.T) {
 	if err := os.Remove(b.file(layout.Blob(d))); err != nil {
 		t.Fatal(err)
 	}
+	b.restart()
 	b.wantNoManifest("r", d)
 }
 
@@ -222,7 +225,7 @@ func TestDamagedLinksAreAbsent(t *testing.T) {
 			b := newBench(t)
 			d := b.put("r", body)
 			layer := b.layer("r", "a layer")
-			if err := b.SetTag(t.Context(), "r", "latest", d); err != nil {
+			if err := b.SetTag(t.Context(), "r", "latest", d, time.Now()); err != nil {
 				t.Fatal(err)
 			}
 			b.write(layout.RevisionLink("r", d), []byte(link))
@@ -237,7 +240,7 @@ func TestDamagedLinksAreAbsent(t *testing.T) {
 			// What they led to is put right by the next pull.
 			b.put("r", body)
 			b.layer("r", "a layer")
-			if err := b.SetTag(t.Context(), "r", "latest", d); err != nil {
+			if err := b.SetTag(t.Context(), "r", "latest", d, time.Now()); err != nil {
 				t.Fatal(err)
 			}
 			b.wantManifest("r", d, body)
@@ -420,6 +423,7 @@ func TestDamagedSHA512ManifestIsAbsent(t *testing.T) {
 	}
 	other := b.put("s", index())
 	b.write(layout.RevisionLink("r", long), []byte(other))
+	b.restart()
 	b.wantNoManifest("r", long)
 }
 
@@ -437,7 +441,7 @@ func TestTags(t *testing.T) {
 		tag string
 		d   digest.Digest
 	}{{"latest", one}, {"latest", two}, {"v1.0", one}, {"_x", two}} {
-		if err := b.SetTag(ctx, "r", set.tag, set.d); err != nil {
+		if err := b.SetTag(ctx, "r", set.tag, set.d, time.Now()); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -642,3 +646,11 @@ var errBroken = errors.New("input/output error")
 type failing struct{ storage.Store }
 
 func (failing) Get(context.Context, string, int64) ([]byte, error) { return nil, errBroken }
+
+func (failing) Open(context.Context, string, int64, int64) (io.ReadCloser, storage.Info, error) {
+	return nil, storage.Info{}, errBroken
+}
+
+func (failing) Stat(context.Context, string) (storage.Info, error) {
+	return storage.Info{}, errBroken
+}

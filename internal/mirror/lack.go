@@ -1,0 +1,67 @@
+package mirror
+
+import (
+	"errors"
+	"time"
+
+	"github.com/caddy-registry/mirror/internal/oci"
+	"github.com/caddy-registry/mirror/internal/tree"
+	"github.com/caddy-registry/mirror/internal/upstream"
+)
+
+// lackMemory is how long it is remembered that the upstream does not have
+// something that is not held, unless tag_ttl is shorter. Clients that look for
+// signatures ask for what is not there again and again.
+const lackMemory = 10 * time.Second
+
+// A lack is the upstream's word that it does not have something.
+type lack struct {
+	at  time.Time
+	err error
+}
+
+type lackKey struct {
+	repository string
+	kind       oci.Kind
+	ref        string
+}
+
+// lacks returns the upstream's word that it does not have something, if that is
+// fresh.
+func (m *Mirror) lacks(t Target, kind oci.Kind, ref string) error {
+	known, ok := m.lacking.Get(lackKey{t.Repository, kind, ref})
+	if !ok || t.Upstream == nil {
+		return nil
+	}
+	age := m.now().Sub(known.at)
+	if age >= min(lackMemory, t.Upstream.TagTTL) {
+		return nil
+	}
+	// Not wrapped: this is no new word, to be remembered from now.
+	return fail(judge(known.err).situation, "%v (so it said %s ago)", known.err, age.Round(time.Second))
+}
+
+// learnLack remembers an error that is the upstream's word that it does not have
+// something.
+func (m *Mirror) learnLack(t Target, kind oci.Kind, ref string, err error) {
+	var refusal *upstream.Error
+	if !errors.As(err, &refusal) || !refusal.Origin || refusal.Kind != upstream.NotFound && refusal.Kind != upstream.Unauthorized {
+		return
+	}
+	m.lacking.Add(lackKey{t.Repository, kind, ref}, lack{m.now(), err})
+}
+
+// obtainable fails if a blob of a manifest is known not to be there. A client
+// that had the manifest from here would have to take the blobs from here, too;
+// so it is sent to its next source beforehand.
+func (m *Mirror) obtainable(t Target, manifest *tree.Manifest) error {
+	if m.lacking.Len() == 0 {
+		return nil
+	}
+	for _, blob := range manifest.Blobs {
+		if err := m.lacks(t, oci.KindBlob, string(blob.Digest)); err != nil {
+			return fail(unobtainable, "its blob %s cannot be had: %v", blob.Digest, err)
+		}
+	}
+	return nil
+}

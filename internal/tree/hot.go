@@ -1,0 +1,57 @@
+package tree
+
+import (
+	"github.com/dgraph-io/ristretto/v2"
+	"github.com/opencontainers/go-digest"
+)
+
+const (
+	// MaxHot is the largest blob that is kept in memory, in bytes: configs and
+	// small layers. Manifests are kept whatever their size.
+	MaxHot = 64 << 10
+	// DefaultHot is how many bytes are kept in memory unless Heat says more or
+	// less.
+	DefaultHot = 64 << 20
+	// parsedCost is about how much larger a parsed manifest is than its bytes.
+	parsedCost = 3
+	// entryCost is what an entry takes besides its content.
+	entryCost = 512
+)
+
+// hot keeps small content in memory by its digest, less what has been asked for
+// seldom. It is no source of truth: ristretto makes a value visible some time
+// after it was set, or drops it. Nothing in it is ever wrong, since content
+// never changes; who may see it is decided elsewhere, by revisions and members.
+type hot struct {
+	cache *ristretto.Cache[string, *warm]
+}
+
+// warm is content in memory. It is never changed.
+type warm struct {
+	body     []byte
+	manifest *Manifest // nil where it was asked for as a blob only
+}
+
+func newHot() *hot {
+	cache, err := ristretto.NewCache(&ristretto.Config[string, *warm]{
+		// Ten for each entry that is expected; 2 MiB.
+		NumCounters: 1 << 20,
+		MaxCost:     DefaultHot,
+		BufferItems: 64,
+	})
+	if err != nil {
+		panic(err) // the numbers above are positive
+	}
+	return &hot{cache}
+}
+
+func (h *hot) get(d digest.Digest) (*warm, bool) { return h.cache.Get(string(d)) }
+
+func (h *hot) add(d digest.Digest, w *warm) {
+	cost := int64(len(w.body))
+	if w.manifest != nil {
+		cost *= parsedCost
+	}
+	// Set says that it has taken what is larger than everything, and drops it.
+	h.cache.Set(string(d), w, cost+entryCost)
+}

@@ -1,0 +1,130 @@
+package tree
+
+import (
+	"errors"
+	"io"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/caddy-registry/mirror/internal/layout"
+)
+
+// settle waits until what was set in memory is visible, or dropped.
+func (b *bench) settle() { b.Tree.hot.cache.Wait() }
+
+// unreadable is a store that fails whatever is asked of it.
+func (b *bench) unreadable() {
+	b.Tree.store = failing{b.store}
+}
+
+func TestWarm(t *testing.T) {
+	b := newBench(t)
+	config := b.blob(`{"os":"linux"}`)
+	body := image(config)
+	d := b.put("r", body)
+	other := b.put("s", index())
+	b.opens(config, `{"os":"linux"}`)
+	b.settle()
+	b.unreadable()
+	b.wantManifest("r", d, body)
+	b.opens(config, `{"os":"linux"}`)
+	if info, err := b.StatBlob(t.Context(), config); err != nil || info.Size != 14 {
+		t.Errorf("%+v, %v", info, err)
+	}
+	// What one repository has made warm is not another's.
+	if m, ok := b.Warm("s", d); ok {
+		t.Errorf("s has %s", m.Digest)
+	}
+	if _, ok := b.Warm("r", other); ok {
+		t.Error("r has what belongs to s")
+	}
+}
+
+// TestHotDrops: ristretto may drop what it is given, at once or later, and
+// nothing depends on it.
+func TestHotDrops(t *testing.T) {
+	b := newBench(t)
+	b.Heat(0) // there is room for nothing
+	config := b.blob("a config")
+	body := image(config)
+	d := b.put("r", body)
+	for range 3 {
+		b.wantManifest("r", d, body)
+		b.opens(config, "a config")
+		b.settle()
+		if _, ok := b.Warm("r", d); ok {
+			t.Fatal("it is warm though there is no room")
+		}
+	}
+	b.Heat(1 << 20)
+	b.wantManifest("r", d, body)
+	b.settle()
+	if _, ok := b.Warm("r", d); !ok {
+		t.Error("it is not warm though there is room now")
+	}
+}
+
+// TestHotIsHashed: a small blob is hashed when it comes into memory.
+func TestHotIsHashed(t *testing.T) {
+	b := newBench(t)
+	d := b.blob("some bytes")
+	b.write(layout.Blob(d), []byte("rotten byt"))
+	if err := third(b.OpenBlob(t.Context(), d)); !errors.Is(err, ErrDamaged) {
+		t.Errorf("got %v", err)
+	}
+	b.blob("some bytes") // fetched again
+	b.opens(d, "some bytes")
+}
+
+// TestLargeIsNotHot: what is large comes from the store, and can be sent by the
+// kernel from there.
+func TestLargeIsNotHot(t *testing.T) {
+	b := newBench(t)
+	large := make([]byte, MaxHot+1)
+	d := b.blob(string(large))
+	b.opens(d, string(large))
+	b.settle()
+	if _, ok := b.hot.get(d); ok {
+		t.Error("it is in memory")
+	}
+}
+
+// TestManifestAndBlob: the same bytes are asked for as a blob and as a manifest.
+func TestManifestAndBlob(t *testing.T) {
+	b := newBench(t)
+	body := image(digest.FromString("config"))
+	d := digest.FromString(body)
+	b.blob(body)
+	b.opens(d, body)
+	b.settle()
+	if _, ok := b.Warm("r", d); ok {
+		t.Error("a blob of nobody's is a manifest of r")
+	}
+	b.put("r", body)
+	b.settle()
+	b.opens(d, body)
+	b.wantManifest("r", d, body)
+}
+
+// TestNoRecord: that there is none is remembered, until there is one.
+func TestNoRecord(t *testing.T) {
+	b := newBench(t)
+	if _, err := b.Record(t.Context(), "r"); err == nil {
+		t.Fatal("a record of nothing")
+	}
+	store := b.Tree.store
+	b.unreadable()
+	if _, err := b.Record(t.Context(), "r"); errors.Is(err, errBroken) {
+		t.Error("the store was asked again")
+	}
+	b.Tree.store = store
+	if err := b.PutRecord(t.Context(), "r", Record{Class: Mirrored}); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := b.Record(t.Context(), "r"); err != nil || r.Class != Mirrored {
+		t.Errorf("%+v, %v", r, err)
+	}
+}
+
+var _ io.ReadSeeker = inMemory{} // for ranges
