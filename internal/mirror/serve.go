@@ -147,7 +147,7 @@ func (x *exchange) serve() error {
 	// What is sent may take as long as it takes; what is looked for may not.
 	budget := manifestBudget + time.Second // beyond that of what is shared
 	if x.route.Kind == oci.KindBlob {
-		budget = blobPatience
+		budget = x.mirror.patience
 	}
 	ctx, cancel := context.WithTimeoutCause(x.r.Context(), budget, errNoAnswer)
 	defer cancel()
