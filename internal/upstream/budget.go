@@ -84,7 +84,7 @@ func (b *budget) observe(header http.Header) {
 	b.last = said
 	b.samples = slices.DeleteFunc(b.samples, func(s sample) bool { return said.At.Sub(s.at) >= said.window() })
 	// Spaced, they are few enough, and the oldest is as old as it can be.
-	if n := len(b.samples); said.Window > 0 && (n == 0 || said.At.Sub(b.samples[n-1].at) >= said.window()/maxSamples) {
+	if n := len(b.samples); n == 0 || said.At.Sub(b.samples[n-1].at) >= said.window()/maxSamples {
 		b.samples = append(b.samples, sample{said.At, said.Remaining})
 	}
 }

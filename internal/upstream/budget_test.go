@@ -129,8 +129,8 @@ func TestExhausted(t *testing.T) {
 		"an answer overtaken":        {[]said{{0, 100, 100, w}, {20, 100, 59, w}, {20, 100, 60, w}}, 20, 20 + 30},
 		"another limit":              {[]said{{0, 200, 200, w}, {10, 100, 50, w}}, 10, -1},
 		"another window":             {[]said{{0, 100, 100, day}, {10, 100, 50, w}}, 10, -1},
-		"only what is in the window": {[]said{{0, 1000, 1000, w}, {300, 1000, 400, w}, {400, 1000, 200, w}}, 400, 400 + 100},
-		"the question comes later":   {[]said{{0, 1000, 1000, w}, {300, 1000, 400, w}, {350, 1000, 200, w}}, 400, 400 + 100},
+		"only what is in the window": {[]said{{0, 1000, 1000, w}, {300, 1000, 700, w}, {400, 1000, 200, w}}, 400, 400 + 40},
+		"the question comes later":   {[]said{{0, 1000, 1000, w}, {300, 1000, 700, w}, {350, 1000, 200, w}}, 400, 400 + 40},
 		"no window":                  {[]said{{0, 100, 100, 0}, {10, 100, 50, 0}}, 10, -1},
 		"a limit of 0":               {[]said{{0, 0, 0, w}}, 0, -1},
 		"more than the limit":        {[]said{{0, 10, 400, w}, {10, 10, 380, w}}, 10, 10 + 190},
@@ -354,7 +354,8 @@ func TestBudgets(t *testing.T) {
 		}
 	}
 	u := opened("b.test", "robot", r, time.Minute)
-	ask(opened("silent.test", "", silent, time.Minute))
+	quiet := opened("silent.test", "", silent, time.Minute)
+	ask(quiet)
 	want("nothing was said")
 
 	left("90")
@@ -391,6 +392,12 @@ func TestBudgets(t *testing.T) {
 	want("the window is over", nobody, robot)
 	u.Close()
 	want("all closed")
+
+	silent.Fail(regtest.Fault{Path: "/manifests/", Header: told("100", "50")})
+	ask(quiet)
+	said := RateLimit{Limit: 100, Remaining: 50, At: c.t}
+	c.advance(time.Hour)
+	want("no window", Budget{Upstream: "silent.test", Endpoint: silent.URL, RateLimit: said})
 }
 
 func TestRateField(t *testing.T) {
