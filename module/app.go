@@ -111,6 +111,9 @@ func (a *App) Provision(ctx caddy.Context) error {
 	if a.state, err = useState(backend, a.log); err != nil {
 		return err
 	}
+	if err := registerMetrics(ctx.GetMetricsRegistry()); err != nil {
+		return fmt.Errorf("metrics: %w", err)
+	}
 	a.upstreams, err = a.buildUpstreams(ctx, &a.state.endpoints, trusted)
 	return err
 }

@@ -84,7 +84,8 @@ type Fault struct {
 	// Path is a part of the path of the requests it spoils, and Method, if
 	// set, their method. Faults strike blobs at the CDN where there is one.
 	Path, Method string
-	// Status answers with that code, and Header.
+	// Status answers with that code and Body. Header is added to whatever is
+	// answered.
 	Status int
 	Header http.Header
 	Body   string
@@ -200,10 +201,10 @@ func (r *Registry) serve(name string, handle func(http.ResponseWriter, *http.Req
 			if fault.Rate > 0 {
 				counted.rate = fault.Rate
 			}
+			for key, values := range fault.Header {
+				w.Header()[key] = values
+			}
 			if fault.Status != 0 {
-				for key, values := range fault.Header {
-					w.Header()[key] = values
-				}
 				w.Header().Set("Content-Length", strconv.Itoa(len(fault.Body)))
 				counted.WriteHeader(fault.Status)
 				io.WriteString(counted, fault.Body)

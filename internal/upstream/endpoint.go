@@ -106,6 +106,8 @@ type endpoint struct {
 	transports *transports
 	tokens     *tokens
 	health     *health
+	budget     *budget
+	account    string // the user of its credentials, or ""
 	stall      time.Duration
 	minSpeed   Speed
 	places     *places
@@ -179,6 +181,8 @@ func newEndpoint(cfg Endpoint, now func() time.Time) (*endpoint, error) {
 		transports: t,
 		tokens:     newTokens(cfg.Credentials, t, now),
 		health:     &health{now: now},
+		budget:     &budget{now: now},
+		account:    cfg.Credentials.User,
 		stall:      cfg.Timeouts.Stall,
 		minSpeed:   cfg.MinSpeed,
 		places:     &places{limit: cfg.streams()},
@@ -202,13 +206,24 @@ type call struct {
 	// must says that the caller has nothing to fall back on: an open breaker
 	// still lets one such request through.
 	must bool
+	// optional says that the caller has something to fall back on. The last
+	// part of a budget is not spent on such a request, wherever it goes; must
+	// is told only to the last endpoint.
+	optional bool
 }
 
 // do sends a call, with token and redirects, and returns an answer that is of
 // use: 200, 206, or a redirect that was not to be followed. Anything else is
 // an *Error.
 func (e *endpoint) do(ctx context.Context, c call) (*http.Response, error) {
-	trial, blocked := e.health.admit(c.must)
+	var trial bool
+	var blocked *Error
+	if c.optional {
+		blocked = e.budget.withhold()
+	}
+	if blocked == nil {
+		trial, blocked = e.health.admit(c.must)
+	}
 	if blocked != nil {
 		blocked.Endpoint, blocked.Origin = e.name, e.origin
 		return nil, blocked
@@ -236,7 +251,9 @@ func (e *endpoint) do(ctx context.Context, c call) (*http.Response, error) {
 		}
 		return nil, known
 	}
-	e.health.observe(resp.Header)
+	if e.transports.guard.trusts(resp.Request.URL) { // a CDN has limits of its own
+		e.budget.observe(resp.Header)
+	}
 	switch {
 	case resp.StatusCode == http.StatusOK, resp.StatusCode == http.StatusPartialContent,
 		isRedirect(resp.StatusCode):
@@ -267,7 +284,7 @@ func (e *endpoint) problem(resp *http.Response, trial bool) *Error {
 	case status == http.StatusTooManyRequests:
 		err.Kind = RateLimited
 		err.After = e.health.limit(resp.Header)
-		if rate := e.health.rateLimit(); rate.Limit > 0 {
+		if rate := e.budget.rateLimit(); rate.Limit > 0 {
 			err.Reason = strings.TrimPrefix(fmt.Sprintf("%s; %d of %d requests are left in %v", err.Reason, rate.Remaining, rate.Limit, rate.Window), "; ")
 		}
 	case status >= 500, status == http.StatusRequestTimeout:

@@ -2,10 +2,8 @@ package upstream
 
 import (
 	"errors"
-	"math"
 	"net/http"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 )
@@ -20,14 +18,6 @@ const (
 
 // errOpen is wrapped while the breaker is open.
 var errOpen = errors.New("it failed several times in a row and is left alone for now")
-
-// A RateLimit is what an upstream last said of our budget, as Docker Hub does
-// in ratelimit-limit and ratelimit-remaining.
-type RateLimit struct {
-	Limit, Remaining int
-	Window           time.Duration
-	At               time.Time
-}
 
 // health decides whether an endpoint is asked at all.
 //
@@ -45,7 +35,6 @@ type health struct {
 	trying   bool
 	limited  time.Time // not to be asked before, says a 429
 	last     error
-	rate     RateLimit
 }
 
 // admit lets a request pass or says why not. Whoever was admitted reports how
@@ -123,44 +112,6 @@ func (h *health) limit(header http.Header) time.Duration {
 	defer h.mu.Unlock()
 	h.limited = h.now().Add(wait)
 	return wait
-}
-
-// observe keeps the budget that an answer speaks of.
-func (h *health) observe(header http.Header) {
-	limit, window, ok := rateField(header.Get("Ratelimit-Limit"))
-	if !ok {
-		return
-	}
-	remaining, _, ok := rateField(header.Get("Ratelimit-Remaining"))
-	if !ok {
-		return
-	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.rate = RateLimit{Limit: limit, Remaining: remaining, Window: window, At: h.now()}
-}
-
-func (h *health) rateLimit() RateLimit {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.rate
-}
-
-// rateField reads "100;w=21600": a count, and the window in seconds.
-func rateField(s string) (n int, window time.Duration, ok bool) {
-	count, params, _ := strings.Cut(s, ";")
-	n, err := strconv.Atoi(strings.TrimSpace(count))
-	if err != nil || n < 0 {
-		return 0, 0, false
-	}
-	for param := range strings.SplitSeq(params, ";") {
-		if value, ok := strings.CutPrefix(strings.TrimSpace(param), "w="); ok {
-			if seconds, err := strconv.Atoi(value); err == nil && seconds > 0 {
-				window = time.Duration(min(seconds, math.MaxInt32)) * time.Second
-			}
-		}
-	}
-	return n, window, true
 }
 
 // retryAfter reads the header, in seconds or as a date.

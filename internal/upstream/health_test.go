@@ -228,65 +228,6 @@ func TestLimit(t *testing.T) {
 	}
 }
 
-func TestObserve(t *testing.T) {
-	c := newClock()
-	h := &health{now: c.now}
-	if got := h.rateLimit(); got != (RateLimit{}) {
-		t.Errorf("%+v before anything was said", got)
-	}
-	header := func(limit, remaining string) http.Header {
-		h := http.Header{}
-		h.Set("RateLimit-Limit", limit)
-		h.Set("RateLimit-Remaining", remaining)
-		return h
-	}
-	h.observe(header("100;w=21600", "76;w=21600"))
-	want := RateLimit{Limit: 100, Remaining: 76, Window: 6 * time.Hour, At: c.t}
-	if got := h.rateLimit(); got != want {
-		t.Errorf("%+v, want %+v", got, want)
-	}
-	c.advance(time.Hour)
-	for _, useless := range []http.Header{{}, header("", "5"), header("100", ""), header("x", "5"), header("100;w=21600", "-1"), header("-1", "1")} {
-		h.observe(useless)
-	}
-	if got := h.rateLimit(); got != want {
-		t.Errorf("%+v after nothing was said, want %+v", got, want)
-	}
-	h.observe(header("200", "0"))
-	if got, want := h.rateLimit(), (RateLimit{Limit: 200, At: c.t}); got != want {
-		t.Errorf("%+v, want %+v", got, want)
-	}
-}
-
-func TestRateField(t *testing.T) {
-	for _, c := range []struct {
-		in     string
-		n      int
-		window time.Duration
-		ok     bool
-	}{
-		{"100;w=21600", 100, 6 * time.Hour, true},
-		{"100; w=21600", 100, 6 * time.Hour, true},
-		{" 100 ;x=1;w=60;y", 100, time.Minute, true},
-		{"0;w=60", 0, time.Minute, true},
-		{"100", 100, 0, true},
-		{"100;w=", 100, 0, true},
-		{"100;w=-60", 100, 0, true},
-		{"100;w=x", 100, 0, true},
-		{"", 0, 0, false},
-		{";w=60", 0, 0, false},
-		{"-1;w=60", 0, 0, false},
-		{"x", 0, 0, false},
-		{"1e3", 0, 0, false},
-		{"99999999999999999999", 0, 0, false},
-	} {
-		n, window, ok := rateField(c.in)
-		if n != c.n || window != c.window || ok != c.ok {
-			t.Errorf("rateField(%q) = %d, %v, %v; want %d, %v, %v", c.in, n, window, ok, c.n, c.window, c.ok)
-		}
-	}
-}
-
 func TestContentRange(t *testing.T) {
 	for _, c := range []struct {
 		in                string
@@ -335,18 +276,6 @@ func FuzzContentRange(f *testing.F) {
 		start, end, total, ok := contentRange(http.Header{"Content-Range": {s}})
 		if ok && (start < 0 || end < start || total != -1 && total <= end) {
 			t.Errorf("contentRange(%q) = %d, %d, %d", s, start, end, total)
-		}
-	})
-}
-
-func FuzzRateField(f *testing.F) {
-	for _, s := range []string{"", "100;w=21600", "100", ";w=1", "0;w=9223372037", "0;w=99999999999999", "1;w=1;w=2"} {
-		f.Add(s)
-	}
-	f.Fuzz(func(t *testing.T, s string) {
-		n, window, ok := rateField(s)
-		if n < 0 || window < 0 || !ok && (n != 0 || window != 0) {
-			t.Errorf("rateField(%q) = %d, %v, %v", s, n, window, ok)
 		}
 	})
 }

@@ -43,7 +43,7 @@ func (u *Upstream) Manifest(ctx context.Context, repository string, ref oci.Refe
 	what, n := reference(ref)
 	var got *Manifest
 	err := u.persist(ctx, n, func(ctx context.Context, e *endpoint, last bool) error {
-		resp, err := e.do(ctx, call{method: http.MethodGet, repository: repository, what: what, header: manifestHeader, follow: true, must: must && last})
+		resp, err := e.do(ctx, call{method: http.MethodGet, repository: repository, what: what, header: manifestHeader, follow: true, must: must && last, optional: !must})
 		if err != nil {
 			return err
 		}
@@ -90,7 +90,7 @@ func (u *Upstream) Head(ctx context.Context, repository string, ref oci.Referenc
 	what, n := reference(ref)
 	var got *Manifest
 	err := u.persist(ctx, n, func(ctx context.Context, e *endpoint, last bool) error {
-		resp, err := e.do(ctx, call{method: http.MethodHead, repository: repository, what: what, header: manifestHeader, follow: true, must: must && last})
+		resp, err := e.do(ctx, call{method: http.MethodHead, repository: repository, what: what, header: manifestHeader, follow: true, must: must && last, optional: !must})
 		var invalid *Error
 		if errors.As(err, &invalid) && invalid.Kind == Invalid {
 			got = nil // HEAD is not known there

@@ -53,7 +53,7 @@ type Pool struct {
 
 type pooled struct {
 	*endpoint
-	refs int
+	users map[string]int // how many that are open have it, by their name
 }
 
 // Open returns the registry of the given name with the given endpoints, the
@@ -88,7 +88,7 @@ func (p *Pool) open(name string, endpoints []Endpoint) (*Upstream, error) {
 	}
 	u := &Upstream{name: name}
 	var ids []string
-	u.release = sync.OnceFunc(func() { p.put(ids) })
+	u.release = sync.OnceFunc(func() { p.put(name, ids) })
 	for _, cfg := range endpoints {
 		id := cfg.id()
 		held := p.endpoints[id]
@@ -100,22 +100,25 @@ func (p *Pool) open(name string, endpoints []Endpoint) (*Upstream, error) {
 				p.mu.Lock()
 				return nil, err
 			}
-			held = &pooled{endpoint: e}
+			held = &pooled{e, map[string]int{}}
 			p.endpoints[id] = held
 		}
-		held.refs++
+		held.users[name]++
 		ids = append(ids, id)
 		u.endpoints = append(u.endpoints, ranked{held.endpoint, cfg.Pull, cfg.Resolve})
 	}
 	return u, nil
 }
 
-func (p *Pool) put(ids []string) {
+func (p *Pool) put(name string, ids []string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, id := range ids {
 		held := p.endpoints[id]
-		if held.refs--; held.refs == 0 {
+		if held.users[name]--; held.users[name] == 0 {
+			delete(held.users, name)
+		}
+		if len(held.users) == 0 {
 			delete(p.endpoints, id)
 			held.transports.retire()
 		}
