@@ -92,6 +92,7 @@ func TestFindNothing(t *testing.T) {
 	}{
 		{"evil.example/x", 404, "add `upstream evil.example`"},
 		{"localhost/x", 404, "add `upstream localhost`"},
+		{"Corp/x", 404, "add `upstream corp`"},
 		{"alpine:3/x", 404, "alpine:3"},
 		{"*.pkg.dev/p/x", 404, "add `upstream"},
 		{"a.b.pkg.dev/p/x", 404, "add `upstream"},
@@ -371,8 +372,12 @@ func TestRefreshAfterPush(t *testing.T) {
 			}
 			tick := time.NewTicker(time.Millisecond)
 			defer tick.Stop()
-			for asking() < n+c.waiting {
-				<-tick.C
+			for late := time.After(20 * time.Second); asking() < n+c.waiting; {
+				select {
+				case <-tick.C:
+				case <-late:
+					t.Fatal("the refreshes do not wait for the question that is under way")
+				}
 			}
 			release()
 			all.Wait()
