@@ -13,6 +13,8 @@
 //
 //   - registry, the app: the store and the registries (package module)
 //   - http.handlers.registry_mirror: the mirror (package module)
+//   - admin.api.registry: refreshing over the admin API (package module), and
+//     the command `caddy registry`
 //   - registry.storage.disk: content in a directory (package storage/disk)
 //   - the Caddyfile directive and the global option (package caddyfile)
 package registry

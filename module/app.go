@@ -204,6 +204,7 @@ func (a *App) Start() error {
 		a.log.Warn("registry_mirror itself refuses nobody who reaches it; keep it inside your network, or put remote_ip, basic_auth or forward_auth in front of it",
 			zap.Int("sites", a.sites))
 	}
+	running.add(a)
 	return nil
 }
 
@@ -214,6 +215,7 @@ func (*App) Stop() error { return nil }
 // Cleanup gives up this configuration's references, those that a failed
 // Provision has taken.
 func (a *App) Cleanup() error {
+	running.remove(a)
 	if a.upstreams != nil {
 		a.upstreams.Close()
 	}

@@ -2,6 +2,7 @@ package module_test
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -21,6 +22,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/goleak"
 
@@ -31,6 +33,10 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv(childCommand) != "" {
+		caddycmd.Main() // see command_test.go
+		return
+	}
 	if os.Getenv(childDir) != "" {
 		runChild() // see kill_test.go
 		return
@@ -63,10 +69,12 @@ func TestMain(m *testing.M) {
 
 // A mirror is an in-process Caddy, of which there is one at a time.
 type mirror struct {
-	t    testing.TB
-	URL  string
-	dir  string // of the store
-	logs *logs
+	t   testing.TB
+	URL string
+	dir string // of the store
+	// admin is the address of the admin API; "": off.
+	admin string
+	logs  *logs
 	// loaded is when a configuration was last loaded.
 	loaded time.Time
 	// process and died are of one that is a process of its own; see child.
@@ -131,7 +139,7 @@ func (m *mirror) adapt(app, site string) ([]byte, error) {
 		app = "storage disk " + m.dir + " {\n min_free 1MB\n}\n" + app
 	}
 	return adapt(fmt.Sprintf(`{
-		admin off
+		admin %s
 		auto_https off
 		persist_config off
 		grace_period 10s
@@ -148,7 +156,7 @@ func (m *mirror) adapt(app, site string) ([]byte, error) {
 			%s
 		}
 		respond "not the mirror" 418
-	}`, app, m.URL, site))
+	}`, cmp.Or(m.admin, "off"), app, m.URL, site))
 }
 
 func adapt(text string) ([]byte, error) {

@@ -174,6 +174,14 @@ func refusal(err error, kind oci.Kind, userAgent, about string) *oci.Error {
 	return e
 }
 
+// Explain is the status and the sentence for an error of this package, for
+// answers that are not of the registry API. about, if it is not empty, names
+// what was asked for, and begins the sentence.
+func Explain(err error, about string) (status int, message string) {
+	e := refusal(err, oci.KindManifest, "", about)
+	return e.Status, e.Message
+}
+
 // Unavailable answers a request whose store could not be opened.
 func Unavailable(w http.ResponseWriter, r *http.Request, err error) {
 	refusal(fail(storeFailed, "%v", err), oci.KindUnknown, "", "").Write(w, r)

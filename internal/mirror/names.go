@@ -118,6 +118,7 @@ type Upstreams struct {
 
 	mu     sync.Mutex
 	opened *lru.Cache[string, *Upstream] // by host; one that falls out is closed
+	sites  []*Site                       // that answer for them
 	closed bool
 }
 
@@ -213,6 +214,39 @@ func (u *Upstreams) concrete(entry *Upstream, host string) (*Upstream, error) {
 	up := &Upstream{Name: host, PathName: host, Prefix: host, TagTTL: entry.TagTTL, Keep: entry.Keep, KeepFor: entry.KeepFor, Connections: entry.Connections, Client: client}
 	u.opened.Add(host, up)
 	return up, nil
+}
+
+// target is what a registry, the entry itself or a wildcard's of the host, calls
+// name.
+func (u *Upstreams) target(entry *Upstream, host, name string) (Target, error) {
+	up, err := u.concrete(entry, host)
+	if err != nil {
+		return Target{}, err
+	}
+	if up.Name == "docker.io" && !strings.Contains(name, "/") {
+		name = "library/" + name
+	}
+	t := Target{Upstream: up, Name: name, Repository: up.repository(name)}
+	if up.Prefix == "" {
+		if other := u.owner(t.Repository); other != nil {
+			return Target{}, fmt.Errorf("%w: %s of upstream %s would lie where images of %s are stored", errTakenName, name, up.Name, other.Name)
+		}
+	}
+	return t, nil
+}
+
+func checkName(name string) error {
+	if !oci.ValidName(name) {
+		return fmt.Errorf("%w %.300q: want lower case letters, digits and separators, up to %d characters", errInvalidName, name, oci.MaxNameLength)
+	}
+	return nil
+}
+
+// serve adds a site that answers for the registries.
+func (u *Upstreams) serve(s *Site) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.sites = append(u.sites, s)
 }
 
 // owner is the entry under whose prefix a stored name lies, or nil. The empty

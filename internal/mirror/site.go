@@ -6,8 +6,6 @@ import (
 	"net/url"
 	"slices"
 	"strings"
-
-	"github.com/caddy-registry/mirror/internal/oci"
 )
 
 // A Site is one place where clients ask: which registries it answers for, and
@@ -84,6 +82,7 @@ func NewSite(cfg SiteConfig) (*Site, error) {
 			return nil, fmt.Errorf("hosted %s: %w", pattern, err)
 		}
 	}
+	cfg.Upstreams.serve(s)
 	return s, nil
 }
 
@@ -144,8 +143,8 @@ var (
 //
 // A hosted name never falls through to a registry, nor the reverse.
 func (s *Site) Resolve(host, rawQuery, name string) (Target, error) {
-	if !oci.ValidName(name) {
-		return Target{}, fmt.Errorf("%w %.300q: want lower case letters, digits and separators, up to %d characters", errInvalidName, name, oci.MaxNameLength)
+	if err := checkName(name); err != nil {
+		return Target{}, err
 	}
 	first, rest, nested := strings.Cut(name, "/")
 	if ns := s.namespace(host, rawQuery); ns != "" {
@@ -198,23 +197,23 @@ func (s *Site) namespace(host, rawQuery string) string {
 }
 
 func (s *Site) mirrored(entry *Upstream, host, name, ns string) (Target, error) {
-	up, err := s.upstreams.concrete(entry, host)
+	t, err := s.upstreams.target(entry, host, name)
+	if err == nil {
+		err = s.spares(t)
+	}
 	if err != nil {
 		return Target{}, err
 	}
-	if up.Name == "docker.io" && !strings.Contains(name, "/") {
-		name = "library/" + name
-	}
-	t := Target{Upstream: up, Name: name, Repository: up.repository(name), Namespace: ns}
-	if s.hosts(t.Repository) {
-		return Target{}, fmt.Errorf("%w: %s of upstream %s would lie where this site hosts images of its own", errTakenName, name, up.Name)
-	}
-	if up.Prefix == "" {
-		if other := s.upstreams.owner(t.Repository); other != nil {
-			return Target{}, fmt.Errorf("%w: %s of upstream %s would lie where images of %s are stored", errTakenName, name, up.Name, other.Name)
-		}
-	}
+	t.Namespace = ns
 	return t, nil
+}
+
+// spares checks that what is mirrored does not lie among the site's own.
+func (s *Site) spares(t Target) error {
+	if s.hosts(t.Repository) {
+		return fmt.Errorf("%w: %s of upstream %s would lie where this site hosts images of its own", errTakenName, t.Name, t.Upstream.Name)
+	}
+	return nil
 }
 
 // hosts reports whether a name is one of the site's own. What begins with a

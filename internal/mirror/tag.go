@@ -86,7 +86,7 @@ func (m *Mirror) tag(ctx context.Context, t Target, tag string, head, force bool
 	case standing == fresh:
 		return m.freshAnswer(t, tag, state, had), nil
 	}
-	return m.revalidate(ctx, t, tag, state, had)
+	return m.revalidate(ctx, t, tag, state, had, force)
 }
 
 // freshAnswer serves what is held without asking, unless this is when to ask
@@ -263,11 +263,18 @@ func (m *Mirror) fetchTag(ctx context.Context, t Target, tag string) (*tree.Mani
 var errNoAnswer = errors.New("no answer in time")
 
 // revalidate answers for a tag that is held and due for a check. A client waits
-// 2 s for it, and gets what is held if the upstream fails or is slow.
-func (m *Mirror) revalidate(ctx context.Context, t Target, tag string, state tagState, had *tree.Manifest) (*manifestAnswer, error) {
+// 2 s for it, and gets what is held if the upstream fails or is slow. With force,
+// a check that is under way already will not do.
+func (m *Mirror) revalidate(ctx context.Context, t Target, tag string, state tagState, had *tree.Manifest, force bool) (*manifestAnswer, error) {
 	patient, cancel := context.WithTimeoutCause(ctx, checkPatience, errNoAnswer)
 	defer cancel()
-	current, err := share(patient, m, checkKey(t, tag), m.checking(t, tag, had))
+	var current *tree.Manifest
+	var err error
+	if force {
+		current, err = m.ask(patient, t, tag)
+	} else {
+		current, err = share(patient, m, checkKey(t, tag), m.checking(t, tag, had))
+	}
 	switch {
 	case err == nil && current.Digest == had.Digest:
 		return held(current, revalidated), nil

@@ -42,7 +42,7 @@ func reference(ref oci.Reference) (what string, n need) {
 func (u *Upstream) Manifest(ctx context.Context, repository string, ref oci.Reference, must bool) (*Manifest, error) {
 	what, n := reference(ref)
 	var got *Manifest
-	err := u.persist(ctx, n, func(ctx context.Context, e *endpoint, last bool) error {
+	err := u.ask(ctx, n, must, func(ctx context.Context, e *endpoint, last bool) error {
 		resp, err := e.do(ctx, call{method: http.MethodGet, repository: repository, what: what, header: manifestHeader, follow: true, must: must && last, optional: !must})
 		if err != nil {
 			return err
@@ -89,7 +89,7 @@ func bodyDigest(header http.Header, asked digest.Digest, body []byte) (digest.Di
 func (u *Upstream) Head(ctx context.Context, repository string, ref oci.Reference, must bool) (*Manifest, error) {
 	what, n := reference(ref)
 	var got *Manifest
-	err := u.persist(ctx, n, func(ctx context.Context, e *endpoint, last bool) error {
+	err := u.ask(ctx, n, must, func(ctx context.Context, e *endpoint, last bool) error {
 		resp, err := e.do(ctx, call{method: http.MethodHead, repository: repository, what: what, header: manifestHeader, follow: true, must: must && last, optional: !must})
 		var invalid *Error
 		if errors.As(err, &invalid) && invalid.Kind == Invalid {

@@ -5,6 +5,7 @@
 package upstream
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"math/rand/v2"
@@ -18,6 +19,7 @@ type Upstream struct {
 	name      string
 	endpoints []ranked // in the order of asking
 	anonymous *Upstream
+	pause     time.Duration
 	release   func()
 }
 
@@ -46,6 +48,9 @@ func (r ranked) can(n need) bool {
 type Pool struct {
 	// Now is the clock; nil: time.Now.
 	Now func() time.Time
+	// Pause is about how long a call waits before it asks again, for the first
+	// time; 0: 100 ms.
+	Pause time.Duration
 
 	mu        sync.Mutex
 	endpoints map[string]*pooled
@@ -86,7 +91,7 @@ func (p *Pool) open(name string, endpoints []Endpoint) (*Upstream, error) {
 	if p.endpoints == nil {
 		p.endpoints = map[string]*pooled{}
 	}
-	u := &Upstream{name: name}
+	u := &Upstream{name: name, pause: cmp.Or(p.Pause, 100*time.Millisecond)}
 	var ids []string
 	u.release = sync.OnceFunc(func() { p.put(name, ids) })
 	for _, cfg := range endpoints {
@@ -183,10 +188,19 @@ func withShare(ctx context.Context, among int) (context.Context, context.CancelF
 	return context.WithTimeoutCause(ctx, time.Until(deadline)/time.Duration(among), ErrSlow)
 }
 
+// ask persists if it must, and otherwise tries once: who has something to answer
+// with does not wait.
+func (u *Upstream) ask(ctx context.Context, n need, must bool, op func(ctx context.Context, e *endpoint, last bool) error) error {
+	if must {
+		return u.persist(ctx, n, op)
+	}
+	return u.each(ctx, n, op)
+}
+
 // persist repeats each with pauses while the failure may pass and there is
 // time.
 func (u *Upstream) persist(ctx context.Context, n need, op func(ctx context.Context, e *endpoint, last bool) error) error {
-	pause := 100 * time.Millisecond
+	pause := u.pause
 	for round := 1; ; round++ {
 		err := u.each(ctx, n, op)
 		if err == nil || round == rounds || ctx.Err() != nil {

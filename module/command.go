@@ -1,0 +1,135 @@
+package module
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+	"github.com/spf13/cobra"
+
+	"github.com/caddy-registry/mirror/internal/mirror"
+)
+
+func init() {
+	caddycmd.RegisterCommand(caddycmd.Command{
+		Name:  "registry",
+		Usage: "[--address <interface>] [--config <path> [--adapter <name>]]",
+		Short: "Commands for the running registry mirror",
+		Long: `
+Talks to the registry mirror of the running Caddy instance, over its admin API.
+
+The address of the admin API is taken from the --address flag if specified;
+otherwise from the given config file; otherwise the default is assumed.
+`,
+		CobraFunc: func(cmd *cobra.Command) {
+			flags := cmd.PersistentFlags()
+			flags.String("address", "", "The address to use to reach the admin API endpoint, if not the default")
+			flags.StringP("config", "c", "", "Configuration file to use to parse the admin address, if --address is not used")
+			flags.StringP("adapter", "a", "", "Name of config adapter to apply (when --config is used)")
+			// With a RunE, a misspelt command is an error.
+			cmd.Args = cobra.NoArgs
+			cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+			cmd.AddCommand(&cobra.Command{
+				Use:   "refresh <reference>...",
+				Short: "Checks now what tags mean upstream",
+				Long: `
+Asks the upstream what each tag means now, however lately that was done, and
+fetches the manifests of those that have moved. Without a registry a reference
+means docker.io, and without a tag latest.
+
+One line is printed for each:
+
+	docker.io/library/alpine:3.20 sha256:... unchanged
+	docker.io/library/alpine:3.20 sha256:... (was sha256:...)
+	docker.io/library/alpine:3.20 sha256:... (not held before)
+
+What fails is told of on stderr, the other references are refreshed all the
+same, and the exit status is 1.
+`,
+				Example: "  caddy registry refresh alpine:3.20 ghcr.io/org/app:v1",
+				Args:    cobra.MinimumNArgs(1),
+				RunE:    refreshCommand,
+			})
+		},
+	})
+}
+
+func refreshCommand(cmd *cobra.Command, references []string) error {
+	address, err := adminAddress(cmd)
+	if err != nil {
+		return err
+	}
+	failed := 0
+	for _, reference := range references {
+		var done mirror.Refreshed
+		if err := adminPost(address, "/registry/refresh", map[string]string{"reference": reference}, &done); err != nil {
+			fmt.Fprintf(cmd.ErrOrStderr(), "%s: %v\n", reference, err)
+			failed++
+			continue
+		}
+		outcome := "unchanged"
+		switch {
+		case done.Before == "":
+			outcome = "(not held before)"
+		case done.Changed:
+			outcome = fmt.Sprintf("(was %s)", done.Before)
+		}
+		fmt.Fprintln(cmd.OutOrStdout(), done.Reference, done.Digest, outcome)
+	}
+	if failed > 0 {
+		cmd.SilenceErrors = true // each has been told of
+		return fmt.Errorf("%d of %d references could not be refreshed", failed, len(references))
+	}
+	return nil
+}
+
+func adminAddress(cmd *cobra.Command) (string, error) {
+	var values [3]string
+	for i, name := range [...]string{"address", "config", "adapter"} {
+		var err error
+		if values[i], err = cmd.Flags().GetString(name); err != nil {
+			return "", err
+		}
+	}
+	address, err := caddycmd.DetermineAdminAPIAddress(values[0], nil, values[1], values[2])
+	if err != nil {
+		return "", fmt.Errorf("finding the admin API's address; give it by --address: %w", err)
+	}
+	return address, nil
+}
+
+// adminPost puts a question to the admin API. Its error is the server's
+// sentence, where it has one.
+func adminPost(address, path string, question, answer any) error {
+	body, err := json.Marshal(question)
+	if err != nil {
+		return err
+	}
+	resp, err := caddycmd.AdminAPIRequest(address, http.MethodPost, path, nil, bytes.NewReader(body))
+	if err != nil {
+		return plain(err)
+	}
+	defer resp.Body.Close()
+	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(answer); err != nil {
+		return fmt.Errorf("the admin API at %s gives an answer that cannot be read: %w", address, err)
+	}
+	return nil
+}
+
+// plain takes the sentence out of the JSON that [caddycmd.AdminAPIRequest]
+// quotes.
+func plain(err error) error {
+	_, quoted, ok := strings.Cut(err.Error(), "{")
+	var reply struct {
+		Error string `json:"error"`
+	}
+	if ok && json.Unmarshal([]byte("{"+quoted), &reply) == nil && reply.Error != "" {
+		return errors.New(reply.Error)
+	}
+	return err
+}
