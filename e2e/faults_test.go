@@ -161,8 +161,26 @@ func each(t *testing.T, test func(t *testing.T, c client)) {
 	}
 }
 
+// unblemished checks that no client has met a fault: some ask again until they
+// have what they want.
+func (m *mirror) unblemished(t *testing.T) {
+	t.Helper()
+	requests := m.asked(t, "")
+	if len(requests) == 0 {
+		t.Error("the access log is empty; this proves nothing")
+	}
+	for _, r := range requests {
+		if r.Status >= 400 {
+			t.Errorf("a client's %s %s was answered %d", r.Request.Method, r.Request.URI, r.Status)
+		}
+	}
+	if m.said("answer broken off", "") {
+		t.Error("a client's answer was broken off")
+	}
+}
+
 // TestFaults: whatever the upstream does to the mirror, clients that have no
-// other way to it complete.
+// other way to it complete, and see nothing of it.
 func TestFaults(t *testing.T) {
 	img := newImageOf(t, "faults", 6)
 	upstream := startRegistry(t, workDir(t), "")
@@ -190,9 +208,10 @@ func TestFaults(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			each(t, func(t *testing.T, client client) {
 				source := startTroubled(t, upstream.addr, &c.fault)
-				m := startMirror(t, setup{registry: dockerHub(source.addr) + deadRegistry(source.addr)})
+				m := startMirror(t, setup{registry: dockerHub(source.addr) + deadRegistry(source.addr), server: accessLog})
 				client.pull(t, m.addr, img, ":latest")
 				source.proves(t)
+				m.unblemished(t)
 			})
 		})
 	}
@@ -218,11 +237,12 @@ func TestFaults(t *testing.T) {
 				if c.fault == nil {
 					source.down()
 				}
-				m := startMirror(t, setup{registry: twoSources(source.addr, upstream.addr)})
+				m := startMirror(t, setup{registry: twoSources(source.addr, upstream.addr), server: accessLog})
 				client.pull(t, m.addr, img, ":latest")
 				if c.fault != nil {
 					source.proves(t)
 				}
+				m.unblemished(t)
 			})
 		})
 	}
@@ -239,7 +259,8 @@ func TestFaults(t *testing.T) {
 	} {
 		t.Run("held/"+c.name, func(t *testing.T) {
 			source := startTroubled(t, upstream.addr, nil)
-			m := startMirror(t, setup{registry: dockerHub(source.addr) + deadRegistry(source.addr)})
+			m := startMirror(t, setup{registry: dockerHub(source.addr) + deadRegistry(source.addr), server: accessLog})
+			t.Cleanup(func() { m.unblemished(t) }) // when all have pulled
 			pullWithCrane(t, m.addr, img, ":latest")
 			pullWithRegctl(t, m.addr, img, ":latest") // of another registry
 			source.suffer(c.fault)
