@@ -35,6 +35,37 @@ func pullInParallel(t *testing.T, mirror string, img *image, ref string, piece, 
 // tells it the registry by ?ns=, and then runs the image.
 func containerd(t *testing.T, configVersion int, config, bin, mirror string, img *image, ref string) {
 	t.Helper()
+	ctr, hosts := startContainerd(t, configVersion, config, bin, mirror)
+	do := func(args ...string) string {
+		t.Helper()
+		out, err := ctr(args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	name := "docker.io/library/hello" + ref
+	do("images", "pull", "--hosts-dir", hosts, name)
+	held := map[string]bool{}
+	for _, digest := range strings.Fields(do("content", "ls", "--quiet")) {
+		held[digest] = true
+		if got := fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(do("content", "get", digest)))); got != digest {
+			t.Errorf("blob %s has the digest %s", digest, got)
+		}
+	}
+	for _, digest := range append(img.amd64, img.digest) {
+		if !held[digest] {
+			t.Errorf("containerd lacks %s", digest)
+		}
+	}
+	// runc knows the containers of all daemons by their names.
+	checkSaid(t, img, do("run", "--rm", name, filepath.Base(filepath.Dir(hosts))))
+}
+
+// startContainerd starts a containerd with nothing in it, and returns what runs
+// its `ctr`, and the directory of its hosts.toml.
+func startContainerd(t *testing.T, configVersion int, config, bin, mirror string) (ctr func(args ...string) (string, error), hosts string) {
+	t.Helper()
 	for _, name := range []string{"containerd", "ctr"} {
 		if _, err := os.Stat(filepath.Join(bin, name)); err != nil {
 			t.Fatalf("%v: run e2e/install.sh", err)
@@ -56,33 +87,10 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", 
   capabilities = ["pull", "resolve"]
 `, deadAddr, mirror))
 	daemon := start(t, env, filepath.Join(bin, "containerd"), "--config", file)
-	ctr := func(args ...string) (string, error) {
+	ctr = func(args ...string) (string, error) {
 		t.Helper()
 		return try(t, env, filepath.Join(bin, "ctr"), append([]string{"--address", dir + "/sock"}, args...)...)
 	}
-	do := func(args ...string) string {
-		t.Helper()
-		out, err := ctr(args...)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return out
-	}
 	daemon.untilReady(t, func() bool { _, err := ctr("version"); return err == nil })
-
-	name := "docker.io/library/hello" + ref
-	do("images", "pull", "--hosts-dir", dir+"/certs.d", name)
-	held := map[string]bool{}
-	for _, digest := range strings.Fields(do("content", "ls", "--quiet")) {
-		held[digest] = true
-		if got := fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(do("content", "get", digest)))); got != digest {
-			t.Errorf("blob %s has the digest %s", digest, got)
-		}
-	}
-	for _, digest := range append(img.amd64, img.digest) {
-		if !held[digest] {
-			t.Errorf("containerd lacks %s", digest)
-		}
-	}
-	checkSaid(t, img, do("run", "--rm", name, "hello"))
+	return ctr, dir + "/certs.d"
 }

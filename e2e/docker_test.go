@@ -11,6 +11,27 @@ import (
 // pullWithDocker starts a Docker daemon whose registry-mirrors name the
 // mirror, pulls from "Docker Hub", and runs the image.
 func pullWithDocker(t *testing.T, mirror string, img *image, ref string) {
+	docker := startDocker(t, mirror)
+	do := func(args ...string) string {
+		t.Helper()
+		out, err := docker(args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	name := "hello" + ref
+	do("pull", name)
+	if got := strings.TrimSpace(do("image", "inspect", "--format", "{{.Id}}", name)); got != img.config {
+		t.Errorf("docker has image %s, not %s", got, img.config)
+	}
+	checkSaid(t, img, do("run", "--rm", "--network", "none", name))
+}
+
+// startDocker starts a daemon with nothing in it, and returns what runs the
+// docker command.
+func startDocker(t *testing.T, mirror string) func(args ...string) (string, error) {
+	t.Helper()
 	dir := workDir(t)
 	config, err := json.Marshal(map[string]any{
 		"registry-mirrors": []string{"http://" + mirror},
@@ -34,20 +55,6 @@ func pullWithDocker(t *testing.T, mirror string, img *image, ref string) {
 		t.Helper()
 		return try(t, bare(dir, "DOCKER_HOST=unix://"+dir+"/sock"), tool(t, "docker"), args...)
 	}
-	do := func(args ...string) string {
-		t.Helper()
-		out, err := docker(args...)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return out
-	}
 	daemon.untilReady(t, func() bool { _, err := docker("version"); return err == nil })
-
-	name := "hello" + ref
-	do("pull", name)
-	if got := strings.TrimSpace(do("image", "inspect", "--format", "{{.Id}}", name)); got != img.config {
-		t.Errorf("docker has image %s, not %s", got, img.config)
-	}
-	checkSaid(t, img, do("run", "--rm", "--network", "none", name))
+	return docker
 }

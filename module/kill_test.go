@@ -21,12 +21,14 @@ import (
 )
 
 // Names of the environment of a process that a test starts of itself: the
-// store to use, where to answer, whom to ask, and where to die.
+// store to use, where to answer, whom to ask, and where to die; or the whole
+// configuration.
 const (
 	childDir      = "REGISTRY_TEST_CHILD_DIR"
 	childURL      = "REGISTRY_TEST_CHILD_URL"
 	childUpstream = "REGISTRY_TEST_CHILD_UPSTREAM"
 	childDies     = "REGISTRY_TEST_CHILD_DIES"
+	childConfig   = "REGISTRY_TEST_CHILD_CONFIG"
 )
 
 // runChild is a mirror that kills itself, as kill -9 would, when it comes to
@@ -44,8 +46,12 @@ func runChild() {
 		})
 	}
 	caddy.TrapSignals()
-	adapted, err := adapt(fmt.Sprintf("{\n admin off\n auto_https off\n persist_config off\n grace_period 300ms\n registry {\n storage disk %s {\n min_free 1MB\n }\n upstream docker.io {\n origin %s\n allow_private\n }\n }\n}\n%s {\n registry_mirror\n}",
-		os.Getenv(childDir), os.Getenv(childUpstream), os.Getenv(childURL)))
+	config := os.Getenv(childConfig)
+	if config == "" {
+		config = fmt.Sprintf("{\n admin off\n auto_https off\n persist_config off\n grace_period 300ms\n registry {\n storage disk %s {\n min_free 1MB\n }\n upstream docker.io {\n origin %s\n allow_private\n }\n }\n}\n%s {\n registry_mirror\n}",
+			os.Getenv(childDir), os.Getenv(childUpstream), os.Getenv(childURL))
+	}
+	adapted, err := adapt(config)
 	if err == nil {
 		err = caddy.Load(adapted, true)
 	}
@@ -54,7 +60,7 @@ func runChild() {
 		os.Exit(1)
 	}
 	fmt.Println("serving")
-	os.Stdin.Read(make([]byte, 1)) // until the test ends
+	weigh(os.Stdin, os.Stdout) // until the test ends
 }
 
 // child starts a mirror as a process of its own.

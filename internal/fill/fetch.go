@@ -28,7 +28,7 @@ func (memory) Close() error { return nil }
 func (f *Fill) fetchSmall() error {
 	data := make([]byte, f.key.size)
 	var canonical digest.Digest
-	for {
+	for again := true; ; {
 		t := tap{fill: f, ctx: f.ctx, end: f.key.size}
 		f.mu.Lock()
 		if t.background = f.users == 1; t.background {
@@ -51,7 +51,11 @@ func (f *Fill) fetchSmall() error {
 			break
 		}
 		if !f.blame(err) {
-			return err
+			// A bit that turned over on the way is right the next time.
+			if !again || !f.pardon() {
+				return err
+			}
+			again = false
 		}
 	}
 	f.release(memory{bytes.NewReader(data)})

@@ -33,6 +33,7 @@ type entry struct {
 	failures  int  // in a row, without a byte
 	slow      bool // it delivers, and others are to be tried first until notBefore
 	delivered bool
+	wrong     bool // hopeless for what it delivered
 }
 
 func (r *roster) add(sources []Source) {
@@ -140,7 +141,7 @@ func (f *Fill) blame(err error) (others bool) {
 	var guilty []Source
 	for _, e := range f.sources.entries {
 		if e.delivered {
-			e.hopeless, e.delivered = true, false
+			e.hopeless, e.wrong, e.delivered = true, true, false
 			guilty = append(guilty, e.source)
 		}
 		others = others || !e.hopeless
@@ -151,6 +152,19 @@ func (f *Fill) blame(err error) (others bool) {
 		source.Blame(err)
 	}
 	return others
+}
+
+// pardon lets those be asked once more that delivered wrong bytes. It reports
+// whether there are any.
+func (f *Fill) pardon() (found bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, e := range f.sources.entries {
+		if e.wrong {
+			e.hopeless, e.wrong, found = false, false, true
+		}
+	}
+	return found
 }
 
 // A tap reads a part of the content from one source after another, each going
