@@ -29,6 +29,7 @@ type sender struct {
 	ctx    context.Context
 	idle   *caddyhttp.IdleTimeoutWriter // nil: Caddy sets no limit
 	plain  bool                         // HTTP/1.1 without TLS
+	begun  bool                         // some of a section is out
 	led    bool                         // the lead is out
 	direct bool                         // the connection has asked for a descriptor
 }
@@ -40,8 +41,9 @@ const (
 	// enough for net/http, which holds back the header until it has seen some
 	// of the body, as other handlers may.
 	lead = 2 << 10
-	// small is how much is as well copied.
-	small = 32 << 10
+	// small is how much is as well copied, along with the header, and few how
+	// much is at any time.
+	small, few = 32 << 10, 8 << 10
 )
 
 var smallBuffers = sync.Pool{New: func() any { return new([small]byte) }}
@@ -86,7 +88,8 @@ func (s *sender) WriteSection(r *section.Reader) (total int64, err error) {
 // write sends some of a section, at least one byte unless it fails.
 func (s *sender) write(r *section.Reader, left int64) (int64, error) {
 	to, ok := s.ResponseWriter.(io.ReaderFrom)
-	if !ok || !s.plain || left <= small {
+	defer func() { s.begun = true }()
+	if !ok || !s.plain || left <= few || left <= small && !s.begun {
 		if err := r.Hold(left); err != nil {
 			return 0, err
 		}
