@@ -202,7 +202,11 @@ func TestSendfile(t *testing.T) {
 				if sent.lent < int64(to-from-copied) || sent.copied > copied {
 					t.Errorf("%s: of %d bytes %d were sent from the file, and %d copied", what, to-from, sent.lent, sent.copied)
 				}
-				if most := (to-from)/c.chunk + 4; sent.calls > most {
+				most := (to-from)/c.chunk + 4
+				if what == "live" {
+					most += 4 // it may come in several runs
+				}
+				if sent.calls > most {
 					t.Errorf("%s: %d calls for %d bytes", what, sent.calls, to-from)
 				}
 			}
