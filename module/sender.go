@@ -107,7 +107,7 @@ func (s *sender) write(r *section.Reader, left int64) (int64, error) {
 	if chunk <= 0 {
 		chunk = caddyhttp.DefaultMaxWriteChunk
 	}
-	if !s.led {
+	if !s.led && !(r.Last() && left <= chunk) {
 		// Whether it is a connection from which the kernel sends shows only
 		// now. On another one a deadline that has passed is final, and to send
 		// more under one would cut slow clients.
