@@ -120,7 +120,7 @@ func (r *Reader) WriteTo(w io.Writer) (int64, error) {
 	if sections, ok := w.(Writer); ok {
 		return sections.WriteSection(r)
 	}
-	if err := r.Hold(math.MaxInt64 - r.end); err != nil {
+	if err := r.Hold(r.end); err != nil {
 		return 0, err
 	}
 	return io.Copy(w, struct{ io.Reader }{r})
