@@ -16,6 +16,7 @@ packages=(
   containerd runc docker.io
   mount e2fsprogs       # small filesystems
   gcc libc6-dev         # for go test -race
+  strace                # counts system calls
 )
 
 [ "$(id -u)" = 0 ] || { echo "e2e/install.sh: installing packages needs root" >&2; exit 1; }

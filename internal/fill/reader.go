@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"sync"
+
+	"github.com/caddy-registry/mirror/internal/section"
 )
 
 // A Reader reads a part of a fill's content, waiting for bytes that have not
@@ -198,7 +200,7 @@ var smallBuffers = sync.Pool{New: func() any { return new([bufferSize / 8]byte) 
 
 // WriteTo sends what has arrived at each wake.
 func (r *Reader) WriteTo(w io.Writer) (int64, error) {
-	if sections, ok := w.(SectionWriter); ok && r.own == nil {
+	if sections, ok := w.(section.Writer); ok && r.own == nil {
 		sent, err := r.writeSections(sections)
 		if err == io.EOF {
 			return sent, nil

@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
 
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/fill"
 	"github.com/caddy-registry/mirror/internal/oci"
+	"github.com/caddy-registry/mirror/internal/section"
 	"github.com/caddy-registry/mirror/internal/tree"
 )
 
@@ -25,8 +27,8 @@ type content interface {
 	// sending the reading.
 	prepare(ctx, sending context.Context, spans []oci.Span, proven bool) error
 	// reader returns a reader of the span of that number, of those that were
-	// prepared. It is an *os.File where that makes sendfile possible. Only one
-	// reader is used at a time, and once.
+	// prepared. Where the bytes lie in a file it gives [section.Writer]s sections
+	// of that. Only one reader is used at a time, and once.
 	reader(i int) (io.Reader, error)
 }
 
@@ -191,17 +193,18 @@ func (b *heldBlob) prepare(_, _ context.Context, spans []oci.Span, _ bool) error
 
 func (b *heldBlob) reader(i int) (io.Reader, error) {
 	span := b.spans[i]
-	file, ok := b.r.(io.ReadSeeker)
+	seeker, ok := b.r.(io.ReadSeeker)
 	if !ok {
 		return nil, errors.New("mirror: the store's reader cannot seek")
 	}
-	if _, err := file.Seek(span.Offset, io.SeekStart); err != nil {
+	if _, err := seeker.Seek(span.Offset, io.SeekStart); err != nil {
 		return nil, err
 	}
-	if span.Offset+span.Length == b.bytes {
-		return file, nil
+	end := span.Offset + span.Length
+	if file, ok := b.r.(*os.File); ok {
+		return section.New(file, end, end == b.bytes), nil
 	}
-	return io.LimitReader(file, span.Length), nil
+	return io.LimitReader(seeker, span.Length), nil
 }
 
 // liveBlob is a blob that is being filled. All its readers are there from the
