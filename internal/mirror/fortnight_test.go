@@ -197,11 +197,13 @@ func (f *simulation) pull(tag string) {
 	method := []string{"GET", "HEAD"}[f.rand.IntN(2)]
 	f.registry.Forget()
 	w := f.ask(method, "team/app/manifests/"+tag)
-	reached := len(f.registry.Requests(func(r regtest.Request) bool { return r.Status != http.StatusUnauthorized }))
+	f.mirror.wg.Wait() // what goes on behind lasts no minutes
+	requests := f.registry.Requests(func(r regtest.Request) bool { return r.Status != http.StatusUnauthorized })
+	reached := len(requests)
 	f.total += reached
 	got, warning := digest.Digest(w.Header().Get("Docker-Content-Digest")), strings.Join(w.Header().Values("Warning"), "; ")
-	where := fmt.Sprintf("%s of %s at %s (%s until %s): %d %s, Warning %q, Cache-Status %q, %d requests; %v",
-		method, tag, now.Format(time.DateTime), f.ail, f.until.Format(time.DateTime), w.Code, got, warning, w.Header().Get("Cache-Status"), reached, h.meant)
+	where := fmt.Sprintf("%s of %s at %s (%s until %s): %d %s, Warning %q, Cache-Status %q, asked %+v; %v",
+		method, tag, now.Format(time.DateTime), f.ail, f.until.Format(time.DateTime), w.Code, got, warning, w.Header().Get("Cache-Status"), requests, h.meant)
 	keeps := f.upstream.Keep && (f.upstream.KeepFor == 0 || now.Sub(h.gone()) < f.upstream.KeepFor)
 
 	if reached > 6 {

@@ -22,7 +22,7 @@ type tagState struct {
 	digest    digest.Digest
 	mediaType string // as a HEAD described it, while the manifest is not held
 	size      int64
-	checked   time.Time // when the origin last said what it means, or that it is gone
+	checked   time.Time // when the origin was asked that said what it means, or that it is gone
 	gone      time.Time // since when the origin says 404; zero: it is there
 	use       *use
 }

@@ -51,6 +51,7 @@ type Mirror struct {
 	pending *lru.Cache[manifestKey, []string]
 	claims  sync.Mutex
 	pendMu  sync.Mutex // makes changes of pending whole
+	tagMu   sync.Mutex // makes changes of tags whole
 	flights singleflight.Group
 	aheads  chan struct{} // holds a value for each check ahead
 	lacking *lru.Cache[lackKey, lack]

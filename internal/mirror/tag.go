@@ -157,20 +157,43 @@ func (m *Mirror) justChecked(t Target, tag string) (tagState, bool) {
 // head asks what a tag means and remembers the answer. The state is empty
 // where the upstream does not say enough.
 func (m *Mirror) head(ctx context.Context, t Target, tag string) (tagState, error) {
+	at := m.now()
 	described, err := t.Upstream.Client.Head(ctx, t.Name, oci.Reference{Tag: tag}, true)
 	if err != nil {
-		m.missing(ctx, t, tag, err)
+		m.missing(ctx, t, tag, at, err)
 		return tagState{}, err
 	}
 	if described == nil {
 		return tagState{}, nil
 	}
-	state := tagState{digest: described.Digest, mediaType: described.MediaType, size: described.Size}
+	state := tagState{digest: described.Digest, mediaType: described.MediaType, size: described.Size, checked: at}
 	return m.remember(ctx, t, tag, state), nil
 }
 
-// missing remembers that the origin has no such tag.
-func (m *Mirror) missing(ctx context.Context, t Target, tag string, err error) {
+// learn replaces what is known of a tag by the answer to a question that was put
+// at state.checked, unless a later question has been answered before. It returns
+// what is known now, and what was.
+func (m *Mirror) learn(ctx context.Context, t Target, tag string, state tagState) (now, before tagState) {
+	before, _, err := m.known(ctx, t, tag)
+	m.tagMu.Lock()
+	defer m.tagMu.Unlock()
+	key := tagKey{t.Repository, tag}
+	if last, ok := m.tags.Get(key); ok {
+		before = last
+	} else if err != nil {
+		before = tagState{}
+	}
+	if before.checked.After(state.checked) {
+		return before, before
+	}
+	state.use = new(use)
+	m.tags.Add(key, state)
+	return state, before
+}
+
+// missing remembers that the origin has no such tag, so it said when it was
+// asked at the given time.
+func (m *Mirror) missing(ctx context.Context, t Target, tag string, at time.Time, err error) {
 	if !saysNone(err) {
 		return
 	}
@@ -179,50 +202,54 @@ func (m *Mirror) missing(ctx context.Context, t Target, tag string, err error) {
 	if err != nil || !ok {
 		return
 	}
-	now := m.now()
-	state.checked, state.use = now, new(use)
+	state.checked = at
 	if state.gone.IsZero() {
-		state.gone = now
-		if err := m.tree.SetGone(ctx, t.Repository, tag, now); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			m.diskTrouble("recording that a tag is gone", t.Repository+":"+tag, err)
-		}
-		m.log.Info("a tag is gone at its origin", zap.String("reference", oci.Reference{Tag: tag}.Join(t.Repository)), zap.Bool("kept", t.Upstream.keeps(0)))
+		state.gone = at
 	}
-	m.tags.Add(tagKey{t.Repository, tag}, state)
+	now, before := m.learn(ctx, t, tag, state)
+	if now.gone.IsZero() || !before.gone.IsZero() {
+		return
+	}
+	if err := m.tree.SetGone(ctx, t.Repository, tag, at); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		m.diskTrouble("recording that a tag is gone", t.Repository+":"+tag, err)
+	}
+	m.log.Info("a tag is gone at its origin", zap.String("reference", oci.Reference{Tag: tag}.Join(t.Repository)), zap.Bool("kept", t.Upstream.keeps(0)))
 }
 
 // maxPending bounds the tags that wait for one manifest.
 const maxPending = 16
 
-// remember keeps what a tag means now: in the store if the manifest is held, and
-// otherwise until it is. Clients ask for a tag by HEAD and then fetch by
-// digest; the tag is to be found all the same when the upstream is gone.
+// remember keeps what a tag means, so the origin said when it was asked at
+// state.checked: in the store if the manifest is held, and otherwise until it
+// is. Clients ask for a tag by HEAD and then fetch by digest; the tag is to be
+// found all the same when the upstream is gone.
 func (m *Mirror) remember(ctx context.Context, t Target, tag string, state tagState) tagState {
-	key := tagKey{t.Repository, tag}
-	if before, ok, err := m.known(ctx, t, tag); err == nil && ok && !before.gone.IsZero() {
+	now, before := m.learn(ctx, t, tag, state)
+	if now.use == before.use { // something later is known
+		return now
+	}
+	if !before.gone.IsZero() {
 		if err := m.tree.SetGone(ctx, t.Repository, tag, time.Time{}); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			m.diskTrouble("recording that a tag is back", t.Repository+":"+tag, err)
 		}
 	}
-	state.checked, state.use = m.now(), new(use)
-	m.tags.Add(key, state)
-	if _, ok := m.tree.Warm(t.Repository, state.digest); !ok {
-		waiting := manifestKey{t.Repository, state.digest}
-		m.pendMu.Lock()
-		tags, _ := m.pending.Get(waiting)
-		if !slices.Contains(tags, tag) && len(tags) < maxPending {
-			m.pending.Add(waiting, append(slices.Clone(tags), tag))
-		}
-		m.pendMu.Unlock()
-		// Whoever stores the manifest settles what is pending then. It may have
-		// been stored before the tag was pending.
-		if _, err := m.tree.Manifest(ctx, t.Repository, state.digest); err == nil {
-			m.settle(ctx, waiting)
-		}
-		return state
+	if _, ok := m.tree.Warm(t.Repository, now.digest); ok {
+		m.setTag(ctx, t.Repository, tag, now)
+		return now
 	}
-	m.setTag(ctx, t.Repository, tag, state)
-	return state
+	waiting := manifestKey{t.Repository, now.digest}
+	m.pendMu.Lock()
+	tags, _ := m.pending.Get(waiting)
+	if !slices.Contains(tags, tag) && len(tags) < maxPending {
+		m.pending.Add(waiting, append(slices.Clone(tags), tag))
+	}
+	m.pendMu.Unlock()
+	// Whoever stores the manifest settles what is pending then. It may have been
+	// stored before the tag was pending.
+	if _, err := m.tree.Manifest(ctx, t.Repository, now.digest); err == nil {
+		m.settle(ctx, waiting)
+	}
+	return now
 }
 
 // settle stores the tags that mean a manifest that is now held, less those
@@ -237,7 +264,7 @@ func (m *Mirror) settle(ctx context.Context, key manifestKey) {
 		if !ok {
 			state = tagState{digest: key.digest, checked: m.now()}
 		}
-		if state.digest == key.digest {
+		if state.digest == key.digest && state.gone.IsZero() {
 			m.setTag(ctx, key.repository, tag, state)
 		}
 	}
@@ -251,12 +278,13 @@ func (m *Mirror) setTag(ctx context.Context, repository, tag string, state tagSt
 
 // fetchTag gets what a tag means and stores both.
 func (m *Mirror) fetchTag(ctx context.Context, t Target, tag string) (*tree.Manifest, error) {
+	at := m.now()
 	stored, err := m.fetch(ctx, t, oci.Reference{Tag: tag})
 	if err != nil {
-		m.missing(ctx, t, tag, err)
+		m.missing(ctx, t, tag, at, err)
 		return nil, err
 	}
-	m.remember(ctx, t, tag, tagState{digest: stored.Digest})
+	m.remember(ctx, t, tag, tagState{digest: stored.Digest, checked: at})
 	return stored, nil
 }
 
@@ -316,9 +344,10 @@ func (m *Mirror) checking(t Target, tag string, had *tree.Manifest) func(context
 // check asks what a held tag means now, and fetches the new manifest before
 // the tag moves to it.
 func (m *Mirror) check(ctx context.Context, t Target, tag string, had *tree.Manifest) (*tree.Manifest, error) {
+	at := m.now()
 	described, err := t.Upstream.Client.Head(ctx, t.Name, oci.Reference{Tag: tag}, false)
 	if err != nil {
-		m.missing(ctx, t, tag, err)
+		m.missing(ctx, t, tag, at, err)
 		return nil, err
 	}
 	if described == nil {
@@ -333,7 +362,7 @@ func (m *Mirror) check(ctx context.Context, t Target, tag string, had *tree.Mani
 			}
 		}
 	}
-	m.remember(ctx, t, tag, tagState{digest: described.Digest})
+	m.remember(ctx, t, tag, tagState{digest: described.Digest, checked: at})
 	return current, nil
 }
 
