@@ -44,8 +44,7 @@ const (
 	due
 	// gone: the origin has just said that there is no such tag.
 	gone
-	// lost: the origin has said so before, and is asked again; if it fails, the
-	// tag is still gone.
+	// lost: as due, of a tag that is gone: if the origin fails, it still is.
 	lost
 )
 

@@ -147,6 +147,17 @@ func TestFreshness(t *testing.T) {
 		b.pass(time.Minute)
 		b.wantManifest(latest, second)
 	})
+	t.Run("origin says 404, keep, not held", func(t *testing.T) {
+		b := newBench(t, regtest.Options{}, func(u *Upstream) { u.Keep = true })
+		b.registry.Push("team/app", first, "latest")
+		b.wantStatus(200, "HEAD", latest)
+		b.registry.DeleteTag("team/app", "latest")
+		b.pass(time.Minute)
+		b.wantStatus(404, "HEAD", latest)
+		b.wantStatus(404, "GET", latest)
+		b.pass(time.Minute)
+		b.wantStatus(404, "GET", latest)
+	})
 	t.Run("origin says 404, keep for ever", func(t *testing.T) {
 		b := heldTag(t, func(u *Upstream) { u.Keep = true })
 		b.registry.DeleteTag("team/app", "latest")

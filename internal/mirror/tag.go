@@ -58,35 +58,39 @@ func (m *Mirror) tag(ctx context.Context, t Target, tag string, head, force bool
 	case standing == gone && force:
 		standing = lost
 	}
-	switch standing {
-	case gone:
+	var had *tree.Manifest
+	if standing <= due {
+		had, err = m.tree.Manifest(ctx, t.Repository, state.digest)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+		if had == nil && !state.gone.IsZero() { // what is not held cannot be kept
+			standing += gone - fresh
+		}
+	}
+	switch {
+	case standing == gone:
 		return nil, m.goneSince(t, state)
-	case lost:
+	case standing == lost:
 		answer, err := m.discover(ctx, t, tag, head)
 		if err != nil && !saysNone(err) {
 			m.tell(t, oci.Reference{Tag: tag}.Join(t.Upstream.Name+"/"+t.Name), err, true)
 			err = m.goneSince(t, state)
 		}
 		return answer, err
-	}
-	had, err := m.tree.Manifest(ctx, t.Repository, state.digest)
-	switch {
-	case err != nil && !errors.Is(err, fs.ErrNotExist):
-		return nil, err
-	case err != nil && standing == fresh && head && state.size > 0:
-		return state.describe(), nil
-	case err != nil && standing == fresh:
-		answer, err := m.byDigest(ctx, t, state.digest, head)
-		if err != nil { // the tag may have moved on since; ask by name
-			answer, err = m.discover(ctx, t, tag, head)
-		}
-		return answer, err
-	case err != nil:
-		return m.discover(ctx, t, tag, head)
-	case standing == fresh:
+	case had != nil && standing == fresh:
 		return m.freshAnswer(t, tag, state, had), nil
+	case had != nil:
+		return m.revalidate(ctx, t, tag, state, had, force)
+	case standing == fresh && head && state.size > 0:
+		return state.describe(), nil
+	case standing == fresh:
+		if answer, err := m.byDigest(ctx, t, state.digest, head); err == nil {
+			return answer, nil
+		}
+		// The tag may have moved on since; ask by name.
 	}
-	return m.revalidate(ctx, t, tag, state, had, force)
+	return m.discover(ctx, t, tag, head)
 }
 
 // freshAnswer serves what is held without asking, unless this is when to ask
