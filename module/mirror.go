@@ -7,6 +7,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 
 	"github.com/caddy-registry/mirror/internal/mirror"
 	"github.com/caddy-registry/mirror/internal/oci"
@@ -138,25 +139,35 @@ func (m *Mirror) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhtt
 	}
 	report := m.site.ServeHTTP(open, newSender(w, r), r, route)
 	if extra, ok := r.Context().Value(caddyhttp.ExtraLogFieldsCtxKey).(*caddyhttp.ExtraLogFields); ok {
-		for _, field := range [...]struct{ key, value string }{
-			{"registry_upstream", report.Upstream},
-			{"registry_repository", report.Repository},
-			{"registry_reference", report.Reference},
-			{"registry_cache", report.Cache},
-		} {
-			if field.value != "" {
-				extra.Set(zap.String(field.key, field.value))
-			}
-		}
-		if report.Err != nil {
-			extra.Set(zap.String("registry_error", report.Err.Error()))
-		}
+		line := zap.Inline(&logged{report})
+		line.Key = "registry" // is not written, but tells it from another handler's
+		extra.Set(line)
 	}
 	if report.Abort && r.Context().Err() == nil {
 		m.log.Warn("answer broken off", zap.String("repository", report.Repository), zap.String("reference", report.Reference), zap.Error(report.Err))
 	}
 	if report.Abort {
 		panic(http.ErrAbortHandler)
+	}
+	return nil
+}
+
+// logged is a report as fields of the access log, made when a line is written.
+type logged struct{ mirror.Report }
+
+func (l *logged) MarshalLogObject(line zapcore.ObjectEncoder) error {
+	for _, field := range [...]struct{ key, value string }{
+		{"registry_upstream", l.Upstream},
+		{"registry_repository", l.Repository},
+		{"registry_reference", l.Reference},
+		{"registry_cache", l.Cache},
+	} {
+		if field.value != "" {
+			line.AddString(field.key, field.value)
+		}
+	}
+	if l.Err != nil {
+		line.AddString("registry_error", l.Err.Error())
 	}
 	return nil
 }

@@ -42,7 +42,7 @@ func (c *clock) pass(d time.Duration) {
 // bench is a mirror of one fake registry, with a clock of its own.
 type bench struct {
 	*clock
-	t        *testing.T
+	t        testing.TB
 	dir      string
 	registry *regtest.Registry
 	pool     upstream.Pool
@@ -57,7 +57,7 @@ type bench struct {
 
 // newBench starts one, which asks as the user that the registry knows. policy
 // changes the upstream, unless it is nil.
-func newBench(t *testing.T, options regtest.Options, policy func(*Upstream)) *bench {
+func newBench(t testing.TB, options regtest.Options, policy func(*Upstream)) *bench {
 	t.Helper()
 	b := &bench{
 		clock: &clock{at: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)},

@@ -220,6 +220,9 @@ func (s *Site) spares(t Target) error {
 // registry's path name, or lies where its images are stored, is not, whatever
 // the patterns.
 func (s *Site) hosts(repository string) bool {
+	if len(s.hosted) == 0 {
+		return false
+	}
 	if first, _, nested := strings.Cut(repository, "/"); nested {
 		if entry, _ := s.upstreams.inPath(first); entry != nil || s.upstreams.owner(repository) != nil {
 			return false
