@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/caddy-registry/mirror/internal/regtest"
 )
 
 // TestDockerHub: three lines of Caddyfile mirror Docker Hub as it is: real
@@ -21,9 +23,9 @@ func TestDockerHub(t *testing.T) {
 	upstream.push(t, "library/third", other)
 	hub := startFakeHub(t, upstream.addr)
 
-	home, addr := workDir(t), freeAddr(t)
+	home, addr := workDir(t), regtest.FreeAddress(t)
 	config := writeFile(t, filepath.Join(home, "Caddyfile"), "http://"+addr+" {\n\tregistry_mirror\n}\n")
-	env := bare(home, "CADDY_ADMIN="+freeAddr(t),
+	env := bare(home, "CADDY_ADMIN="+regtest.FreeAddress(t),
 		"HTTPS_PROXY=http://"+hub.addr, "NO_PROXY=127.0.0.1,localhost", "SSL_CERT_FILE="+hub.ca)
 	run := func(t *testing.T) *process {
 		p := start(t, env, caddyBin, "run", "--config", config, "--adapter", "caddyfile")

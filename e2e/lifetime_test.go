@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/caddy-registry/mirror/internal/regtest"
 )
 
 // A midPull is a mirror whose upstream has stopped in the middle of the big
@@ -38,7 +40,7 @@ func startMidPull(t *testing.T) *midPull {
 	var held <-chan struct{}
 	held, p.goOn = p.counted.hold(t, p.img.big, p.img.bigSize/2)
 	p.setup = setup{
-		addr: freeAddr(t), admin: freeAddr(t), store: workDir(t),
+		addr: regtest.FreeAddress(t), admin: regtest.FreeAddress(t), store: workDir(t),
 		options: "grace_period 30s", registry: dockerHub(p.counted.addr),
 	}
 	p.mirror = startMirror(t, p.setup)
@@ -164,7 +166,7 @@ func TestKillFrugal(t *testing.T) {
 		t.Run(fmt.Sprintf("at %d %%", percent), func(t *testing.T) {
 			counted := startCounter(t, upstream.addr)
 			counted.slow(24 << 20) // or what is on its way is most of it
-			s := setup{addr: freeAddr(t), store: workDir(t), registry: dockerHub(counted.addr)}
+			s := setup{addr: regtest.FreeAddress(t), store: workDir(t), registry: dockerHub(counted.addr)}
 			m := startMirror(t, s)
 			dir := workDir(t)
 			client := start(t, bare(dir), tool(t, "crane"), "pull", "--format=oci", m.addr+"/library/hello", dir+"/out")

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"path/filepath"
 	"testing"
+
+	"github.com/caddy-registry/mirror/internal/regtest"
 )
 
 // deadAddr is where every client believes the true registry to be: nothing
@@ -58,7 +60,7 @@ http://%s {
 func startMirror(t *testing.T, s setup) *mirror {
 	t.Helper()
 	if s.addr == "" {
-		s.addr = freeAddr(t)
+		s.addr = regtest.FreeAddress(t)
 	}
 	if s.admin == "" {
 		s.admin = "off"

@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -214,17 +213,6 @@ func eventually(t *testing.T, within time.Duration, what string, ok func() bool)
 			t.Fatalf("waited %v in vain for %s", within, what)
 		}
 	}
-}
-
-// freeAddr is a loopback address that nothing listens on.
-func freeAddr(t *testing.T) string {
-	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	return ln.Addr().String()
 }
 
 // answers tells whether a registry answers at the address.

@@ -17,6 +17,8 @@ import (
 
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+
+	"github.com/caddy-registry/mirror/internal/regtest"
 )
 
 // A registry is a stock registry:2.
@@ -30,7 +32,7 @@ type registry struct {
 // pull-through cache of that.
 func startRegistry(t *testing.T, dir, remote string) *registry {
 	t.Helper()
-	r := &registry{addr: freeAddr(t), dir: dir}
+	r := &registry{addr: regtest.FreeAddress(t), dir: dir}
 	config := fmt.Sprintf(`version: 0.1
 log: {level: warn, accesslog: {disabled: true}}
 storage:

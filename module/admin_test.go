@@ -21,7 +21,7 @@ import (
 // startAdmin is start with the admin API at an address of its own.
 func startAdmin(t *testing.T, app string) *mirror {
 	t.Helper()
-	m := &mirror{t: t, URL: "http://" + freeAddress(t), admin: freeAddress(t), dir: t.TempDir(), logs: captureLogs(t)}
+	m := &mirror{t: t, URL: "http://" + regtest.FreeAddress(t), admin: regtest.FreeAddress(t), dir: t.TempDir(), logs: captureLogs(t)}
 	if err := m.load(app, ""); err != nil {
 		t.Fatal(err)
 	}

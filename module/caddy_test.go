@@ -9,7 +9,6 @@ import (
 	"io"
 	"log"
 	"maps"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -86,7 +85,7 @@ type mirror struct {
 // Caddyfile. Words in braces are replaced: DIR, the store's directory.
 func start(t testing.TB, app, site string) *mirror {
 	t.Helper()
-	m := &mirror{t: t, URL: "http://" + freeAddress(t), dir: t.TempDir(), logs: captureLogs(t)}
+	m := &mirror{t: t, URL: "http://" + regtest.FreeAddress(t), dir: t.TempDir(), logs: captureLogs(t)}
 	if err := m.load(app, site); err != nil {
 		t.Fatal(err)
 	}
@@ -162,16 +161,6 @@ func (m *mirror) adapt(app, site string) ([]byte, error) {
 func adapt(text string) ([]byte, error) {
 	adapted, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(text), map[string]any{"filename": "Testfile"})
 	return adapted, err
-}
-
-func freeAddress(t testing.TB) string {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	return listener.Addr().String()
 }
 
 // upstreamFor is the Caddyfile block that makes a fake registry an upstream.

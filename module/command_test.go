@@ -92,7 +92,7 @@ func TestCommandMisused(t *testing.T) {
 		{[]string{"registry", "refrsh"}, 1, "", `unknown command "refrsh"`},
 		{[]string{"registry", "refresh"}, 1, "", "at least 1"},
 		{[]string{"registry", "refresh", "--addres", "x", "y"}, 1, "", "unknown flag"},
-		{[]string{"registry", "refresh", "--address", freeAddress(t), "x"}, 1, "", "x: performing request"},
+		{[]string{"registry", "refresh", "--address", regtest.FreeAddress(t), "x"}, 1, "", "x: performing request"},
 		{[]string{"registry", "refresh", "--config", "/nonexistent/Caddyfile", "x"}, 1, "", "--address"},
 	} {
 		status, out, errs := command(t, c.args...)

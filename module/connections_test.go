@@ -63,7 +63,7 @@ type scale struct {
 // startScale starts one with the given options, and with a site.
 func startScale(t *testing.T, options, site string) *scale {
 	t.Helper()
-	s := &scale{t: t, addr: freeAddress(t)}
+	s := &scale{t: t, addr: regtest.FreeAddress(t)}
 	config := fmt.Sprintf(`{
 		admin off
 		auto_https off

@@ -66,7 +66,7 @@ func runChild() {
 // child starts a mirror as a process of its own.
 func child(t *testing.T, dir, upstream, dies string) *mirror {
 	t.Helper()
-	m := &mirror{t: t, URL: "http://" + freeAddress(t), dir: dir}
+	m := &mirror{t: t, URL: "http://" + regtest.FreeAddress(t), dir: dir}
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), childDir+"="+dir, childURL+"="+m.URL, childUpstream+"="+upstream, childDies+"="+dies,
 		"XDG_DATA_HOME="+t.TempDir(), "XDG_CONFIG_HOME="+t.TempDir())
@@ -178,7 +178,7 @@ func TestKill(t *testing.T) {
 			doomed.dead()
 			up.Heal()
 
-			m := &mirror{t: t, URL: "http://" + freeAddress(t), dir: dir, logs: captureLogs(t)}
+			m := &mirror{t: t, URL: "http://" + regtest.FreeAddress(t), dir: dir, logs: captureLogs(t)}
 			if err := m.load(upstreamFor("docker.io", up), ""); err != nil {
 				t.Fatal(err)
 			}

@@ -191,7 +191,7 @@ func TestTwoSites(t *testing.T) {
 	up.Push("library/x", image, "latest")
 	m := start(t, upstreamFor("docker.io", up), "")
 	second := *m
-	second.URL = "http://" + freeAddress(t)
+	second.URL = "http://" + regtest.FreeAddress(t)
 	adapted, err := adapt(fmt.Sprintf("{\n admin off\n auto_https off\n persist_config off\n registry {\n storage disk %s {\n min_free 1MB\n }\n %s\n }\n}\n%s {\n registry_mirror\n}\n%s {\n registry_mirror {\n upstreams docker.io\n }\n}",
 		m.dir, upstreamFor("docker.io", up), m.URL, second.URL))
 	if err != nil {
@@ -248,7 +248,7 @@ func TestStopWithGrace(t *testing.T) {
 // root.)
 func TestStoreInTheWay(t *testing.T) {
 	dir := t.TempDir()
-	m := &mirror{t: t, URL: "http://" + freeAddress(t), dir: filepath.Join(dir, "store"), logs: captureLogs(t)}
+	m := &mirror{t: t, URL: "http://" + regtest.FreeAddress(t), dir: filepath.Join(dir, "store"), logs: captureLogs(t)}
 	if err := os.MkdirAll(m.dir, 0o750); err != nil {
 		t.Fatal(err)
 	}
