@@ -216,7 +216,7 @@ func TestAdminReloadInMidRefresh(t *testing.T) {
 	up.Push("library/x", one, "latest")
 	m := startAdmin(t, upstreamFor("docker.io", up))
 	hold := make(chan struct{})
-	up.FailSlowly("/manifests/", hold)
+	up.FailSlowly("", "/manifests/", hold)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

@@ -119,7 +119,7 @@ func TestSlowCheck(t *testing.T) {
 	m.pull("library/x", "latest", image)
 	hold := make(chan struct{})
 	defer close(hold)
-	up.FailSlowly("/manifests/", hold)
+	up.FailSlowly("", "/manifests/", hold)
 	a := m.want(200, "GET", "/v2/library/x/manifests/latest")
 	if a.Header.Get("Warning") == "" {
 		t.Error("no warning though the check did not end")

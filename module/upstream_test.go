@@ -413,7 +413,7 @@ func TestTimeouts(t *testing.T) {
 		if sent := up.Sent(layer.Digest); sent > int64(size)+100_000 {
 			t.Errorf("%d bytes of %d were fetched after a stall", sent, size)
 		}
-		up.FailSlowly("/manifests/", hold)
+		up.FailSlowly("", "/manifests/", hold)
 		m.wantError(503, oci.CodeUnavailable, "GET", "/v2/library/x/manifests/other", "timeout")
 		m.stop()
 	}

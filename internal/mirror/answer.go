@@ -69,7 +69,7 @@ func (x *exchange) sendManifest(answer *manifestAnswer, ref oci.Reference, head 
 	d, mediaType := answer.digest, answer.mediaType
 	var etag, length string
 	if answer.held != nil {
-		if err := x.mirror.obtainable(x.target, answer.held); err != nil {
+		if err := x.mirror.obtainable(x.r.Context(), x.target, answer.held); err != nil {
 			return err
 		}
 		d, mediaType, etag, length = answer.held.Digest, answer.held.MediaType, answer.held.ETag, answer.held.Length

@@ -92,9 +92,14 @@ func newBench(t testing.TB, options regtest.Options, policy func(*Upstream)) *be
 }
 
 func (b *bench) open() {
+	b.store = disktest.Open(b.t, b.dir)
+	b.start()
+}
+
+// start starts a mirror on the store.
+func (b *bench) start() {
 	core, logs := observer.New(zap.InfoLevel)
 	b.logs = logs
-	b.store = disktest.Open(b.t, b.dir)
 	b.mirror = New(b.store, zap.New(core))
 	b.mirror.now = b.now
 	b.mirror.Set(Settings{Hot: DefaultHot, Emit: func(event string, _ map[string]any) {

@@ -1,8 +1,11 @@
 package mirror
 
 import (
+	"context"
 	"errors"
 	"time"
+
+	"github.com/opencontainers/go-digest"
 
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/tree"
@@ -42,26 +45,36 @@ func (m *Mirror) lacks(t Target, kind oci.Kind, ref string) error {
 }
 
 // learnLack remembers an error that is the upstream's word that it does not have
-// something.
-func (m *Mirror) learnLack(t Target, kind oci.Kind, ref string, err error) {
+// something, so it said when it was asked at the given time or later.
+func (m *Mirror) learnLack(t Target, kind oci.Kind, ref string, at time.Time, err error) {
 	var refusal *upstream.Error
 	if !errors.As(err, &refusal) || !refusal.Origin || refusal.Kind != upstream.NotFound && refusal.Kind != upstream.Unauthorized {
 		return
 	}
-	m.lacking.Add(lackKey{t.Repository, kind, ref}, lack{m.now(), err})
+	m.lacking.Add(lackKey{t.Repository, kind, ref}, lack{at, err})
 }
 
-// obtainable fails if a blob of a manifest is known not to be there. A client
+// obtainable fails if a blob of a manifest is known not to be there, nor here. A client
 // that had the manifest from here would have to take the blobs from here, too;
 // so it is sent to its next source beforehand.
-func (m *Mirror) obtainable(t Target, manifest *tree.Manifest) error {
+func (m *Mirror) obtainable(ctx context.Context, t Target, manifest *tree.Manifest) error {
 	if m.lacking.Len() == 0 {
 		return nil
 	}
 	for _, blob := range manifest.Blobs {
-		if err := m.lacks(t, oci.KindBlob, string(blob.Digest)); err != nil {
+		if err := m.lacks(t, oci.KindBlob, string(blob.Digest)); err != nil && !m.holds(ctx, t, blob.Digest) {
 			return fail(unobtainable, "its blob %s cannot be had: %v", blob.Digest, err)
 		}
 	}
 	return nil
+}
+
+// holds reports whether a blob of a repository is in the store.
+func (m *Mirror) holds(ctx context.Context, t Target, d digest.Digest) bool {
+	known, ok, err := m.tree.Member(ctx, t.Repository, d)
+	if err != nil || !ok || known.Canonical == "" {
+		return false
+	}
+	info, err := m.tree.StatBlob(ctx, known.Canonical)
+	return err == nil && intact(known, info.Size)
 }

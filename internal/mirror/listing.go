@@ -63,8 +63,8 @@ func (x *exchange) tags(ctx context.Context) error {
 		if tag <= last || x.target.Upstream == nil {
 			return tag <= last
 		}
-		state, ok := x.mirror.tags.Get(tagKey{x.target.Repository, tag})
-		return ok && state.standing(x.mirror.now(), x.target.Upstream) >= gone
+		state, ok, err := x.mirror.known(ctx, x.target, tag)
+		return err == nil && ok && state.standing(x.mirror.now(), x.target.Upstream) >= gone
 	})
 	sort.Strings(held)
 	var tags []string

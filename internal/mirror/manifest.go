@@ -77,7 +77,7 @@ func (m *Mirror) manifest(ctx context.Context, t Target, ref oci.Reference, head
 		return m.tag(ctx, t, ref.Tag, head, force)
 	}
 
-	return m.byDigest(ctx, t, ref.Digest, head)
+	return m.byDigest(ctx, t, ref.Digest, head, force)
 }
 
 func notHosted(err error) error {
@@ -88,7 +88,7 @@ func notHosted(err error) error {
 }
 
 // byDigest answers from the store, or by one GET for all who ask.
-func (m *Mirror) byDigest(ctx context.Context, t Target, d digest.Digest, head bool) (*manifestAnswer, error) {
+func (m *Mirror) byDigest(ctx context.Context, t Target, d digest.Digest, head, force bool) (*manifestAnswer, error) {
 	had, err := m.tree.Manifest(ctx, t.Repository, d)
 	if err == nil {
 		return held(had, hit), nil
@@ -96,7 +96,7 @@ func (m *Mirror) byDigest(ctx context.Context, t Target, d digest.Digest, head b
 	if !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	if err := m.lacks(t, oci.KindManifest, string(d)); err != nil {
+	if err := m.lacks(t, oci.KindManifest, string(d)); err != nil && !force {
 		return nil, err
 	}
 	ref := oci.Reference{Digest: d}
@@ -117,7 +117,7 @@ func (m *Mirror) byDigest(ctx context.Context, t Target, d digest.Digest, head b
 		if had, err := m.tree.Manifest(ctx, t.Repository, d); err == nil {
 			return had, nil
 		}
-		return m.fetch(ctx, t, ref)
+		return m.fetch(ctx, t, ref, true)
 	})
 	if err != nil {
 		return nil, err
@@ -126,9 +126,10 @@ func (m *Mirror) byDigest(ctx context.Context, t Target, d digest.Digest, head b
 }
 
 // fetch gets a manifest and stores it, with every tag that is known to mean
-// it.
-func (m *Mirror) fetch(ctx context.Context, t Target, ref oci.Reference) (*tree.Manifest, error) {
-	got, err := t.Upstream.Client.Manifest(ctx, t.Name, ref, true)
+// it. One that cannot be stored is remembered for as long as there is memory.
+// must is as for the upstream.
+func (m *Mirror) fetch(ctx context.Context, t Target, ref oci.Reference, must bool) (*tree.Manifest, error) {
+	got, err := t.Upstream.Client.Manifest(ctx, t.Name, ref, must)
 	if err != nil {
 		return nil, err
 	}
@@ -138,11 +139,7 @@ func (m *Mirror) fetch(ctx context.Context, t Target, ref oci.Reference) (*tree.
 	stored, err := m.tree.PutManifest(ctx, t.Repository, got.Digest, got.Body)
 	if err != nil {
 		m.diskTrouble("storing a manifest", ref.Join(t.Repository), err)
-		parsed, parseErr := oci.ParseManifest(got.Body)
-		if parseErr != nil {
-			return nil, parseErr
-		}
-		return tree.NewManifest(got.Digest, got.Body, parsed), nil
+		return m.tree.Remember(t.Repository, got.Digest, got.Body)
 	}
 	m.settle(ctx, manifestKey{t.Repository, got.Digest})
 	m.expect(t, stored.Manifest)

@@ -3,6 +3,7 @@ package mirror
 import (
 	"context"
 	"errors"
+	"hash/maphash"
 	"io/fs"
 	"sync"
 	"sync/atomic"
@@ -47,18 +48,20 @@ type Mirror struct {
 	ended  bool           // guarded by ending
 	wg     sync.WaitGroup // added to under ending, while not ended
 
-	tags    *lru.Cache[tagKey, tagState]
-	pending *lru.Cache[manifestKey, []string]
-	claims  sync.Mutex
-	pendMu  sync.Mutex // makes changes of pending whole
-	tagMu   sync.Mutex // makes changes of tags whole
-	flights singleflight.Group
-	aheads  chan struct{} // holds a value for each check ahead
-	lacking *lru.Cache[lackKey, lack]
-	probes  *lru.Cache[string, tree.Verdict] // verdicts not worth a record
-	told    *lru.Cache[trouble, time.Time]   // when it was last told of
-	emit    atomic.Pointer[func(string, map[string]any)]
-	coming  *lru.Cache[member, *layers] // of manifests that have just come
+	tags     *lru.Cache[tagKey, tagState]
+	failures *lru.Cache[tagKey, lack] // checks that have failed
+	tagLocks [64]sync.Mutex
+	seed     maphash.Seed
+	pending  *lru.Cache[manifestKey, []string]
+	claims   sync.Mutex
+	pendMu   sync.Mutex // makes changes of pending whole
+	flights  singleflight.Group
+	aheads   chan struct{} // holds a value for each check ahead
+	lacking  *lru.Cache[lackKey, lack]
+	probes   *lru.Cache[string, tree.Verdict] // verdicts not worth a record
+	told     *lru.Cache[trouble, time.Time]   // when it was last told of
+	emit     atomic.Pointer[func(string, map[string]any)]
+	coming   *lru.Cache[member, *layers] // of manifests that have just come
 }
 
 type tagKey struct{ repository, tag string }
@@ -74,6 +77,8 @@ func New(store storage.Store, log *zap.Logger) *Mirror {
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	// lru.New fails only for a size below 1.
 	m.tags, _ = lru.New[tagKey, tagState](maxTags)
+	m.failures, _ = lru.New[tagKey, lack](maxLacks)
+	m.seed = maphash.MakeSeed()
 	m.pending, _ = lru.New[manifestKey, []string](maxTags)
 	m.lacking, _ = lru.New[lackKey, lack](maxLacks)
 	m.probes, _ = lru.New[string, tree.Verdict](10_000)
@@ -146,6 +151,25 @@ func share[T any](ctx context.Context, m *Mirror, key string, f func(context.Con
 		var none T
 		return none, context.Cause(ctx)
 	}
+}
+
+// own is share, and with force makes sure that f has begun after the call: a
+// question that was already under way may be answered by what was true before.
+func own[T any](ctx context.Context, m *Mirror, force bool, key string, f func(context.Context) (T, error)) (got T, err error) {
+	if !force {
+		return share(ctx, m, key, f)
+	}
+	for range 2 { // the flight after the one that is under way will do, whoever began it
+		var mine atomic.Bool
+		got, err = share(ctx, m, "forced "+key, func(ctx context.Context) (T, error) {
+			mine.Store(true)
+			return f(ctx)
+		})
+		if mine.Load() || ctx.Err() != nil {
+			break
+		}
+	}
+	return got, err
 }
 
 // filled logs a fill that has ended: one line each.

@@ -57,7 +57,12 @@ func (m *Mirror) public(ctx context.Context, t Target, kind oci.Kind, ref oci.Re
 	if errors.As(err, &refusal) {
 		switch refusal.Kind {
 		case upstream.NotFound, upstream.Denied:
-			return err
+			// That neither we nor nobody finds one thing says nothing of the
+			// repository; and credentials that have expired must not darken what
+			// everyone could read.
+			if !known || !verdict.Public {
+				return err
+			}
 		case upstream.Invalid, upstream.Refused:
 			known = false // an answer, if an odd one: nothing to believe the old verdict for
 		}

@@ -146,19 +146,9 @@ func (m *Mirror) meant(ctx context.Context, t Target, tag string) (*tree.Manifes
 // that was already under way may have been answered before the push that the
 // caller knows of; the flight after that one will do, whoever began it.
 func (m *Mirror) ask(ctx context.Context, t Target, tag string) (*tree.Manifest, error) {
-	var current *tree.Manifest
-	var err error
-	for range 2 {
-		var mine atomic.Bool
-		current, err = share(ctx, m, "refresh "+oci.Reference{Tag: tag}.Join(t.Repository), func(context.Context) (*tree.Manifest, error) {
-			mine.Store(true)
-			return m.askNow(t, tag)
-		})
-		if mine.Load() || ctx.Err() != nil {
-			break
-		}
-	}
-	return current, err
+	return own(ctx, m, true, "refresh "+oci.Reference{Tag: tag}.Join(t.Repository), func(context.Context) (*tree.Manifest, error) {
+		return m.askNow(t, tag)
+	})
 }
 
 // askNow asks as clients' requests do, in their flights, so that no question of

@@ -60,12 +60,12 @@ type Report struct {
 func (s *Site) ServeHTTP(m *Mirror, w http.ResponseWriter, r *http.Request, route oci.Route) Report {
 	header := w.Header()
 	set(header, "Docker-Distribution-Api-Version", "registry/2.0")
-	x := &exchange{site: s, mirror: m, w: w, r: r, route: route}
+	x := &exchange{site: s, mirror: m, w: w, r: r, route: route, began: m.now()}
 	if err := x.serve(); err != nil {
 		x.report.Err = err
 		if r.Context().Err() == nil {
 			m.tell(x.target, x.about(), err, false)
-			m.learnLack(x.target, route.Kind, route.Ref, err)
+			m.learnLack(x.target, route.Kind, route.Ref, x.began, err)
 		}
 		if r.Context().Err() == nil && !x.report.Abort {
 			refusal(err, route.Kind, r.UserAgent(), x.about()).Write(w, r)
@@ -83,6 +83,7 @@ type exchange struct {
 	route  oci.Route
 	target Target
 	report Report
+	began  time.Time
 }
 
 // about names what was asked for, for error messages.

@@ -3,11 +3,12 @@ package mirror
 import (
 	"context"
 	"errors"
-	"fmt"
+	"hash/maphash"
 	"io/fs"
 	"slices"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/oci"
@@ -49,7 +50,7 @@ func (m *Mirror) tag(ctx context.Context, t Target, tag string, head, force bool
 		if err := m.lacks(t, oci.KindManifest, tag); err != nil && !force {
 			return nil, err
 		}
-		return m.discover(ctx, t, tag, head)
+		return m.discover(ctx, t, tag, head, force)
 	}
 	standing := state.standing(m.now(), t.Upstream)
 	switch {
@@ -72,12 +73,7 @@ func (m *Mirror) tag(ctx context.Context, t Target, tag string, head, force bool
 	case standing == gone:
 		return nil, m.goneSince(t, state)
 	case standing == lost:
-		answer, err := m.discover(ctx, t, tag, head)
-		if err != nil && !saysNone(err) {
-			m.tell(t, oci.Reference{Tag: tag}.Join(t.Upstream.Name+"/"+t.Name), err, true)
-			err = m.goneSince(t, state)
-		}
-		return answer, err
+		return m.recheck(ctx, t, tag, state, head, force)
 	case had != nil && standing == fresh:
 		return m.freshAnswer(t, tag, state, had), nil
 	case had != nil:
@@ -85,12 +81,47 @@ func (m *Mirror) tag(ctx context.Context, t Target, tag string, head, force bool
 	case standing == fresh && head && state.size > 0:
 		return state.describe(), nil
 	case standing == fresh:
-		if answer, err := m.byDigest(ctx, t, state.digest, head); err == nil {
+		if answer, err := m.byDigest(ctx, t, state.digest, head, force); err == nil {
 			return answer, nil
 		}
 		// The tag may have moved on since; ask by name.
 	}
-	return m.discover(ctx, t, tag, head)
+	answer, err := m.discover(ctx, t, tag, head, force)
+	if err == nil || saysNone(err) {
+		return answer, err
+	}
+	// What it meant before may be held still, if there was no room for the new.
+	if d, tagErr := m.tree.Tag(ctx, t.Repository, tag); tagErr == nil && d != state.digest {
+		if had, heldErr := m.tree.Manifest(ctx, t.Repository, d); heldErr == nil {
+			return m.staleAnswer(t, tag, tagState{}, had, err), nil
+		}
+	}
+	return nil, err
+}
+
+// recheck asks whether a tag that is gone is back. Nobody needs it as what is not
+// held is needed, so it stops with all checks before the end of a budget.
+func (m *Mirror) recheck(ctx context.Context, t Target, tag string, state tagState, head, force bool) (*manifestAnswer, error) {
+	if !force && m.failedLately(t, tag) != nil {
+		return nil, m.goneSince(t, state)
+	}
+	ref := oci.Reference{Tag: tag}
+	back, err := own(ctx, m, force, "recheck "+ref.Join(t.Repository), func(ctx context.Context) (tagState, error) {
+		if state, ok := m.justChecked(t, tag); ok && !force {
+			return state, nil
+		}
+		return m.head(ctx, t, tag, false)
+	})
+	switch {
+	case err != nil && saysNone(err):
+		return nil, err
+	case err != nil:
+		m.tell(t, ref.Join(t.Upstream.Name+"/"+t.Name), err, true)
+		return nil, m.goneSince(t, state)
+	case head && back.size > 0:
+		return back.describe(), nil
+	}
+	return m.discover(ctx, t, tag, head, false)
 }
 
 // freshAnswer serves what is held without asking, unless this is when to ask
@@ -121,21 +152,28 @@ func saysNone(err error) bool {
 
 // discover answers for a tag of which nothing is held: HEAD by HEAD, GET by
 // GET, since upstreams count a GET as a pull.
-func (m *Mirror) discover(ctx context.Context, t Target, tag string, head bool) (*manifestAnswer, error) {
+func (m *Mirror) discover(ctx context.Context, t Target, tag string, head, force bool) (*manifestAnswer, error) {
 	ref := oci.Reference{Tag: tag}
 	if head {
-		state, err := share(ctx, m, "head "+ref.Join(t.Repository), func(ctx context.Context) (tagState, error) {
-			if state, ok := m.justChecked(t, tag); ok && state.size > 0 {
+		state, err := own(ctx, m, force, "head "+ref.Join(t.Repository), func(ctx context.Context) (tagState, error) {
+			if state, ok := m.justChecked(t, tag); ok && state.size > 0 && !force {
 				return state, nil
 			}
-			return m.head(ctx, t, tag)
+			return m.head(ctx, t, tag, true)
 		})
 		if err != nil {
 			return nil, err
 		}
-		if state.digest != "" {
+		if state.size > 0 && state.gone.IsZero() {
 			return state.describe(), nil
 		}
+	}
+	if force {
+		asked, err := m.ask(ctx, t, tag)
+		if err != nil {
+			return nil, err
+		}
+		return held(asked, stored), nil
 	}
 	fetched, err := share(ctx, m, "get "+ref.Join(t.Repository), func(ctx context.Context) (*tree.Manifest, error) {
 		if state, ok := m.justChecked(t, tag); ok {
@@ -159,12 +197,13 @@ func (m *Mirror) justChecked(t Target, tag string) (tagState, bool) {
 }
 
 // head asks what a tag means and remembers the answer. The state is empty
-// where the upstream does not say enough.
-func (m *Mirror) head(ctx context.Context, t Target, tag string) (tagState, error) {
+// where the upstream does not say enough; and without a size where more has
+// become known meanwhile.
+func (m *Mirror) head(ctx context.Context, t Target, tag string, must bool) (tagState, error) {
 	at := m.now()
-	described, err := t.Upstream.Client.Head(ctx, t.Name, oci.Reference{Tag: tag}, true)
+	described, err := t.Upstream.Client.Head(ctx, t.Name, oci.Reference{Tag: tag}, must)
 	if err != nil {
-		m.missing(ctx, t, tag, at, err)
+		m.failed(ctx, t, tag, at, err)
 		return tagState{}, err
 	}
 	if described == nil {
@@ -174,44 +213,26 @@ func (m *Mirror) head(ctx context.Context, t Target, tag string) (tagState, erro
 	return m.remember(ctx, t, tag, state), nil
 }
 
-// learn replaces what is known of a tag by the answer to a question that was put
-// at state.checked, unless a later question has been answered before. It returns
-// what is known now, and what was.
-func (m *Mirror) learn(ctx context.Context, t Target, tag string, state tagState) (now, before tagState) {
-	before, _, err := m.known(ctx, t, tag)
-	m.tagMu.Lock()
-	defer m.tagMu.Unlock()
+// failed remembers that the origin has no such tag, so it said when it was asked
+// at the given time; or that it could not be asked.
+func (m *Mirror) failed(ctx context.Context, t Target, tag string, at time.Time, err error) {
 	key := tagKey{t.Repository, tag}
-	if last, ok := m.tags.Get(key); ok {
-		before = last
-	} else if err != nil {
-		before = tagState{}
-	}
-	if before.checked.After(state.checked) {
-		return before, before
-	}
-	state.use = new(use)
-	m.tags.Add(key, state)
-	return state, before
-}
-
-// missing remembers that the origin has no such tag, so it said when it was
-// asked at the given time.
-func (m *Mirror) missing(ctx context.Context, t Target, tag string, at time.Time, err error) {
 	if !saysNone(err) {
+		m.failures.Add(key, lack{at, err})
 		return
 	}
-	// A tag that never was has no state: it may be pushed any moment.
+	defer m.lockTag(key)()
 	state, ok, err := m.known(ctx, t, tag)
-	if err != nil || !ok {
-		return
+	if err != nil || !ok || state.checked.After(at) {
+		return // a tag that never was has no state: it may be pushed any moment
 	}
-	state.checked = at
-	if state.gone.IsZero() {
+	was := state.gone
+	if was.IsZero() {
 		state.gone = at
 	}
-	now, before := m.learn(ctx, t, tag, state)
-	if now.gone.IsZero() || !before.gone.IsZero() {
+	state.checked, state.use = at, new(use)
+	m.tags.Add(key, state)
+	if !was.IsZero() {
 		return
 	}
 	if err := m.tree.SetGone(ctx, t.Repository, tag, at); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -220,40 +241,68 @@ func (m *Mirror) missing(ctx context.Context, t Target, tag string, at time.Time
 	m.log.Info("a tag is gone at its origin", zap.String("reference", oci.Reference{Tag: tag}.Join(t.Repository)), zap.Bool("kept", t.Upstream.keeps(0)))
 }
 
+// failedLately returns why the last check of a tag failed, if that was moments
+// ago: an upstream in trouble is not to be asked by every client.
+func (m *Mirror) failedLately(t Target, tag string) error {
+	failure, ok := m.failures.Get(tagKey{t.Repository, tag})
+	if !ok || m.now().Sub(failure.at) >= min(lackMemory, t.Upstream.TagTTL) {
+		return nil
+	}
+	return failure.err
+}
+
+// lockTag makes a change of what is known of a tag, in memory and in the store,
+// whole. It returns what unlocks.
+func (m *Mirror) lockTag(key tagKey) (unlock func()) {
+	lock := &m.tagLocks[maphash.Comparable(m.seed, key)%uint64(len(m.tagLocks))]
+	lock.Lock()
+	return lock.Unlock
+}
+
 // maxPending bounds the tags that wait for one manifest.
 const maxPending = 16
 
 // remember keeps what a tag means, so the origin said when it was asked at
-// state.checked: in the store if the manifest is held, and otherwise until it
-// is. Clients ask for a tag by HEAD and then fetch by digest; the tag is to be
-// found all the same when the upstream is gone.
+// state.checked, unless a later question has been answered before: in the store if
+// the manifest is held, and otherwise until it is. Clients ask for a tag by HEAD
+// and then fetch by digest; the tag is to be found all the same when the upstream
+// is gone. It returns what is known now.
 func (m *Mirror) remember(ctx context.Context, t Target, tag string, state tagState) tagState {
-	now, before := m.learn(ctx, t, tag, state)
-	if now.use == before.use { // something later is known
-		return now
+	waiting := manifestKey{t.Repository, state.digest}
+	if !m.note(ctx, t, tag, &state, waiting) {
+		return state
 	}
+	// Whoever stores the manifest settles what is pending then. It may have been
+	// stored before the tag was pending.
+	if _, err := m.tree.Manifest(ctx, t.Repository, state.digest); err == nil {
+		m.settle(ctx, waiting)
+	}
+	return state
+}
+
+// note does so in memory, and reports whether that is new.
+func (m *Mirror) note(ctx context.Context, t Target, tag string, state *tagState, waiting manifestKey) bool {
+	key := tagKey{t.Repository, tag}
+	defer m.lockTag(key)()
+	before, ok, err := m.known(ctx, t, tag)
+	if err == nil && ok && before.checked.After(state.checked) {
+		*state = before
+		return false
+	}
+	state.use = new(use)
+	m.tags.Add(key, *state)
 	if !before.gone.IsZero() {
 		if err := m.tree.SetGone(ctx, t.Repository, tag, time.Time{}); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			m.diskTrouble("recording that a tag is back", t.Repository+":"+tag, err)
 		}
 	}
-	if _, ok := m.tree.Warm(t.Repository, now.digest); ok {
-		m.setTag(ctx, t.Repository, tag, now)
-		return now
-	}
-	waiting := manifestKey{t.Repository, now.digest}
 	m.pendMu.Lock()
+	defer m.pendMu.Unlock()
 	tags, _ := m.pending.Get(waiting)
 	if !slices.Contains(tags, tag) && len(tags) < maxPending {
 		m.pending.Add(waiting, append(slices.Clone(tags), tag))
 	}
-	m.pendMu.Unlock()
-	// Whoever stores the manifest settles what is pending then. It may have been
-	// stored before the tag was pending.
-	if _, err := m.tree.Manifest(ctx, t.Repository, now.digest); err == nil {
-		m.settle(ctx, waiting)
-	}
-	return now
+	return true
 }
 
 // settle stores the tags that mean a manifest that is now held, less those
@@ -264,28 +313,28 @@ func (m *Mirror) settle(ctx context.Context, key manifestKey) {
 	m.pending.Remove(key)
 	m.pendMu.Unlock()
 	for _, tag := range tags {
-		state, ok := m.tags.Get(tagKey{key.repository, tag})
-		if !ok {
-			state = tagState{digest: key.digest, checked: m.now()}
-		}
-		if state.digest == key.digest && state.gone.IsZero() {
-			m.setTag(ctx, key.repository, tag, state)
-		}
+		m.setTag(ctx, tagKey{key.repository, tag}, key.digest)
 	}
 }
 
-func (m *Mirror) setTag(ctx context.Context, repository, tag string, state tagState) {
-	if err := m.tree.SetTag(ctx, repository, tag, state.digest, state.checked); err != nil {
-		m.diskTrouble("storing a tag", repository+":"+tag, err)
+// setTag stores what a tag means, if it still does.
+func (m *Mirror) setTag(ctx context.Context, key tagKey, d digest.Digest) {
+	defer m.lockTag(key)()
+	state, ok := m.tags.Get(key)
+	if !ok || state.digest != d || !state.gone.IsZero() {
+		return
+	}
+	if err := m.tree.SetTag(ctx, key.repository, key.tag, d, state.checked); err != nil {
+		m.diskTrouble("storing a tag", key.repository+":"+key.tag, err)
 	}
 }
 
 // fetchTag gets what a tag means and stores both.
 func (m *Mirror) fetchTag(ctx context.Context, t Target, tag string) (*tree.Manifest, error) {
 	at := m.now()
-	stored, err := m.fetch(ctx, t, oci.Reference{Tag: tag})
+	stored, err := m.fetch(ctx, t, oci.Reference{Tag: tag}, true)
 	if err != nil {
-		m.missing(ctx, t, tag, at, err)
+		m.failed(ctx, t, tag, at, err)
 		return nil, err
 	}
 	m.remember(ctx, t, tag, tagState{digest: stored.Digest, checked: at})
@@ -301,10 +350,11 @@ func (m *Mirror) revalidate(ctx context.Context, t Target, tag string, state tag
 	patient, cancel := context.WithTimeoutCause(ctx, checkPatience, errNoAnswer)
 	defer cancel()
 	var current *tree.Manifest
-	var err error
-	if force {
+	err := m.failedLately(t, tag)
+	switch {
+	case force:
 		current, err = m.ask(patient, t, tag)
-	} else {
+	case err == nil:
 		current, err = share(patient, m, checkKey(t, tag), m.checking(t, tag, had))
 	}
 	switch {
@@ -320,13 +370,18 @@ func (m *Mirror) revalidate(ctx context.Context, t Target, tag string, state tag
 		}
 		return nil, err
 	}
+	return m.staleAnswer(t, tag, state, had, err), nil
+}
+
+// staleAnswer serves what is held, since the upstream could not be asked.
+func (m *Mirror) staleAnswer(t Target, tag string, state tagState, had *tree.Manifest, err error) *manifestAnswer {
 	m.tell(t, oci.Reference{Tag: tag}.Join(t.Upstream.Name+"/"+t.Name), err, true)
 	answer := held(had, stale)
 	answer.stale, answer.kept = err.Error(), state.gone
 	if !state.checked.IsZero() {
 		answer.age = m.now().Sub(state.checked)
 	}
-	return answer, nil
+	return answer
 }
 
 func checkKey(t Target, tag string) string { return "check " + t.Repository + ":" + tag }
@@ -351,7 +406,7 @@ func (m *Mirror) check(ctx context.Context, t Target, tag string, had *tree.Mani
 	at := m.now()
 	described, err := t.Upstream.Client.Head(ctx, t.Name, oci.Reference{Tag: tag}, false)
 	if err != nil {
-		m.missing(ctx, t, tag, at, err)
+		m.failed(ctx, t, tag, at, err)
 		return nil, err
 	}
 	if described == nil {
@@ -360,9 +415,11 @@ func (m *Mirror) check(ctx context.Context, t Target, tag string, had *tree.Mani
 	current := had
 	if described.Digest != had.Digest {
 		if current, err = m.tree.Manifest(ctx, t.Repository, described.Digest); err != nil {
-			if current, err = m.fetch(ctx, t, oci.Reference{Digest: described.Digest}); err != nil {
+			if current, err = m.fetch(ctx, t, oci.Reference{Digest: described.Digest}, false); err != nil {
 				// Not wrapped: a 404 of the manifest is not one of the tag.
-				return nil, fmt.Errorf("it means %s now, which cannot be had: %v", described.Digest, err)
+				err = fail(noUpstream, "it means %s now, which cannot be had: %v", described.Digest, err)
+				m.failed(ctx, t, tag, at, err)
+				return nil, err
 			}
 		}
 	}

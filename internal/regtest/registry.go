@@ -289,9 +289,9 @@ func (r *Registry) Fail(f Fault) {
 }
 
 // FailSlowly lets requests for a path wait, before any answer, until the
-// channel is closed.
-func (r *Registry) FailSlowly(path string, until chan struct{}) {
-	r.Fail(Fault{Path: path, wait: until})
+// channel is closed. method is as in Fault.
+func (r *Registry) FailSlowly(method, path string, until chan struct{}) {
+	r.Fail(Fault{Method: method, Path: path, wait: until})
 }
 
 // Heal takes all faults away.

@@ -74,24 +74,22 @@ func (t *Tree) StatBlob(ctx context.Context, canonical digest.Digest) (storage.I
 	return t.store.Stat(ctx, layout.Blob(canonical))
 }
 
-// Close ends the hashing of doubtful blobs, and waits for its end. Whoever waits
-// for one gets an error, and so does every later OpenBlob of one. Nothing may be
+// Close ends the hashing of doubtful blobs and the reading of repositories, and
+// waits for its end. Whoever waits for one gets an error, and so does every later
+// OpenBlob of one. Nothing may be
 // reading manifests or small blobs at that moment: setting a value in ristretto
 // while it is being closed panics. The store may be closed then.
 func (t *Tree) Close() {
-	t.proofs.mu.Lock()
-	t.proofs.closed = true
-	t.proofs.mu.Unlock()
-	t.proofs.cancel(errClosed)
-	t.proofs.wg.Wait()
+	t.life.mu.Lock()
+	t.life.closed = true
+	t.life.mu.Unlock()
+	t.life.cancel(errClosed)
+	t.life.wg.Wait()
 	t.hot.cache.Close()
 }
 
-// proofs are the blobs that are being hashed.
-type proofs struct {
-	flights singleflight.Group
-	slots   chan struct{} // holds a value for each that is being read
-
+// life is what a tree does for nobody in particular.
+type life struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	mu     sync.Mutex
@@ -99,31 +97,37 @@ type proofs struct {
 	wg     sync.WaitGroup // added to under mu, while not closed
 }
 
-func newProofs() *proofs {
-	ctx, cancel := context.WithCancelCause(context.Background())
-	return &proofs{slots: make(chan struct{}, maxProofs), ctx: ctx, cancel: cancel}
+// begin keeps the tree open until wg.Done, or reports that it is closed.
+func (l *life) begin() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.closed {
+		l.wg.Add(1)
+	}
+	return !l.closed
+}
+
+// proofs are the blobs that are being hashed.
+type proofs struct {
+	flights singleflight.Group
+	slots   chan struct{} // holds a value for each that is being read
 }
 
 // proveOnce waits until a blob has been proven. It goes on when nobody waits any
 // more, or a client without patience would never get a large one.
 func (t *Tree) proveOnce(ctx context.Context, canonical digest.Digest) error {
-	p := t.proofs
-	result := p.flights.DoChan(canonical.String(), func() (any, error) {
-		p.mu.Lock()
-		if p.closed {
-			p.mu.Unlock()
+	result := t.proofs.flights.DoChan(canonical.String(), func() (any, error) {
+		if !t.life.begin() {
 			return nil, errClosed
 		}
-		p.wg.Add(1)
-		p.mu.Unlock()
-		defer p.wg.Done()
+		defer t.life.wg.Done()
 		select {
-		case p.slots <- struct{}{}:
-			defer func() { <-p.slots }()
-		case <-p.ctx.Done():
-			return nil, context.Cause(p.ctx)
+		case t.proofs.slots <- struct{}{}:
+			defer func() { <-t.proofs.slots }()
+		case <-t.life.ctx.Done():
+			return nil, context.Cause(t.life.ctx)
 		}
-		return nil, t.prove(p.ctx, canonical)
+		return nil, t.prove(t.life.ctx, canonical)
 	})
 	select {
 	case r := <-result:

@@ -47,7 +47,8 @@ type Tree struct {
 	records   *lru.Cache[string, *Record] // nil: there is none
 	scanned   *lru.Cache[string, struct{}]
 	scans     singleflight.Group
-	proofs    *proofs
+	proofs    proofs
+	life      life
 }
 
 type member struct {
@@ -82,7 +83,10 @@ func New(store storage.Store) *Tree {
 	revisions, _ := lru.New[member, struct{}](maxRevs)
 	records, _ := lru.New[string, *Record](maxRecords)
 	scanned, _ := lru.New[string, struct{}](maxScans)
-	return &Tree{store: store, members: members, revisions: revisions, hot: newHot(), records: records, scanned: scanned, proofs: newProofs()}
+	t := &Tree{store: store, members: members, revisions: revisions, hot: newHot(), records: records, scanned: scanned}
+	t.proofs.slots = make(chan struct{}, maxProofs)
+	t.life.ctx, t.life.cancel = context.WithCancelCause(context.Background())
+	return t
 }
 
 // Heat changes how many bytes of small content are kept in memory. Where there
@@ -124,8 +128,7 @@ type Manifest struct {
 	ETag, Length string
 }
 
-// NewManifest describes a manifest that is stored nowhere.
-func NewManifest(d digest.Digest, body []byte, parsed *oci.Manifest) *Manifest {
+func newManifest(d digest.Digest, body []byte, parsed *oci.Manifest) *Manifest {
 	return &Manifest{Digest: d, Body: body, Manifest: parsed, ETag: `"` + d.String() + `"`, Length: strconv.Itoa(len(body))}
 }
 
@@ -211,7 +214,7 @@ func (t *Tree) readManifest(ctx context.Context, repository string, d, canonical
 	if err != nil {
 		return nil, fmt.Errorf("%w: %s is no manifest: %w", fs.ErrNotExist, d, err)
 	}
-	return t.known(repository, NewManifest(d, body, parsed)), nil
+	return t.known(repository, newManifest(d, body, parsed)), nil
 }
 
 // known remembers a manifest that belongs to a repository, and what it makes a
@@ -275,7 +278,7 @@ func (t *Tree) PutManifest(ctx context.Context, repository string, d digest.Dige
 		}
 	}
 	failpoint.Hit("manifest.linked")
-	return t.known(repository, NewManifest(d, body, parsed)), nil
+	return t.known(repository, newManifest(d, body, parsed)), nil
 }
 
 // Member reports whether a blob belongs to a repository, from memory, its
@@ -324,7 +327,11 @@ func (t *Tree) scan(ctx context.Context, repository string) error {
 			return nil, nil
 		}
 		// For everyone who waits, and not only for who came first.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), scanTimeout)
+		if !t.life.begin() {
+			return nil, errClosed
+		}
+		defer t.life.wg.Done()
+		ctx, cancel := context.WithTimeout(t.life.ctx, scanTimeout)
 		defer cancel()
 		err := t.manifests(ctx, repository, func(*Manifest) {})
 		if err == nil {
@@ -338,6 +345,15 @@ func (t *Tree) scan(ctx context.Context, repository string) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
+}
+
+// Remember keeps a manifest that belongs to a repository in memory only.
+func (t *Tree) Remember(repository string, d digest.Digest, body []byte) (*Manifest, error) {
+	parsed, err := oci.ParseManifest(body)
+	if err != nil {
+		return nil, err
+	}
+	return t.known(repository, newManifest(d, body, parsed)), nil
 }
 
 // manifests reads the manifests of a repository; reading one learns what it

@@ -588,7 +588,7 @@ func TestTargetSilent(t *testing.T) {
 	}{{errors.New("the caller left"), false}, {ErrSlow, true}} {
 		ctx, cancel := context.WithTimeoutCause(t.Context(), 20*time.Millisecond, c.cause)
 		until := make(chan struct{})
-		r.FailSlowly("/blobs/", until)
+		r.FailSlowly("", "/blobs/", until)
 		_, err := source.Open(ctx, fill.Span{Offset: 100, Length: 100})
 		if !errors.Is(err, c.cause) {
 			t.Errorf("%v", err)
