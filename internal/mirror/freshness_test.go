@@ -298,6 +298,7 @@ func TestCheckAhead(t *testing.T) {
 	// Asked for seldom: not ahead.
 	b.pass(50 * time.Second)
 	b.wantManifest(latest, second)
+	b.mirror.wg.Wait()
 	b.wantAsked("")
 }
 
@@ -331,6 +332,14 @@ func TestLacks(t *testing.T) {
 	b.registry.Heal()
 	b.registry.Push("team/app", second, "v2")
 	b.wantManifest("team/app/manifests/v2", second)
+}
+
+// TestLacksNothing: with tag_ttl 0 every request asks.
+func TestLacksNothing(t *testing.T) {
+	b := newBench(t, regtest.Options{}, func(u *Upstream) { u.TagTTL = 0 })
+	b.wantStatus(404, "GET", latest)
+	b.registry.Push("team/app", first, "latest")
+	b.wantManifest(latest, first)
 }
 
 // TestUnobtainable: a manifest whose blobs are known to be gone is refused, so

@@ -121,8 +121,8 @@ func (m *Mirror) refresh(ctx context.Context, t Target, ref oci.Reference, refre
 	if err != nil {
 		return err
 	}
-	if _, err := m.tree.Manifest(ctx, t.Repository, current.Digest); err != nil {
-		return fail(storeFailed, "it means %s now, which could not be stored (%v)", current.Digest, err)
+	if current.Unstored {
+		return fail(storeFailed, "it means %s now, which could not be stored", current.Digest)
 	}
 	refreshed.Digest, refreshed.Changed = current.Digest, refreshed.Before != current.Digest
 	return nil

@@ -274,7 +274,7 @@ func (m *Mirror) remember(ctx context.Context, t Target, tag string, state tagSt
 	}
 	// Whoever stores the manifest settles what is pending then. It may have been
 	// stored before the tag was pending.
-	if _, err := m.tree.Manifest(ctx, t.Repository, state.digest); err == nil {
+	if held, err := m.tree.Manifest(ctx, t.Repository, state.digest); err == nil && !held.Unstored {
 		m.settle(ctx, waiting)
 	}
 	return state
@@ -421,6 +421,11 @@ func (m *Mirror) check(ctx context.Context, t Target, tag string, had *tree.Mani
 				m.failed(ctx, t, tag, at, err)
 				return nil, err
 			}
+		}
+	}
+	if current.Unstored { // there may be room now
+		if stored, err := m.tree.PutManifest(ctx, t.Repository, current.Digest, current.Body); err == nil {
+			current = stored
 		}
 	}
 	m.remember(ctx, t, tag, tagState{digest: described.Digest, checked: at})

@@ -67,7 +67,6 @@ func TestWarmIsPrivate(t *testing.T) {
 	b.asked()
 	b.pass(publicFor)
 	for _, path := range paths[1:] { // it is asked again whether everyone may
-		b.mirror.probes.Purge()
 		b.wantStatus(200, "GET", path)
 		if b.asked() == "" {
 			t.Errorf("%s: an old verdict is believed", path)
@@ -166,12 +165,28 @@ func TestFullThenDown(t *testing.T) {
 		b.wantManifest(latest, second)
 	}
 	b.wantAsked("")
-	b.mirror.tree.Heat(0)
+	memory := b.mirror.tree
+	memory.Heat(0)
 	b.registry.Down()
 	b.pass(time.Minute)
 	if header := b.wantManifest(latest, first); header.Get("Warning") == "" {
 		t.Errorf("%v", header)
 	}
+	// When there is room again, the next check stores it.
+	memory.Heat(DefaultHot)
+	b.registry.Up()
+	b.pass(10 * time.Minute)
+	b.wantManifest(latest, second)
+	b.eventually("it to be in memory", func() bool {
+		_, ok := memory.Warm(repository, second.Digest)
+		return ok
+	})
+	store.full = false
+	b.pass(time.Minute)
+	b.wantManifest(latest, second)
+	b.registry.Down()
+	b.restart()
+	b.wantManifest(latest, second)
 }
 
 // TestTroubleIsBounded: an upstream in trouble is not asked by every client.
@@ -292,9 +307,15 @@ func TestGoneAndBack(t *testing.T) {
 	var wg sync.WaitGroup
 	wg.Go(func() { b.mirror.failed(t.Context(), target, "latest", at, gone) })
 	<-writing
+	back := make(chan struct{})
 	wg.Go(func() {
+		defer close(back)
 		b.mirror.remember(t.Context(), target, "latest", tagState{digest: first.Digest, checked: b.now()})
 	})
+	select { // it waits for the other, or else has time to come first
+	case <-back:
+	case <-time.After(100 * time.Millisecond):
+	}
 	close(goOn)
 	wg.Wait()
 	b.restart()
@@ -347,4 +368,19 @@ func TestGoneInLastTenth(t *testing.T) {
 		b.wantStatus(404, "GET", latest)
 	}
 	b.wantAsked("")
+}
+
+// TestGoneIsNotSettled: a tag that was to be stored with its manifest, and has
+// gone since, is not.
+func TestGoneIsNotSettled(t *testing.T) {
+	b := newBench(t, regtest.Options{}, nil)
+	b.registry.Push("team/app", first, "latest")
+	b.wantStatus(200, "HEAD", latest)
+	b.registry.DeleteTag("team/app", "latest")
+	b.pass(time.Minute)
+	b.wantStatus(404, "HEAD", latest)
+	b.wantManifest("team/app/manifests/"+first.Digest.String(), first)
+	b.restart()
+	b.registry.Down()
+	b.wantStatus(503, "GET", latest)
 }

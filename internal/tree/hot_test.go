@@ -1,13 +1,17 @@
 package tree
 
 import (
+	"context"
 	"errors"
 	"io"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
 	"github.com/caddy-registry/mirror/internal/layout"
+	"github.com/caddy-registry/mirror/storage"
 )
 
 // settle waits until what was set in memory is visible, or dropped.
@@ -128,3 +132,53 @@ func TestNoRecord(t *testing.T) {
 }
 
 var _ io.ReadSeeker = inMemory{} // for ranges
+
+// slow lets the reading of small values wait.
+type slow struct {
+	storage.Store
+	reading chan struct{}
+	goOn    chan struct{}
+}
+
+func (s *slow) Get(ctx context.Context, key string, limit int64) ([]byte, error) {
+	if strings.Contains(key, "/revisions/") {
+		s.reading <- struct{}{}
+		<-s.goOn
+	}
+	return s.Store.Get(ctx, key, limit)
+}
+
+// TestCloseWaitsForScan: a repository is being read for somebody who has left.
+func TestCloseWaitsForScan(t *testing.T) {
+	b := newBench(t)
+	b.put("r", image(digest.FromString("config")))
+	b.restart()
+	s := &slow{Store: b.store, reading: make(chan struct{}), goOn: make(chan struct{})}
+	tree := New(s)
+	ctx, cancel := context.WithCancel(t.Context())
+	left := make(chan error)
+	go func() {
+		_, _, err := tree.Member(ctx, "r", digest.FromString("a layer"))
+		left <- err
+	}()
+	arrive(t, "the scan", s.reading)
+	cancel()
+	if err := arrive(t, "who left", left); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
+	}
+	closed := make(chan error)
+	go func() {
+		tree.Close()
+		closed <- nil
+	}()
+	select {
+	case <-closed:
+		t.Error("closed while a repository is being read")
+	case <-time.After(50 * time.Millisecond):
+		close(s.goOn)
+		arrive(t, "the end", closed)
+	}
+	if _, _, err := tree.Member(t.Context(), "r", digest.FromString("another")); err == nil {
+		t.Error("read after the end")
+	}
+}

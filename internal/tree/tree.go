@@ -124,6 +124,8 @@ type Manifest struct {
 	Digest digest.Digest
 	Body   []byte
 	*oci.Manifest
+	// Unstored says that it is only in memory: there was no room for it.
+	Unstored bool
 	// ETag and Length are Digest and the number of bytes, as headers say them.
 	ETag, Length string
 }
@@ -260,7 +262,7 @@ func canonicalOf(d digest.Digest) digest.Digest {
 
 // PutManifest stores a manifest whose bytes match the digest.
 func (t *Tree) PutManifest(ctx context.Context, repository string, d digest.Digest, body []byte) (*Manifest, error) {
-	parsed, err := oci.ParseManifest(body)
+	parsed, err := parse(d, body)
 	if err != nil {
 		return nil, err
 	}
@@ -349,11 +351,21 @@ func (t *Tree) scan(ctx context.Context, repository string) error {
 
 // Remember keeps a manifest that belongs to a repository in memory only.
 func (t *Tree) Remember(repository string, d digest.Digest, body []byte) (*Manifest, error) {
-	parsed, err := oci.ParseManifest(body)
+	parsed, err := parse(d, body)
 	if err != nil {
 		return nil, err
 	}
-	return t.known(repository, newManifest(d, body, parsed)), nil
+	m := newManifest(d, body, parsed)
+	m.Unstored = true
+	return t.known(repository, m), nil
+}
+
+// parse reads a manifest whose bytes must match the digest.
+func parse(d digest.Digest, body []byte) (*oci.Manifest, error) {
+	if d.Algorithm().FromBytes(body) != d {
+		return nil, fmt.Errorf("a manifest of %d bytes does not match %s", len(body), d)
+	}
+	return oci.ParseManifest(body)
 }
 
 // manifests reads the manifests of a repository; reading one learns what it
