@@ -178,7 +178,7 @@ func TestCloseWaitsForScan(t *testing.T) {
 		close(s.goOn)
 		arrive(t, "the end", closed)
 	}
-	if _, _, err := tree.Member(t.Context(), "r", digest.FromString("another")); err == nil {
+	if _, _, err := tree.Member(t.Context(), "s", digest.FromString("another")); err == nil {
 		t.Error("read after the end")
 	}
 }
