@@ -86,6 +86,9 @@ func parseApp(d *caddyfile.Dispenser, earlier any) (any, error) {
 			if !d.AllArgs(&app.HotCache) {
 				return nil, d.ArgErr()
 			}
+			if app.HotCache == "" {
+				return nil, d.Err(`hot_cache: "" is neither a size such as 64MiB nor off`)
+			}
 			if err := app.Check(); err != nil {
 				return nil, d.WrapErr(err)
 			}

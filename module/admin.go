@@ -38,6 +38,13 @@ func (*Admin) CaddyModule() caddy.ModuleInfo {
 	}
 }
 
+// Provision has the admin API's own metrics show those of the mirror. The app
+// does the same, but where a configuration is rejected before its apps are made,
+// Caddy has already replaced the admin API, with metrics of that configuration.
+func (*Admin) Provision(ctx caddy.Context) error {
+	return registerMetrics(ctx.GetMetricsRegistry())
+}
+
 // Routes returns the routes of the registry app.
 func (*Admin) Routes() []caddy.AdminRoute {
 	return []caddy.AdminRoute{
@@ -154,4 +161,7 @@ func apiError(status int, format string, args ...any) error {
 	return caddy.APIError{HTTPStatus: status, Err: fmt.Errorf(format, args...)}
 }
 
-var _ caddy.AdminRouter = (*Admin)(nil)
+var (
+	_ caddy.Provisioner = (*Admin)(nil)
+	_ caddy.AdminRouter = (*Admin)(nil)
+)

@@ -38,8 +38,16 @@ func startAdmin(t *testing.T, app string) *mirror {
 // post sends a body to the admin API.
 func (m *mirror) post(path, body string) *answer {
 	m.t.Helper()
+	return m.ask(func() (*http.Response, error) {
+		return client.Post("http://"+m.admin+path, "application/json", strings.NewReader(body))
+	})
+}
+
+// ask asks the admin API.
+func (m *mirror) ask(request func() (*http.Response, error)) *answer {
+	m.t.Helper()
 	for {
-		resp, err := client.Post("http://"+m.admin+path, "application/json", strings.NewReader(body))
+		resp, err := request()
 		if err == nil {
 			defer resp.Body.Close()
 			read, err := io.ReadAll(resp.Body)

@@ -63,8 +63,7 @@ type App struct {
 	emit      func(event string, data map[string]any)
 	state     *state
 	upstreams *mirror.Upstreams
-	sites     int    // mirror sites of this configuration
-	before    tuning // of the state, before this configuration's Start
+	sites     int // mirror sites of this configuration
 }
 
 // CaddyModule returns the Caddy module information.
@@ -196,8 +195,7 @@ func (a *App) Start() error {
 	if _, err := a.state.open(context.Background()); err != nil {
 		return err
 	}
-	var err error
-	if a.before, err = a.state.tune(tuning{a.backend, a.log, mirror.Settings{Hot: a.hot, Emit: a.emit}}); err != nil {
+	if err := a.state.tune(tuning{a.backend, a.log, mirror.Settings{Hot: a.hot, Emit: a.emit}}); err != nil {
 		return err
 	}
 	if a.sites > 0 {
@@ -225,7 +223,7 @@ func (a *App) Cleanup() error {
 	// Another app may have failed to start after this one: then the
 	// configuration before it runs on, and its settings are put back.
 	if !caddy.Exiting() {
-		a.state.untune(a.backend, a.before)
+		a.state.untune(a.backend)
 	}
 	return a.state.unuse()
 }

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/regtest"
+	"github.com/caddy-registry/mirror/module"
 )
 
 // halfPulled starts a pull that stands still in the middle until the returned
@@ -306,4 +308,47 @@ func TestAccessLog(t *testing.T) {
 	if text, _ := lines[1]["registry_error"].(string); !strings.Contains(text, "404") {
 		t.Errorf("registry_error: %v", lines[1])
 	}
+}
+
+// TestReloadKeepsNothing: a configuration that has been replaced is collected,
+// and its secrets with it.
+func TestReloadKeepsNothing(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	image := regtest.NewImage("x")
+	up.Push("library/x", image, "latest")
+	m := start(t, upstreamFor("docker.io", up, "tag_ttl 0"), "")
+	collected := make(chan int, 3)
+	watch := func(n int) {
+		t.Helper()
+		app, err := caddy.ActiveContext().AppIfConfigured("registry")
+		if err != nil {
+			t.Fatal(err)
+		}
+		runtime.AddCleanup(app.(*module.App), func(n int) { collected <- n }, n)
+	}
+	// The latest runs, and nothing of the others is needed, nor of one that was
+	// rejected in between.
+	for n := range cap(collected) {
+		watch(n)
+		m.pull("library/x", "latest", image)
+		if err := m.load(upstreamFor("docker.io", up, "tag_ttl 0", "credentials a {env.SURELY_NOT_SET}"), ""); err == nil {
+			t.Fatal("loaded with a secret that is not set")
+		}
+		if err := m.load(upstreamFor("docker.io", up, fmt.Sprintf("tag_ttl %dms", n+1)), ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m.pull("library/x", "latest", image)
+	left := map[int]bool{0: true, 1: true, 2: true}
+	eventually(t, "three old configurations to be collected", func() bool {
+		runtime.GC()
+		for {
+			select {
+			case n := <-collected:
+				delete(left, n)
+			default:
+				return len(left) == 0
+			}
+		}
+	})
 }

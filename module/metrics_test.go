@@ -168,3 +168,31 @@ func TestMetrics(t *testing.T) {
 		t.Errorf("%v, of a store that is closed", got)
 	}
 }
+
+// TestAdminMetrics: the admin API shows metrics of what runs, also after
+// configurations that were rejected before their apps were made.
+func TestAdminMetrics(t *testing.T) {
+	up, image, left := hub(t, regtest.Options{})
+	m := startAdmin(t, upstreamFor("docker.io", up))
+	left(70)
+	m.pull("library/x", "latest", image)
+	series := fmt.Sprintf("caddy_registry_upstream_ratelimit_remaining{account=\"\",endpoint=%q,upstream=\"docker.io\"} 70\n", up.URL)
+	wants := func(when string) {
+		t.Helper()
+		a := m.ask(func() (*http.Response, error) { return client.Get("http://" + m.admin + "/metrics") })
+		if n := strings.Count(string(a.body), series); n != 1 {
+			t.Errorf("%s: %d, and %d times %s", when, a.StatusCode, n, series)
+		}
+	}
+	wants("at first")
+	for i := range 5 {
+		if err := m.loadJSON(fmt.Appendf(nil, `{"admin": {"listen": %q, "config": {"persist": false}}, "apps": {"nosuchapp": {}}}`, m.admin)); err == nil {
+			t.Fatal("it was loaded")
+		}
+		wants(fmt.Sprintf("after %d rejected reloads", i+1))
+	}
+	if err := m.load(upstreamFor("docker.io", up, "tag_ttl 5m"), ""); err != nil {
+		t.Fatal(err)
+	}
+	wants("after a reload")
+}

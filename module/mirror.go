@@ -137,16 +137,19 @@ func (m *Mirror) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhtt
 		mirror.Unavailable(w, r, err)
 		return nil
 	}
-	report := m.site.ServeHTTP(open, newSender(w, r), r, route)
+	to := newSender(w, r)
+	report := m.site.ServeHTTP(open, to, r, route)
 	if extra, ok := r.Context().Value(caddyhttp.ExtraLogFieldsCtxKey).(*caddyhttp.ExtraLogFields); ok {
 		line := zap.Inline(&logged{report})
 		line.Key = "registry" // is not written, but tells it from another handler's
 		extra.Set(line)
 	}
-	if report.Abort && r.Context().Err() == nil {
-		m.log.Warn("answer broken off", zap.String("repository", report.Repository), zap.String("reference", report.Reference), zap.Error(report.Err))
-	}
 	if report.Abort {
+		level := zapcore.WarnLevel
+		if to.hungUp() {
+			level = zapcore.DebugLevel
+		}
+		m.log.Log(level, "answer broken off", zap.String("repository", report.Repository), zap.String("reference", report.Reference), zap.Error(report.Err))
 		panic(http.ErrAbortHandler)
 	}
 	return nil

@@ -359,34 +359,76 @@ func TestEmptyBlob(t *testing.T) {
 }
 
 // TestRejectedSettings: a configuration that fails after the store took its
-// settings leaves none of them.
+// settings leaves none of them: how much stays free, what is in memory, and who
+// is told of events are as before.
 func TestRejectedSettings(t *testing.T) {
 	up := regtest.New(t, regtest.Options{NoToken: true})
-	m := start(t, upstreamFor("docker.io", up), "")
+	m := start(t, "", "")
 	busy, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer busy.Close()
-	adapted, err := m.adapt("storage disk "+m.dir+" {\n min_free 99.9%\n}\n"+upstreamFor("docker.io", up), "")
-	if err != nil {
+	config := func(app string, subscribed bool, fails bool) []byte {
+		t.Helper()
+		adapted, err := m.adapt(app+upstreamFor("docker.io", up, "tag_ttl 0"), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var cfg map[string]map[string]any
+		if err := json.Unmarshal(adapted, &cfg); err != nil {
+			t.Fatal(err)
+		}
+		if subscribed {
+			cfg["apps"]["events"] = map[string]any{"subscriptions": []any{map[string]any{
+				"events": []string{"upstream_down"}, "handlers": []any{map[string]any{"handler": "recorder"}},
+			}}}
+		}
+		if fails {
+			servers := cfg["apps"]["http"].(map[string]any)["servers"].(map[string]any)
+			servers["other"] = map[string]any{"listen": []string{busy.Addr().String()}}
+		}
+		if adapted, err = json.Marshal(cfg); err != nil {
+			t.Fatal(err)
+		}
+		return adapted
+	}
+	if err := m.loadJSON(config("", true, false)); err != nil {
 		t.Fatal(err)
 	}
-	var cfg map[string]any
-	if err := json.Unmarshal(adapted, &cfg); err != nil {
-		t.Fatal(err)
-	}
-	servers := cfg["apps"].(map[string]any)["http"].(map[string]any)["servers"].(map[string]any)
-	servers["other"] = map[string]any{"listen": []string{busy.Addr().String()}}
-	if adapted, err = json.Marshal(cfg); err != nil {
-		t.Fatal(err)
-	}
+	bad := config("storage disk "+m.dir+" {\n min_free 99.9%\n}\nhot_cache off\n", false, true)
 	for i := range 10 { // Caddy starts apps in any order
-		if err := m.loadJSON(adapted); err == nil {
+		if err := m.loadJSON(bad); err == nil {
 			t.Fatal("it was loaded")
 		}
 		image := regtest.NewImage(fmt.Sprint(i), regtest.Random(fmt.Sprint(i), 1000))
 		up.Push("library/x", image, fmt.Sprint(i))
 		m.pull("library/x", fmt.Sprint(i), image)
+		for _, blob := range image.Blobs {
+			eventually(t, "the blob to be held", func() bool { return len(kept(m.dir, blob.Digest)) == 1 && len(spooled(m.dir)) == 0 })
+		}
+		eventually(t, "the config to be in memory", func() bool {
+			path := "/v2/library/x/blobs/" + image.Blobs[0].Digest.String()
+			m.do("GET", path)
+			show := m.hide()
+			defer show()
+			up.Fail(regtest.Fault{Path: path, Status: http.StatusNotFound})
+			defer up.Heal()
+			return m.do("GET", path).StatusCode == http.StatusOK
+		})
+	}
+	if lines := m.logs.with("disk trouble"); len(lines) != 0 {
+		t.Error(lines)
+	}
+	up.Down()
+	defer up.Up()
+	m.want(200, "GET", "/v2/library/x/manifests/0")
+	select {
+	case e := <-recorded:
+		if e.Name() != "upstream_down" {
+			t.Errorf("event %s", e.Name())
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("nobody was told that the upstream is down")
 	}
 }

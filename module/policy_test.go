@@ -1,6 +1,7 @@
 package module_test
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -491,4 +492,35 @@ func TestClassIsForEver(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.wantError(404, oci.CodeNameUnknown, "GET", "/v2/apps/web/manifests/v1", "mirror of docker.io", "other.test")
+}
+
+// TestOnMissing: what becomes of a tag that its origin has no more, and that a
+// refresh says so either way.
+func TestOnMissing(t *testing.T) {
+	for _, keep := range []bool{false, true} {
+		t.Run(fmt.Sprint("keep ", keep), func(t *testing.T) {
+			up := regtest.New(t, regtest.Options{})
+			image := regtest.NewImage("x")
+			up.Push("library/x", image, "latest")
+			policy := "on_missing follow"
+			if keep {
+				policy = "on_missing keep"
+			}
+			m := startAdmin(t, upstreamFor("docker.io", up, "tag_ttl 0", policy))
+			m.pull("library/x", "latest", image)
+			up.DeleteTag("library/x", "latest")
+			const path = "/v2/library/x/manifests/latest"
+			for range 2 {
+				m.wantRefusal(404, `{"reference": "x"}`, referenceX, up.URL)
+				if !keep {
+					m.want(404, "GET", path)
+					continue
+				}
+				a := m.want(200, "GET", path)
+				if !bytes.Equal(a.body, image.Data) || !strings.HasPrefix(a.Header.Get("Warning"), "299 - ") {
+					t.Errorf("%q, %v", a.body, a.Header)
+				}
+			}
+		})
+	}
 }

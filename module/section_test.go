@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptrace"
+	"os"
 	"strings"
 	"sync"
 	"syscall"
@@ -319,5 +320,56 @@ func TestSlowClients(t *testing.T) {
 	}
 	if body, err := io.ReadAll(resp.Body); err == nil || len(body) == len(layer.Data) {
 		t.Errorf("%d bytes arrived, %v", len(body), err)
+	}
+}
+
+// TestHangUps: a client that goes away is nothing to warn of, and a source that
+// fails is.
+func TestHangUps(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	layer := regtest.Random("x", 24<<20)
+	up.Push("library/x", regtest.NewImage("x", layer), "latest")
+	m := start(t, upstreamFor("docker.io", up), "")
+	path := "/v2/library/x/blobs/" + layer.Digest.String()
+	const message = "answer broken off"
+	m.want(200, "GET", "/v2/library/x/manifests/latest")
+	m.want(200, "GET", path)
+	eventually(t, "the blob to be held", func() bool { return len(m.logs.with("filled")) == 1 && len(spooled(m.dir)) == 0 })
+
+	const clients = 20
+	address := strings.TrimPrefix(m.URL, "http://")
+	for range clients {
+		conn, err := net.Dial("tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\n\r\n", path, address)
+		if _, err := io.CopyN(io.Discard, conn, 100_000); err != nil {
+			t.Error(err)
+		}
+		conn.Close()
+	}
+	eventually(t, "all answers to be broken off", func() bool { return len(m.logs.with(message)) == clients })
+	for _, line := range m.logs.with(message) {
+		if line["level"] != "debug" {
+			t.Error(line)
+		}
+	}
+
+	resp := m.open("GET", path) // more than fits into buffers on the way
+	defer resp.Body.Close()
+	files := kept(m.dir, layer.Digest)
+	if len(files) != 1 {
+		t.Fatalf("kept: %q", files)
+	}
+	if err := os.Truncate(files[0], 23<<20); err != nil {
+		t.Fatal(err)
+	}
+	if body, err := io.ReadAll(resp.Body); err == nil {
+		t.Errorf("%d bytes, and no error", len(body))
+	}
+	eventually(t, "another answer to be broken off", func() bool { return len(m.logs.with(message)) == clients+1 })
+	if line := m.logs.with(message)[clients]; line["level"] != "warn" {
+		t.Error(line)
 	}
 }

@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"sync"
+	"syscall"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
@@ -32,6 +34,8 @@ type sender struct {
 	begun  bool                         // some of a section is out
 	led    bool                         // the lead is out
 	direct bool                         // the connection has asked for a descriptor
+	left   bool                         // the client went away before it had everything
+	late   bool                         // it took nothing for too long
 }
 
 const (
@@ -56,8 +60,26 @@ func newSender(w http.ResponseWriter, r *http.Request) *sender {
 // Unwrap is for http.ResponseController.
 func (s *sender) Unwrap() http.ResponseWriter { return s.ResponseWriter }
 
-// ReadFrom keeps what the writer below has to offer.
-func (s *sender) ReadFrom(r io.Reader) (int64, error) { return io.Copy(s.ResponseWriter, r) }
+func (s *sender) Write(p []byte) (int, error) {
+	n, err := s.ResponseWriter.Write(p)
+	if err != nil {
+		s.late = errors.Is(err, os.ErrDeadlineExceeded)
+		s.left = !s.late
+	}
+	return n, err
+}
+
+// hungUp reports whether an answer is not complete because the client went away
+// by itself. A write fails before net/http has noticed that, and ends the
+// request's context for a deadline, too.
+func (s *sender) hungUp() bool { return !s.late && (s.left || s.ctx.Err() != nil) }
+
+// ReadFrom copies, so that it shows which side has failed.
+func (s *sender) ReadFrom(r io.Reader) (int64, error) {
+	buffer := smallBuffers.Get().(*[small]byte)
+	defer smallBuffers.Put(buffer)
+	return io.CopyBuffer(struct{ io.Writer }{s}, struct{ io.Reader }{r}, buffer[:])
+}
 
 // WriteSection implements [section.Writer].
 func (s *sender) WriteSection(r *section.Reader) (total int64, err error) {
@@ -76,7 +98,11 @@ func (s *sender) WriteSection(r *section.Reader) (total int64, err error) {
 		}
 		// net/http ends the context when it could not write all of what it had
 		// in a buffer: then there is no going on.
-		if n == 0 || !s.direct || !errors.Is(err, os.ErrDeadlineExceeded) || s.ctx.Err() != nil {
+		// None of these errors is a file's.
+		late := errors.Is(err, os.ErrDeadlineExceeded)
+		if n == 0 || !s.direct || !late || s.ctx.Err() != nil {
+			s.late = late
+			s.left = s.left || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, net.ErrClosed)
 			return total, err
 		}
 		if err := r.Rewind(left - n); err != nil {
@@ -95,7 +121,7 @@ func (s *sender) write(r *section.Reader, left int64) (int64, error) {
 		}
 		buffer := smallBuffers.Get().(*[small]byte)
 		defer smallBuffers.Put(buffer)
-		return io.CopyBuffer(struct{ io.Writer }{s.ResponseWriter}, struct{ io.Reader }{r}, buffer[:])
+		return io.CopyBuffer(struct{ io.Writer }{s}, struct{ io.Reader }{r}, buffer[:])
 	}
 	if s.idle == nil {
 		if err := r.Lend(0); err != nil {

@@ -37,6 +37,7 @@ type state struct {
 	opening sync.Mutex
 	store   storage.Store // guarded by opening
 	tuned   tuning        // guarded by opening
+	before  tuning        // guarded by opening: what tuned has replaced, until that has ended
 	mirror  atomic.Pointer[mirror.Mirror]
 }
 
@@ -147,31 +148,37 @@ type tuning struct {
 	mirror  mirror.Settings
 }
 
-// tune gives the state the settings of a configuration that starts, and returns
-// those it had.
-func (s *state) tune(to tuning) (before tuning, err error) {
+// tune gives the state the settings of a configuration that starts, and keeps
+// those it had until one of the two configurations has ended.
+func (s *state) tune(to tuning) error {
 	s.opening.Lock()
 	defer s.opening.Unlock()
 	if s.store == nil {
-		return tuning{}, fmt.Errorf("%s is not open", s.identity)
+		return fmt.Errorf("%s is not open", s.identity)
 	}
 	if err := to.backend.Configure(s.store); err != nil {
-		return tuning{}, err
+		return err
 	}
-	before, s.tuned = s.tuned, to
+	s.before, s.tuned = s.tuned, to
 	s.core.current.Store(to.log)
 	s.mirror.Load().Set(to.mirror)
-	return before, nil
+	return nil
 }
 
-// untune puts back the settings that a configuration found, if its own are the
-// latest.
-func (s *state) untune(latest storage.Backend, before tuning) {
+// untune is for a configuration that ends: if its settings are the latest, it
+// puts back those that they replaced. Settings hold their whole configuration,
+// with its secrets, so those that nobody can want back are forgotten.
+func (s *state) untune(ends storage.Backend) {
 	s.opening.Lock()
 	defer s.opening.Unlock()
-	if s.tuned.backend != latest || before.backend == nil || s.store == nil {
+	before := s.before
+	if before.backend == ends {
+		s.before = tuning{}
+	}
+	if s.tuned.backend != ends || before.backend == nil || s.store == nil {
 		return
 	}
+	s.before = tuning{}
 	if err := before.backend.Configure(s.store); err != nil {
 		s.log.Error("putting settings back", zap.String("store", s.identity), zap.Error(err))
 		return

@@ -5,6 +5,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/caddy-registry/mirror/internal/upstream"
 )
@@ -277,5 +278,20 @@ func TestPattern(t *testing.T) {
 		if p, err := ParsePattern(s); err == nil {
 			t.Errorf("ParsePattern(%q) = %v, want an error", s, p)
 		}
+	}
+}
+
+// TestWildcardSettings: what is configured for a wildcard holds for each of its
+// hosts.
+func TestWildcardSettings(t *testing.T) {
+	w := wildcard(t, "*.pkg.dev", nil)
+	w.TagTTL, w.Keep, w.KeepFor, w.Connections = time.Hour, true, time.Minute, 7
+	u := newUpstreams(t, []*Upstream{w})
+	target, _, err := u.Find("europe-docker.pkg.dev/org/x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if up := target.Upstream; up == w || up.TagTTL != w.TagTTL || !up.Keep || up.KeepFor != w.KeepFor || up.Connections != w.Connections {
+		t.Errorf("%+v", up)
 	}
 }

@@ -1,6 +1,8 @@
 package tree
 
 import (
+	"sync"
+
 	"github.com/dgraph-io/ristretto/v2"
 	"github.com/opencontainers/go-digest"
 )
@@ -23,7 +25,9 @@ const (
 // after it was set, or drops it. Nothing in it is ever wrong, since content
 // never changes; who may see it is decided elsewhere, by revisions and members.
 type hot struct {
-	cache *ristretto.Cache[string, *warm]
+	cache   *ristretto.Cache[string, *warm]
+	heating sync.Mutex
+	size    int64 // guarded by heating
 }
 
 // warm is content in memory. It is never changed.
@@ -42,7 +46,21 @@ func newHot() *hot {
 	if err != nil {
 		panic(err) // the numbers above are positive
 	}
-	return &hot{cache}
+	return &hot{cache: cache, size: DefaultHot}
+}
+
+// heat changes how many bytes are kept. ristretto frees nothing when its bound
+// falls, and later only as it admits something: so all go where there is less
+// room, and come again as they are asked for. Clear may run beside Get and Set:
+// nothing is made visible while it runs.
+func (h *hot) heat(size int64) {
+	h.heating.Lock()
+	defer h.heating.Unlock()
+	h.cache.UpdateMaxCost(max(size, 1))
+	if size < h.size {
+		h.cache.Clear()
+	}
+	h.size = size
 }
 
 func (h *hot) get(d digest.Digest) (*warm, bool) { return h.cache.Get(string(d)) }

@@ -3,8 +3,10 @@ package tree
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -66,6 +68,80 @@ func TestHotDrops(t *testing.T) {
 	b.settle()
 	if _, ok := b.Warm("r", d); !ok {
 		t.Error("it is not warm though there is room now")
+	}
+}
+
+// warmed is how many values there are in memory.
+func (b *bench) warmed() (n int) {
+	b.settle()
+	b.hot.cache.IterValues(func(*warm) (stop bool) {
+		n++
+		return false
+	})
+	return n
+}
+
+// TestHeatLess: what there is no room for any more goes though nothing comes.
+func TestHeatLess(t *testing.T) {
+	b := newBench(t)
+	const size = 50_000
+	var blobs []digest.Digest
+	for i := range 200 {
+		d := b.blob(fmt.Sprintf("%*d", size, i))
+		b.opens(d, fmt.Sprintf("%*d", size, i))
+		b.settle()
+		blobs = append(blobs, d)
+	}
+	if n := b.warmed(); n != len(blobs) {
+		t.Fatalf("%d in memory", n)
+	}
+	b.Heat(DefaultHot) // changes nothing
+	b.Heat(2 * DefaultHot)
+	if n := b.warmed(); n != len(blobs) {
+		t.Errorf("%d in memory, with more room than before", n)
+	}
+	const less = 1 << 20
+	b.Heat(less)
+	if n := b.warmed(); n > less/size {
+		t.Errorf("%d blobs of %d bytes in memory where %d bytes may be", n, size, less)
+	}
+	for i, d := range blobs {
+		b.opens(d, fmt.Sprintf("%*d", size, i))
+		b.settle()
+	}
+	if n := b.warmed(); n == 0 || n > less/size {
+		t.Errorf("%d blobs of %d bytes in memory where %d bytes may be", n, size, less)
+	}
+}
+
+// TestHeatMeanwhile: the size changes while content comes and is asked for.
+func TestHeatMeanwhile(t *testing.T) {
+	b := newBench(t)
+	var blobs []digest.Digest
+	for i := range 20 {
+		blobs = append(blobs, b.blob(fmt.Sprintf("%50000d", i)))
+	}
+	var wg sync.WaitGroup
+	for g := range 4 {
+		wg.Go(func() {
+			for i := range 200 {
+				if g < 2 {
+					b.Heat(int64(1+(i+g)%3) << 17)
+					continue
+				}
+				content, _, err := b.OpenBlob(t.Context(), blobs[i%len(blobs)])
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				content.Close()
+			}
+		})
+	}
+	wg.Wait()
+	b.Heat(0)
+	if n := b.warmed(); n != 0 {
+		t.Errorf("%d in memory without room", n)
 	}
 }
 

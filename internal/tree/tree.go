@@ -89,14 +89,9 @@ func New(store storage.Store) *Tree {
 	return t
 }
 
-// Heat changes how many bytes of small content are kept in memory. Where there
-// is less room now, what comes next makes the others go; with 0 all go at once.
-func (t *Tree) Heat(size int64) {
-	t.hot.cache.UpdateMaxCost(max(size, 1))
-	if size <= 0 {
-		t.hot.cache.Clear()
-	}
-}
+// Heat changes how many bytes of small content are kept in memory. Where that is
+// less than before, what is there goes at once.
+func (t *Tree) Heat(size int64) { t.hot.heat(size) }
 
 // link reads a link. A link that does not hold a digest, as a crash may leave
 // it, is absent.
