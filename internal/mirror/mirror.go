@@ -121,7 +121,8 @@ type Settings struct {
 	// Emit is told what an operator may want to act on; nil: nobody is. Its
 	// events have `reference` and `error`: upstream_down, upstream_denied and
 	// rate_limited besides `upstream`, digest_mismatch `endpoint`, and
-	// storage_full no more. None comes more often than once a minute.
+	// storage_full no more. Each comes once a minute at most, for each upstream
+	// or repository.
 	Emit func(event string, data map[string]any)
 }
 

@@ -24,6 +24,8 @@ const (
 	rateLimited    = "rate_limited"
 	storageFull    = "storage_full"
 	digestMismatch = "digest_mismatch"
+
+	diskFailed = "" // is logged only
 )
 
 // tellEvery is how often one trouble is told of.
@@ -84,11 +86,10 @@ func (m *Mirror) tell(t Target, about string, err error, held bool) {
 // diskTrouble logs that something could not be stored. The client need not
 // suffer from our disk, nor the log.
 func (m *Mirror) diskTrouble(doing, about string, err error) {
-	if !m.due(trouble{storageFull, ""}) {
-		return
+	if m.due(trouble{diskFailed, ""}) {
+		m.log.Error("disk trouble", zap.String("while", doing), zap.String("reference", about), zap.Error(err))
 	}
-	m.log.Error("disk trouble", zap.String("while", doing), zap.String("reference", about), zap.Error(err))
-	if errors.Is(err, storage.ErrFull) || errors.Is(err, syscall.ENOSPC) {
+	if (errors.Is(err, storage.ErrFull) || errors.Is(err, syscall.ENOSPC)) && m.due(trouble{storageFull, ""}) {
 		m.event(storageFull, map[string]any{"reference": about, "error": err.Error()})
 	}
 }
