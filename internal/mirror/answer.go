@@ -31,7 +31,7 @@ func (x *exchange) warm(ref oci.Reference, head bool) (bool, error) {
 	case x.route.Kind == oci.KindBlob && x.r.Header["Range"] == nil && x.r.Header["If-None-Match"] == nil:
 		if body, ok := x.mirror.tree.WarmBlob(x.target.Repository, ref.Digest); ok {
 			x.cached(hit)
-			x.describeBlob(ref.Digest)
+			x.blobHeaders(ref.Digest)
 			set(x.w.Header(), "Content-Length", strconv.Itoa(len(body)))
 			x.w.WriteHeader(http.StatusOK)
 			if !head {
@@ -104,8 +104,8 @@ func (x *exchange) sendManifest(answer *manifestAnswer, ref oci.Reference, head 
 	return nil
 }
 
-// describeBlob sets the headers that every answer about a blob has.
-func (x *exchange) describeBlob(d digest.Digest) {
+// blobHeaders sets the headers that every answer about a blob has.
+func (x *exchange) blobHeaders(d digest.Digest) {
 	// Encoding a blob would take its length and its ranges away; containerd
 	// invites it by offering zstd and gzip.
 	set(x.w.Header(), "Content-Type", "application/octet-stream", "Docker-Content-Digest", string(d), "Etag", quoted(d), "Accept-Ranges", "bytes", "Cache-Control", forever)

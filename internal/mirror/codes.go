@@ -80,9 +80,9 @@ var codes = map[situation]struct {
 	storeFailed: {manifest: cell{http.StatusServiceUnavailable, oci.CodeUnavailable}, remedy: "the mirror's log tells more"},
 }
 
-// patience is when a client that waits is to ask again, where the upstream does
+// askAgain is when a client that waits is to ask again, where the upstream does
 // not say.
-const patience = 5 * time.Second
+const askAgain = 5 * time.Second
 
 // patient reports whether a client is of the family of containers/image. The
 // library calls itself containers/5.36; programs put their own name.
@@ -163,7 +163,7 @@ func refusal(err error, kind oci.Kind, userAgent, about string) *oci.Error {
 	}
 	e := &oci.Error{Status: says.status, Code: says.code, Message: f.message, RetryAfter: f.after}
 	if says.status == http.StatusTooManyRequests && f.after == 0 {
-		e.RetryAfter = patience
+		e.RetryAfter = askAgain
 	}
 	if about != "" {
 		e.Message = about + ": " + e.Message

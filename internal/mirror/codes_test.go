@@ -58,7 +58,7 @@ func TestCodes(t *testing.T) {
 					if got := fmt.Sprint(e.Status, " ", e.Code); got != cell {
 						t.Errorf("situation %d for %q, %v: %s, want %s", s, agent, kind, got, cell)
 					}
-					if e.Status == http.StatusTooManyRequests && e.RetryAfter != patience || !strings.HasPrefix(e.Message, "reg.example/x:1: why") {
+					if e.Status == http.StatusTooManyRequests && e.RetryAfter != askAgain || !strings.HasPrefix(e.Message, "reg.example/x:1: why") {
 						t.Errorf("situation %d: %+v", s, e)
 					}
 				}

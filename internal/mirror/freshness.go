@@ -49,7 +49,7 @@ const (
 )
 
 // standing is the freshness table of a mirrored tag. What an answer of the
-// upstream does is in check, missing and remember.
+// upstream does is in check, failed and remember.
 func (s tagState) standing(now time.Time, u *Upstream) standing {
 	there := s.gone.IsZero() || u.keeps(now.Sub(s.gone))
 	recent := !s.checked.IsZero() && now.Sub(s.checked) < u.TagTTL

@@ -13,11 +13,13 @@ import (
 )
 
 // lackMemory is how long it is remembered that the upstream does not have
-// something that is not held, unless tag_ttl is shorter. Clients that look for
-// signatures ask for what is not there again and again.
+// something that is not held, or that a check has failed, unless tag_ttl is
+// shorter. Clients that look for signatures ask for what is not there again and
+// again.
 const lackMemory = 10 * time.Second
 
-// A lack is the upstream's word that it does not have something.
+// A lack is why something was not to be had from the upstream, when it was asked
+// for at the given time.
 type lack struct {
 	at  time.Time
 	err error
@@ -52,13 +54,16 @@ func (m *Mirror) learnLack(t Target, kind oci.Kind, ref string, at time.Time, er
 		return
 	}
 	m.lacking.Add(lackKey{t.Repository, kind, ref}, lack{at, err})
+	if kind == oci.KindBlob {
+		m.blobLack.Store(at.UnixNano())
+	}
 }
 
-// obtainable fails if a blob of a manifest is known not to be there, nor here. A client
-// that had the manifest from here would have to take the blobs from here, too;
-// so it is sent to its next source beforehand.
+// obtainable fails if a blob of a manifest is known not to be there, nor here. A
+// client that had the manifest from here would have to take the blobs from here,
+// too; so it is sent to its next source beforehand.
 func (m *Mirror) obtainable(ctx context.Context, t Target, manifest *tree.Manifest) error {
-	if m.lacking.Len() == 0 {
+	if m.now().Sub(time.Unix(0, m.blobLack.Load())) >= lackMemory { // as nearly always
 		return nil
 	}
 	for _, blob := range manifest.Blobs {

@@ -76,7 +76,6 @@ func (m *Mirror) manifest(ctx context.Context, t Target, ref oci.Reference, head
 	if ref.Tag != "" {
 		return m.tag(ctx, t, ref.Tag, head, force)
 	}
-
 	return m.byDigest(ctx, t, ref.Digest, head, force)
 }
 

@@ -58,6 +58,7 @@ type Mirror struct {
 	flights  singleflight.Group
 	aheads   chan struct{} // holds a value for each check ahead
 	lacking  *lru.Cache[lackKey, lack]
+	blobLack atomic.Int64                     // when the last lack of a blob was learnt, in nanoseconds of Unix time
 	probes   *lru.Cache[string, tree.Verdict] // verdicts not worth a record
 	told     *lru.Cache[trouble, time.Time]   // when it was last told of
 	emit     atomic.Pointer[func(string, map[string]any)]

@@ -29,6 +29,7 @@ func (m *Mirror) public(ctx context.Context, t Target, kind oci.Kind, ref oci.Re
 	if !known {
 		if record, err := m.tree.Record(ctx, t.Repository); err == nil && record.Public != nil {
 			verdict, known = *record.Public, true
+			m.probes.ContainsOrAdd(t.Repository, verdict)
 		}
 	}
 	age := m.now().Sub(verdict.Checked)

@@ -85,8 +85,8 @@ type Refreshed struct {
 // holds the manifest before the tag moves to it. The question is put after the
 // call began, so that whoever has pushed can rely on the answer; callers at one
 // time share it. It takes 9 s at most. Where it fails, what is held is served
-// on; but a tag that the origin does not have is gone here too. [Explain] makes
-// sense of the error.
+// on; but a tag that the origin does not have is gone here too, unless the
+// upstream keeps such tags. [Explain] makes sense of the error.
 //
 // The repository must be one that clients may read: see public.
 func (m *Mirror) Refresh(ctx context.Context, t Target, ref oci.Reference) (Refreshed, error) {

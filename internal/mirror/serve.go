@@ -192,7 +192,7 @@ func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) (err er
 	etag := quoted(d)
 	describe := func(c cache) {
 		x.cached(c)
-		x.describeBlob(d)
+		x.blobHeaders(d)
 	}
 	if head || matches(x.r.Header.Values("If-None-Match"), etag) {
 		size, c, err := x.mirror.describeBlob(ctx, x.target, d)

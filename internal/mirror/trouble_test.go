@@ -384,3 +384,16 @@ func TestGoneIsNotSettled(t *testing.T) {
 	b.registry.Down()
 	b.wantStatus(503, "GET", latest)
 }
+
+// TestPublicAfterRestart: a verdict that was written down is remembered once it
+// has been read, so that what is warm is not asked of the store.
+func TestPublicAfterRestart(t *testing.T) {
+	b := newBench(t, asUser, nil)
+	b.registry.Push("team/app", first, "latest")
+	b.wantManifest(latest, first)
+	b.restart()
+	b.wantManifest(latest, first)
+	if !b.mirror.readable(Target{Upstream: b.upstream, Name: "team/app", Repository: repository}) {
+		t.Error("it is asked of the store each time")
+	}
+}

@@ -42,7 +42,7 @@ func (t *Tree) OpenBlob(ctx context.Context, canonical digest.Digest) (io.ReadCl
 		}
 		r, info, err = t.store.Open(ctx, key, 0, -1)
 	}
-	if err != nil || info.Size > MaxHot || info.Doubtful {
+	if err != nil || info.Size > maxHot || info.Doubtful {
 		return r, info, err
 	}
 	defer r.Close()

@@ -8,9 +8,9 @@ import (
 )
 
 const (
-	// MaxHot is the largest blob that is kept in memory, in bytes: configs and
+	// maxHot is the largest blob that is kept in memory, in bytes: configs and
 	// small layers. Manifests are kept whatever their size.
-	MaxHot = 64 << 10
+	maxHot = 64 << 10
 	// DefaultHot is how many bytes are kept in memory unless Heat says more or
 	// less.
 	DefaultHot = 64 << 20

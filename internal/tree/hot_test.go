@@ -161,7 +161,7 @@ func TestHotIsHashed(t *testing.T) {
 // kernel from there.
 func TestLargeIsNotHot(t *testing.T) {
 	b := newBench(t)
-	large := make([]byte, MaxHot+1)
+	large := make([]byte, maxHot+1)
 	d := b.blob(string(large))
 	b.opens(d, string(large))
 	b.settle()
