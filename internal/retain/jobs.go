@@ -8,6 +8,9 @@ import (
 // jobs are those that are under way, and the last of the others.
 type jobs struct{}
 
+// settled says that there are other settings.
+func (j *jobs) settled() {}
+
 // work runs what is scheduled, and a reconcile whenever k.reconcile is
 // signalled, until the context ends. Begin starts it.
 func (k *Keeper) work(ctx context.Context) { <-ctx.Done() }
@@ -54,3 +57,6 @@ func (k *Keeper) Job(id string) (Job, bool) { panic("not written") }
 
 // CancelJob ends a job early, and reports whether it was under way.
 func (k *Keeper) CancelJob(id string) bool { panic("not written") }
+
+// report says in s what is known of jobs, and of damage.
+func (k *Keeper) report(s *Status) {}
