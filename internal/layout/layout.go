@@ -33,11 +33,6 @@ func LayerLink(repository string, d digest.Digest) string {
 	return repositories + repository + "/_layers/" + d.Algorithm().String() + "/" + d.Encoded() + "/link"
 }
 
-// Layers is the prefix of all layer links of a repository.
-func Layers(repository string) string {
-	return repositories + repository + "/_layers/"
-}
-
 // Blobs is the prefix of the blobs whose sha256 begins with two hexadecimal
 // digits.
 func Blobs(digits string) string {

@@ -2,7 +2,6 @@ package tree
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"io/fs"
 	"iter"
@@ -12,7 +11,6 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/layout"
 	"github.com/caddy-registry/mirror/internal/oci"
-	"github.com/caddy-registry/mirror/storage"
 )
 
 // What is here is for comparing a store with what somebody remembers of it. It
@@ -32,8 +30,8 @@ type Listed struct {
 	Doubtful bool
 }
 
-// Kept yields the names of all repositories that have anything in the store:
-// manifests, layers, or a record. A name may come twice.
+// Kept yields the names of all repositories of which there may be anything in the
+// store: manifests, layers, or a record. A name may come twice.
 func (t *Tree) Kept(ctx context.Context) iter.Seq2[string, error] {
 	return func(yield func(string, error) bool) {
 		manifestsOrLayers := func(component string, dir bool) bool {
@@ -42,8 +40,8 @@ func (t *Tree) Kept(ctx context.Context) iter.Seq2[string, error] {
 		if !t.names(ctx, layout.Repositories, "", manifestsOrLayers, yield) {
 			return
 		}
-		records := func(component string, dir bool) bool { return true }
-		t.names(ctx, layout.Records, "", records, yield)
+		record := func(component string, dir bool) bool { return !dir && component == "_record.json" }
+		t.names(ctx, layout.Records, "", record, yield)
 	}
 }
 
@@ -83,16 +81,15 @@ func (t *Tree) names(ctx context.Context, root, name string, shows func(componen
 	return true
 }
 
-// IsKept reports whether there is anything of a repository in the store.
+// IsKept reports whether there is anything of a repository in the store: empty
+// directories are nothing.
 func (t *Tree) IsKept(ctx context.Context, repository string) (bool, error) {
-	for _, prefix := range []string{layout.Repositories + repository + "/", layout.Records + repository + "/"} {
-		for info, err := range t.store.List(ctx, prefix, false) {
-			if err != nil {
-				return false, err
-			}
-			if strings.HasPrefix(strings.TrimPrefix(info.Key, prefix), "_") {
-				return true, nil
-			}
+	if _, err := t.store.Stat(ctx, layout.Record(repository)); !errors.Is(err, fs.ErrNotExist) {
+		return err == nil, err
+	}
+	for _, prefix := range []string{layout.Manifests(repository), layout.Layers(repository)} {
+		for _, err := range t.store.List(ctx, prefix, true) {
+			return err == nil, err
 		}
 	}
 	return false, nil
@@ -167,5 +164,3 @@ func (t *Tree) ListBlobs(ctx context.Context, digits string) iter.Seq2[Listed, e
 	}
 }
 
-var _ = json.Unmarshal
-var _ storage.Info
