@@ -74,7 +74,9 @@ type Store interface {
 	// moved rather than copied where that is possible.
 	PutFile(ctx context.Context, key, path string, d Durability) error
 
-	// Delete removes a value.
+	// Delete removes a value, and every directory above it that is empty then:
+	// a listing shows none where nothing is. What is put there at the same time
+	// is not lost.
 	Delete(ctx context.Context, key string) error
 
 	// List yields, in no order, the keys that begin with prefix, which is
