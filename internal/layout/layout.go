@@ -18,6 +18,10 @@ const (
 	Repositories = repositories
 	// Records is the prefix under which every repository has its records.
 	Records = records + "repositories/"
+
+	// Session is the key of what is noted of the last process that changed the
+	// store.
+	Session = "mirror/session.json"
 )
 
 // Blob is the key of a blob's bytes. registry:2 keeps every blob under its

@@ -24,7 +24,7 @@ const (
 	maxDamages  = 100     // of Status.Damaged
 	maxSuspects = 1_000   // blobs found to be wrong as they were served
 	maxDoubtful = 100_000 // blobs that a loss of power may have damaged
-	maxOwners   = 10      // of Damage.Repositories
+	maxTold     = 10      // of Damage.Repositories
 	tellAgain   = 24 * time.Hour
 )
 
@@ -68,10 +68,7 @@ func (s *damage) init() {
 // rouse has the scrub look for something to do.
 func (s *damage) rouse() {
 	s.init()
-	select {
-	case s.wake <- struct{}{}:
-	default:
-	}
+	signal(s.wake)
 }
 
 // Suspect has a blob read again soon, because it was found to be wrong as it was
@@ -201,7 +198,7 @@ func (s *scrubber) wrong(ctx context.Context, c *catalog.Catalog, d digest.Diges
 	if err := s.Flush(ctx); err != nil {
 		return err
 	}
-	owners, err := c.Owners(ctx, d, maxOwners)
+	owners, err := c.Owners(ctx, d, maxTold)
 	if err != nil {
 		return err
 	}
@@ -214,7 +211,7 @@ func (s *scrubber) wrong(ctx context.Context, c *catalog.Catalog, d digest.Diges
 		if errors.Is(err, fs.ErrNotExist) || err == nil && (now.Size != info.Size || !now.ModTime.Equal(info.ModTime)) {
 			return true, nil // somebody has stored the right bytes meanwhile
 		}
-		if err != nil || s.pending(d) {
+		if err != nil || s.isPending(d) {
 			return true, err
 		}
 		owners, err := c.Owners(ctx, d, 1)
@@ -230,7 +227,7 @@ func (s *scrubber) wrong(ctx context.Context, c *catalog.Catalog, d digest.Diges
 	s.damage.right(d)
 	s.job.found(d.String(), info.Size)
 	s.log.Warn("a stored blob was damaged and has been deleted", zap.String("digest", d.String()), zap.Int64("size", info.Size),
-		zap.Strings("repositories", names(owners)))
+		zap.Strings("repositories", namesOf(owners)))
 	if len(owners) > 0 {
 		s.heal(ctx, heal{owners[0].Name, d, info.Size})
 	}
@@ -242,7 +239,7 @@ func hosted(owners []catalog.Repository) bool {
 	return len(owners) > 0 && owners[0].Class != tree.Mirrored
 }
 
-func names(owners []catalog.Repository) []string {
+func namesOf(owners []catalog.Repository) []string {
 	var all []string
 	for _, owner := range owners {
 		all = append(all, owner.Name)
@@ -253,12 +250,12 @@ func names(owners []catalog.Repository) []string {
 // keep is loud about a blob that only its owner can put right.
 func (s *scrubber) keep(d digest.Digest, owners []catalog.Repository, at time.Time) {
 	s.job.update(func(now *Job) { now.name(d.String()) })
-	if !s.damage.stays(Damage{Digest: d, Repositories: names(owners)}, at) {
+	if !s.damage.stays(Damage{Digest: d, Repositories: namesOf(owners)}, at) {
 		return
 	}
 	s.log.Error("a blob of a hosted repository is damaged and cannot be fetched again; restore it from a backup, or push it again",
-		zap.String("digest", d.String()), zap.Strings("repositories", names(owners)), zap.String("key", layout.Blob(d)))
-	s.emit("damaged", map[string]any{"digest": d.String(), "repositories": names(owners)})
+		zap.String("digest", d.String()), zap.Strings("repositories", namesOf(owners)), zap.String("key", layout.Blob(d)))
+	s.emit("damaged", map[string]any{"digest": d.String(), "repositories": namesOf(owners)})
 }
 
 // heal fetches a deleted blob again, in the background.

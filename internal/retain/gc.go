@@ -6,9 +6,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
-
-	"github.com/caddy-registry/mirror/internal/catalog"
-	"github.com/caddy-registry/mirror/internal/tree"
+	"go.uber.org/zap"
 )
 
 // gcBatch is how many are removed before the catalog hears of it, and before a
@@ -49,29 +47,47 @@ func (k *Keeper) collect(ctx context.Context, j *job, dry bool) error {
 // collectLinks removes links of mirrored repositories to blobs that no manifest
 // of theirs names.
 func (k *Keeper) collectLinks(ctx context.Context, j *job, dry bool, before time.Time) error {
+	c, err := k.mayDelete()
+	if err != nil {
+		return err
+	}
 	var pace pace
-	for after := (catalog.Link{}); ; {
-		c, err := k.mayDelete()
-		if err != nil {
-			return err
-		}
-		page, err := c.Loose(ctx, before, after, gcBatch)
-		if err != nil {
-			return err
-		}
-		for _, link := range page {
-			after = link
-			if !dry {
-				if err := k.tree.Unlink(ctx, link.Repository, link.Digest); err != nil {
+	return pages(ctx, c.Mirrored, func(name string) error {
+		for after := digest.Digest(""); ; {
+			if _, err := k.mayDelete(); err != nil {
+				return err
+			}
+			links, err := c.Loose(ctx, name, before, after, gcBatch)
+			if err != nil {
+				return err
+			}
+			for _, link := range links {
+				after = link.Digest
+				if dry {
+					j.found(name+"@"+link.Digest.String(), 0)
+					if link.Frees > 0 {
+						j.found(link.Digest.String(), link.Frees)
+					}
+					continue
+				}
+				if k.isPending(link.Digest) {
+					continue // somebody wants it again
+				}
+				if err := k.tree.Unlink(ctx, name, link.Digest); err != nil {
 					return err
 				}
+				j.found(name+"@"+link.Digest.String(), 0)
 			}
-			j.found(link.Repository+"@"+link.Digest.String(), 0)
+			if len(links) > 0 {
+				err = k.between(ctx, &pace, dry)
+			} else {
+				err = pace.rest(ctx)
+			}
+			if err != nil || len(links) < gcBatch {
+				return err
+			}
 		}
-		if err := k.between(ctx, &pace, dry); err != nil || len(page) < gcBatch {
-			return err
-		}
-	}
+	})
 }
 
 // between is what comes after a batch.
@@ -84,8 +100,7 @@ func (k *Keeper) between(ctx context.Context, p *pace, dry bool) error {
 	return p.rest(ctx)
 }
 
-// collectBlobs deletes blobs to which nothing refers, but for links that are
-// collected, too.
+// collectBlobs deletes blobs to which nothing refers.
 func (k *Keeper) collectBlobs(ctx context.Context, j *job, dry bool, before time.Time) error {
 	var pace pace
 	for after := digest.Digest(""); ; {
@@ -93,7 +108,7 @@ func (k *Keeper) collectBlobs(ctx context.Context, j *job, dry bool, before time
 		if err != nil {
 			return err
 		}
-		page, err := c.Garbage(ctx, before, after, gcBatch)
+		page, err := c.Unreferenced(ctx, before, after, gcBatch)
 		if err != nil {
 			return err
 		}
@@ -118,31 +133,26 @@ func (k *Keeper) collectBlobs(ctx context.Context, j *job, dry bool, before time
 // collectRepositories forgets mirrored repositories of which nothing is held and
 // in which nothing is pinned.
 func (k *Keeper) collectRepositories(ctx context.Context, j *job, dry bool, before time.Time) error {
-	var pace pace
-	for after := ""; ; {
-		c, err := k.mayDelete()
-		if err != nil {
-			return err
-		}
-		page, err := c.Empty(ctx, before, after, gcBatch)
-		if err != nil {
-			return err
-		}
-		for _, name := range page {
-			after = name
-			r, err := k.tree.Record(ctx, name)
-			if err != nil || r.Class != tree.Mirrored {
-				continue // the store knows better
-			}
-			if !dry {
-				if err := k.tree.Forget(ctx, name); err != nil {
-					return err
-				}
-			}
-			j.found(name, 0)
-		}
-		if err := k.between(ctx, &pace, dry); err != nil || len(page) < gcBatch {
-			return err
-		}
+	c, err := k.mayDelete()
+	if err != nil {
+		return err
 	}
+	empty := func(ctx context.Context, after string, n int) ([]string, error) {
+		return c.Empty(ctx, before, after, n)
+	}
+	var pace pace
+	return pages(ctx, empty, func(name string) error {
+		if _, err := k.mayDelete(); err != nil {
+			return err
+		}
+		if !dry {
+			// The tree looks again, and keeps what has come meanwhile.
+			if err := k.tree.Forget(ctx, name); err != nil {
+				k.log.Info("a repository that looked empty is kept", zap.String("repository", name), zap.Error(err))
+				return pace.rest(ctx)
+			}
+		}
+		j.found(name, 0)
+		return pace.rest(ctx)
+	})
 }

@@ -124,39 +124,28 @@ type purge struct {
 	pattern pattern
 	dry     bool
 	pace    pace
-	seen    map[digest.Digest]bool // blobs that a dry run has counted
 }
 
 func (p *purge) run(ctx context.Context) error {
-	p.seen = map[digest.Digest]bool{}
-	for after := ""; ; {
-		page, err := p.catalog.RepositoryNames(ctx, after, pageSize)
-		if err != nil {
-			return err
-		}
-		for _, name := range page {
-			after = name
-			if !p.pattern.matches(name) {
-				continue
-			}
-			// The store is what says whether it is mirrored.
-			r, err := p.tree.Record(ctx, name)
-			if errors.Is(err, fs.ErrNotExist) || err == nil && r.Class != tree.Mirrored {
-				continue
-			}
-			p.job.update(func(now *Job) { now.Total++ })
-			if err == nil {
-				err = p.repository(ctx, name)
-			}
-			if err != nil {
-				return fmt.Errorf("purging %s: %w", name, err)
-			}
-			p.job.update(func(now *Job) { now.Done++ })
-		}
-		if len(page) < pageSize {
+	return pages(ctx, p.catalog.Mirrored, func(name string) error {
+		if !p.pattern.matches(name) {
 			return nil
 		}
-	}
+		// The store is what says whether it is mirrored.
+		r, err := p.tree.Record(ctx, name)
+		if errors.Is(err, fs.ErrNotExist) || err == nil && r.Class != tree.Mirrored {
+			return nil
+		}
+		p.job.update(func(now *Job) { now.Total++ })
+		if err == nil {
+			err = p.repository(ctx, name)
+		}
+		if err != nil {
+			return fmt.Errorf("purging %s: %w", name, err)
+		}
+		p.job.update(func(now *Job) { now.Done++ })
+		return nil
+	})
 }
 
 // repository purges what is meant of one repository.
@@ -168,6 +157,7 @@ func (p *purge) repository(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
+	bytes := p.job.snapshot().Bytes
 	// Tags, what they mean, and what of that no other tag needs.
 	for tag, d := range known.Tags {
 		switch {
@@ -196,10 +186,42 @@ func (p *purge) repository(ctx context.Context, name string) error {
 			return err
 		}
 	}
-	if p.pattern.digest != "" || p.dry {
+	switch {
+	case p.pattern.digest != "":
 		return nil
+	case p.dry:
+		return p.estimate(ctx, known, bytes)
 	}
 	return p.rest(ctx, name)
+}
+
+// estimate says how much a dry run of a whole repository would free: what roots
+// share is freed by none of them alone. before is what others would free.
+func (p *purge) estimate(ctx context.Context, known catalog.Names, before int64) error {
+	if len(known.Pins) > 0 {
+		return nil
+	}
+	own := before
+	for _, all := range []map[digest.Digest]bool{known.Manifests, known.Links} {
+		for d := range all {
+			owners, err := p.catalog.Owners(ctx, d, 2)
+			if err != nil {
+				return err
+			}
+			info, err := p.tree.StatBlob(ctx, d)
+			if err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+			if len(owners) == 1 {
+				own += info.Size
+			}
+			if err := p.pace.rest(ctx); err != nil {
+				return err
+			}
+		}
+	}
+	p.job.update(func(now *Job) { now.Bytes = max(now.Bytes, own) })
+	return nil
 }
 
 // rest removes what no manifest names, if no manifest is left.
@@ -232,41 +254,29 @@ func (p *purge) root(ctx context.Context, root catalog.Root) error {
 	if err := p.pace.rest(ctx); err != nil {
 		return err
 	}
-	goes, err := p.catalog.Removal(ctx, root)
-	if err != nil {
-		return err
-	}
-	if root.Tag == "" && !slices.Contains(goes.Manifests, root.Digest) {
-		return nil // something else needs it, or it has gone with that
-	}
-	what := root.Repository + "@" + root.Digest.String()
-	if root.Tag != "" {
-		what = root.Repository + ":" + root.Tag
-	}
-	if p.dry {
-		p.job.found(what, goes.Bytes)
-		return nil
-	}
-	if root.Tag != "" {
-		if err := p.tree.RemoveTag(ctx, root.Repository, root.Tag, root.Digest); err != nil {
+	what := root.Repository + ":" + root.Tag
+	if root.Tag == "" || p.dry {
+		if err := p.Flush(ctx); err != nil {
 			return err
 		}
-	}
-	p.job.found(what, 0)
-	for _, d := range goes.Manifests {
-		if err := p.tree.RemoveManifest(ctx, root.Repository, d); err != nil {
+		goes, err := p.catalog.Removal(ctx, root)
+		if err != nil {
 			return err
 		}
-	}
-	for _, d := range goes.Links {
-		if err := p.tree.Unlink(ctx, root.Repository, d); err != nil {
-			return err
+		if root.Tag == "" {
+			what = root.Repository + "@" + root.Digest.String()
+			if !slices.Contains(goes.Manifests, root.Digest) {
+				return nil // something else needs it, or it has gone with that
+			}
+		}
+		if p.dry {
+			p.job.found(what, goes.Bytes)
+			return nil
 		}
 	}
-	if err := p.Flush(ctx); err != nil {
-		return err
-	}
-	return p.blobs(ctx, goes.Blobs)
+	gone, err := p.removeRoot(ctx, p.catalog, root, 0)
+	p.job.found(what, gone.Bytes)
+	return err
 }
 
 // blobs deletes those that nobody needs any more.

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"iter"
 	"maps"
 	"time"
 
@@ -11,6 +13,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/catalog"
+	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/tree"
 )
 
@@ -26,8 +29,6 @@ const (
 
 	retryFirst = 5 * time.Second
 	retryLast  = 10 * time.Minute
-
-	maxDoubtful = 100_000 // doubtful blobs remembered for the scrub
 )
 
 // A reconcile compares the whole store with the catalog. Of what differs the
@@ -100,25 +101,17 @@ func (k *Keeper) compare(ctx context.Context) {
 
 // compareOnce is a reconcile as a job, so that it can be watched.
 func (k *Keeper) compareOnce(ctx context.Context) error {
-	ended := make(chan error, 1)
-	started, err := k.start(Job{Kind: kindCompare, Unit: "repositories"}, func(ctx context.Context, j *job) error {
-		err := take(ctx, k.jobs.turn)
-		if err == nil {
-			defer func() { <-k.jobs.turn }()
-			// Somebody else may have done it meanwhile.
-			if k.completeSince().IsZero() {
-				err = k.reconcileNow(ctx, j, false, true)
-			}
-		}
-		ended <- err
+	result := make(chan error, 1)
+	_, err := k.start(Job{Kind: kindCompare, Unit: "repositories"}, func(ctx context.Context, j *job) error {
+		_, err := k.whole(ctx, j)
+		result <- err
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	_ = started
 	select {
-	case err := <-ended:
+	case err := <-result:
 		return err
 	case <-ctx.Done():
 		return context.Cause(ctx)
@@ -146,6 +139,9 @@ func (k *Keeper) reconcileNow(ctx context.Context, j *job, anew, mend bool) erro
 		return err
 	}
 	doubts := k.doubts()
+	if usage, err := c.Usage(ctx, ""); err == nil {
+		j.update(func(now *Job) { now.Done, now.Total = 0, usage.Repositories })
+	}
 	r := &reconcile{Keeper: k, catalog: c, job: j, anew: anew, mend: mend}
 	for prefix := range 256 {
 		if err := r.blobs(ctx, fmt.Sprintf("%02x", prefix)); err != nil {
@@ -163,6 +159,17 @@ func (k *Keeper) reconcileNow(ctx context.Context, j *job, anew, mend bool) erro
 	if err := r.gone(ctx); err != nil {
 		return fmt.Errorf("comparing what is gone: %w", err)
 	}
+	for pin, err := range k.tree.Pins(ctx, "") {
+		if err == nil {
+			err = r.pin(ctx, pin.Repository, pin.Reference)
+		}
+		if err != nil {
+			return fmt.Errorf("comparing pins: %w", err)
+		}
+	}
+	if err := r.links(ctx); err != nil {
+		return fmt.Errorf("linking blobs: %w", err)
+	}
 	sure, err := k.completed(ctx, doubts)
 	if err == nil && !sure {
 		err = errDoubt
@@ -172,28 +179,75 @@ func (k *Keeper) reconcileNow(ctx context.Context, j *job, anew, mend bool) erro
 
 // gone compares repositories of which nothing is in the store any more.
 func (r *reconcile) gone(ctx context.Context) error {
+	return pages(ctx, r.catalog.RepositoryNames, func(name string) error {
+		kept, err := r.tree.IsKept(ctx, name)
+		if err == nil && !kept {
+			err = r.repository(ctx, name)
+		}
+		if err == nil {
+			err = r.pace.rest(ctx)
+		}
+		return err
+	})
+}
+
+// pages visits all names that the catalog gives page by page.
+func pages(ctx context.Context, page func(ctx context.Context, after string, n int) ([]string, error), visit func(name string) error) error {
 	for after := ""; ; {
-		page, err := r.catalog.RepositoryNames(ctx, after, pageSize)
+		names, err := page(ctx, after, pageSize)
 		if err != nil {
 			return err
 		}
-		for _, name := range page {
+		for _, name := range names {
 			after = name
-			kept, err := r.tree.IsKept(ctx, name)
-			if err == nil && !kept {
-				err = r.repository(ctx, name)
-			}
-			if err == nil {
-				err = r.pace.rest(ctx)
-			}
-			if err != nil {
+			if err := visit(name); err != nil {
 				return err
 			}
 		}
-		if len(page) < pageSize {
+		if len(names) < pageSize {
 			return nil
 		}
 	}
+}
+
+func (r *reconcile) pin(ctx context.Context, repository, reference string) error {
+	ref, err := oci.ParseReference(reference)
+	if err != nil {
+		return nil // no pin of ours
+	}
+	return r.tell(ctx, r.tree.TellPin(ctx, repository, ref))
+}
+
+// links makes the links that registry:2 needs and a kill has kept from being
+// written: of blobs that are stored and that a mirrored manifest names.
+func (r *reconcile) links(ctx context.Context) error {
+	if !r.mend {
+		return nil
+	}
+	if err := r.flush(ctx); err != nil {
+		return err
+	}
+	return pages(ctx, r.catalog.Mirrored, func(name string) error {
+		for after := digest.Digest(""); ; {
+			blobs, err := r.catalog.Unlinked(ctx, name, after, tellBatch)
+			if err != nil {
+				return err
+			}
+			for _, d := range blobs {
+				after = d
+				err := r.tree.LinkBlob(ctx, name, d, d)
+				if errors.Is(err, fs.ErrNotExist) {
+					err = nil // removed meanwhile
+				}
+				if err := r.tell(ctx, err); err != nil {
+					return err
+				}
+			}
+			if len(blobs) < tellBatch {
+				return r.pace.rest(ctx)
+			}
+		}
+	})
 }
 
 // tell lets the tree tell, and waits now and then until that is written.
@@ -253,10 +307,10 @@ func (r *reconcile) repository(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	if err := r.tell(ctx, r.tree.TellRecord(ctx, name)); err != nil {
+	if err := r.tell(ctx, r.tree.TellRepository(ctx, name)); err != nil {
 		return err
 	}
-	digests := func(known map[digest.Digest]bool, list func(context.Context, string) listing, tell func(context.Context, string, digest.Digest) error) error {
+	digests := func(known map[digest.Digest]bool, list func(context.Context, string) iter.Seq2[tree.Listed, error], tell func(context.Context, string, digest.Digest) error) error {
 		for found, err := range list(ctx, name) {
 			if err != nil {
 				return err
@@ -305,6 +359,14 @@ func (r *reconcile) repository(ctx context.Context, name string) error {
 			return err
 		}
 	}
-	r.job.update(func(now *Job) { now.Done++ })
+	for reference := range known.Pins {
+		if err := r.pin(ctx, name, reference); err != nil {
+			return err
+		}
+	}
+	r.job.update(func(now *Job) {
+		now.Done++
+		now.Total = max(now.Total, now.Done)
+	})
 	return nil
 }

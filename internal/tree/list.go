@@ -37,17 +37,17 @@ func (t *Tree) Kept(ctx context.Context) iter.Seq2[string, error] {
 		manifestsOrLayers := func(component string, dir bool) bool {
 			return dir && (component == "_manifests" || component == "_layers")
 		}
-		if !t.names(ctx, layout.Repositories, "", manifestsOrLayers, yield) {
+		if !t.kept(ctx, layout.Repositories, "", manifestsOrLayers, yield) {
 			return
 		}
 		record := func(component string, dir bool) bool { return !dir && component == "_record.json" }
-		t.names(ctx, layout.Records, "", record, yield)
+		t.kept(ctx, layout.Records, "", record, yield)
 	}
 }
 
-// names visits a name and those below it, and yields each in whose directory
+// kept visits a name and those below it, and yields each in whose directory
 // there is something that shows a repository. It reports whether to go on.
-func (t *Tree) names(ctx context.Context, root, name string, shows func(component string, dir bool) bool, yield func(string, error) bool) bool {
+func (t *Tree) kept(ctx context.Context, root, name string, shows func(component string, dir bool) bool, yield func(string, error) bool) bool {
 	prefix := root
 	if name != "" {
 		prefix += name + "/"
@@ -74,7 +74,7 @@ func (t *Tree) names(ctx context.Context, root, name string, shows func(componen
 		if name != "" {
 			child = name + "/" + component
 		}
-		if !t.names(ctx, root, child, shows, yield) {
+		if !t.kept(ctx, root, child, shows, yield) {
 			return false
 		}
 	}
@@ -163,4 +163,3 @@ func (t *Tree) ListBlobs(ctx context.Context, digits string) iter.Seq2[Listed, e
 		}
 	}
 }
-
