@@ -35,6 +35,7 @@ type Keeper struct {
 	account  account
 	eviction eviction
 	jobs     jobs
+	damage   damage
 	set      atomic.Pointer[Settings]
 	parts    atomic.Pointer[func() int64]
 	removing sync.Mutex // of whoever removes a root, or a blob by itself
