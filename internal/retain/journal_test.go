@@ -94,12 +94,11 @@ func TestPending(t *testing.T) {
 // TestOverflow: a catalog that cannot be written to blocks nobody. What is
 // dropped forbids deletion until the store has been compared.
 func TestOverflow(t *testing.T) {
-	var stuck atomic.Bool
-	b := keep(t, func(b *kept) { b.paces.batch = time.Hour })
+	const maxNoted = 500
+	b := keep(t, func(b *kept) { b.paces.batch, b.paces.noted = time.Hour, maxNoted })
 	b.ready()
 	c, _ := b.Catalog()
 	release := hold(t, filepath.Join(b.dir, "catalog.db"))
-	stuck.Store(true)
 	for i := range maxNoted + 10 {
 		b.Note(linked(i))
 	}
@@ -156,6 +155,7 @@ func hold(t *testing.T, file string) (release func()) {
 // lose what is stored.
 func TestReadsGiveWay(t *testing.T) {
 	k := New(nil, zap.NewNop())
+	maxNoted := k.paces.noted
 	for range maxNoted {
 		k.Note(tree.Change{Kind: tree.Read, Repository: "r", Tag: "t"})
 	}
