@@ -129,6 +129,9 @@ func TestOverflow(t *testing.T) {
 	if now, _ := b.Catalog(); now != c {
 		t.Error("it is another catalog")
 	}
+	if true {
+		dump(t, b)
+	}
 }
 
 // hold keeps everybody else from writing to a database.
