@@ -2,7 +2,7 @@
 GOBUILD = CGO_ENABLED=0 go build -trimpath -tags nobadger,nomysql,nopgx -ldflags '-w -s'
 
 # What gofmt looks at: not ./data, which may be somebody else's.
-SOURCE = *.go caddyfile e2e examples internal module storage xcaddy
+SOURCE = *.go bench caddyfile e2e examples internal module storage xcaddy
 
 # For `go test`; CI adds -v.
 TESTFLAGS ?=
@@ -39,7 +39,7 @@ podman: in /etc/containers/registries.conf.d/mirror.conf:
 endef
 export HOWTO
 
-.PHONY: help build run test e2e fmt clean
+.PHONY: help build run test e2e bench fmt clean
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,7 @@ test: ## check the format, vet, and run the tests that need Go only
 	@unformatted=$$(gofmt -l $(SOURCE)) && test -z "$$unformatted" || { echo "run make fmt; unformatted: $$unformatted" >&2; exit 1; }
 	go vet ./...
 	go vet -tags e2e ./e2e
+	go vet -tags bench ./bench
 	go test $(TESTFLAGS) ./...
 
 # The race detector needs the C compiler that install.sh installs.
@@ -65,6 +66,9 @@ e2e: ## as root on Debian 12: install real clients and servers, and test with th
 	CGO_ENABLED=1 go test -race $(TESTFLAGS) ./... || status=1; \
 	go test -tags e2e -count=1 -timeout 20m $(TESTFLAGS) ./e2e || status=1; \
 	exit $$status
+
+bench: ## measure a store of a million manifests; takes some minutes and 10 GB
+	go test -tags bench -count=1 -timeout 60m -v ./bench
 
 fmt: ## format the source
 	gofmt -w $(SOURCE)
