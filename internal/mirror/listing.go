@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"iter"
 	"slices"
 	"sort"
 	"strconv"
@@ -13,6 +14,7 @@ import (
 	"github.com/opencontainers/image-spec/specs-go"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/caddy-registry/mirror/internal/catalog"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/upstream"
 )
@@ -20,6 +22,8 @@ import (
 const (
 	maxPage    = 1000   // entries of a page; ECR refuses to be asked for more
 	maxCatalog = 50_000 // repositories looked at for one page
+	// catalogPage is how many repositories are asked of the catalog at once.
+	catalogPage = 200
 	// maxReferrers bounds an answer to about 4 MiB, what clients will read.
 	maxReferrers = 4 << 20
 )
@@ -162,7 +166,7 @@ func merge(page, held []string, more bool) []string {
 func (x *exchange) referrers(ctx context.Context, subject digest.Digest) error {
 	t := x.target
 	held, err := share(ctx, x.mirror, "held referrers "+t.Repository+" "+subject.String(), func(ctx context.Context) ([]v1.Descriptor, error) {
-		return x.mirror.tree.Referrers(ctx, t.Repository, subject)
+		return x.mirror.referrers(ctx, t.Repository, subject)
 	})
 	if err != nil {
 		return err
@@ -219,6 +223,28 @@ func (x *exchange) referrers(ctx context.Context, subject digest.Digest) error {
 	return x.json(body)
 }
 
+// maxHeldReferrers are read for one answer.
+const maxHeldReferrers = 5_000
+
+// referrers describes what is held of a repository that names a subject.
+func (m *Mirror) referrers(ctx context.Context, repository string, subject digest.Digest) ([]v1.Descriptor, error) {
+	if c := m.catalog(ctx); c != nil {
+		digests, err := c.Referrers(ctx, repository, subject, maxHeldReferrers)
+		if err == nil {
+			return m.tree.Describe(ctx, repository, digests)
+		}
+	}
+	return m.tree.Referrers(ctx, repository, subject)
+}
+
+// catalog returns the catalog if it has everything that is stored, or nil.
+func (m *Mirror) catalog(ctx context.Context) *catalog.Catalog {
+	if m.complete == nil {
+		return nil
+	}
+	return m.complete(ctx)
+}
+
 // fallbackHeld adds what a stored fallback tag lists.
 func (x *exchange) fallbackHeld(ctx context.Context, subject digest.Digest, found []v1.Descriptor) []v1.Descriptor {
 	repository := x.target.Repository
@@ -250,7 +276,15 @@ func (x *exchange) catalog() error {
 	ctx := x.r.Context()
 	var names []string
 	seen := 0
-	for repository, err := range x.mirror.tree.Repositories(ctx) {
+	stored, inOrder := x.mirror.tree.Repositories(ctx), false
+	if c := x.mirror.catalog(ctx); c != nil {
+		after := ""
+		if inOrder = x.site.upstreams.asStored(); inOrder {
+			after = last
+		}
+		stored = cataloged(ctx, c, after)
+	}
+	for repository, err := range stored {
 		if err != nil {
 			return err
 		}
@@ -261,6 +295,9 @@ func (x *exchange) catalog() error {
 		name, up, ok := x.site.address(repository)
 		if ok && name > last && x.listed(ctx, repository, up) {
 			names = append(names, name)
+		}
+		if inOrder && len(names) > n {
+			break
 		}
 	}
 	sort.Strings(names)
@@ -278,6 +315,29 @@ func (x *exchange) catalog() error {
 	}
 	x.cached(hit)
 	return x.json(body)
+}
+
+// cataloged yields the repositories after a name that have a manifest, in the
+// order of their names.
+func cataloged(ctx context.Context, c *catalog.Catalog, after string) iter.Seq2[string, error] {
+	return func(yield func(string, error) bool) {
+		for {
+			page, err := c.Repositories(ctx, "", after, catalogPage)
+			if err != nil {
+				yield("", err)
+				return
+			}
+			for _, repository := range page {
+				after = repository.Name
+				if (repository.Usage.Manifests > 0 || repository.Usage.Tags > 0) && !yield(after, nil) {
+					return
+				}
+			}
+			if len(page) < catalogPage {
+				return
+			}
+		}
+	}
 }
 
 // listed keeps private repositories out of the catalog, and of an upstream that

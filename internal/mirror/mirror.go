@@ -14,6 +14,7 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/sync/singleflight"
 
+	"github.com/caddy-registry/mirror/internal/catalog"
 	"github.com/caddy-registry/mirror/internal/fill"
 	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/internal/upstream"
@@ -39,6 +40,8 @@ type Mirror struct {
 	fills *fill.Table
 	log   *zap.Logger
 	now   func() time.Time
+	// complete returns the catalog, if it has everything that is stored by now.
+	complete func(context.Context) *catalog.Catalog
 	// patience is blobPatience, but in tests.
 	patience time.Duration
 

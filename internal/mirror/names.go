@@ -163,6 +163,17 @@ func NewUpstreams(list []*Upstream) (*Upstreams, error) {
 	return u, nil
 }
 
+// asStored reports whether every mirrored repository is asked for by the name
+// under which it is stored.
+func (u *Upstreams) asStored() bool {
+	for _, up := range u.byName {
+		if up.Client != nil && up.Prefix != up.PathName {
+			return false
+		}
+	}
+	return true
+}
+
 // named returns the entry of a normalised host, which may be a wildcard's, or
 // nil.
 func (u *Upstreams) named(host string) *Upstream {
