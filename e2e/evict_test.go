@@ -71,7 +71,7 @@ func TestSmallDisk(t *testing.T) {
 					}
 					return used <= 80<<20
 				})
-				if status := keptBy(t, s); status.Evicted.Roots == 0 {
+				if status := keptBy(t, s); status.Evicted.Blobs == 0 {
 					t.Errorf("nothing has been evicted: %+v", status)
 				}
 				// A pull that found no room was passed through, and the next keeps it.
@@ -146,6 +146,27 @@ func checkBlobs(t *testing.T, store string) {
 	if n == 0 {
 		t.Error("the store is empty")
 	}
+}
+
+// TestUsage: what the mirror says that its content takes is what the filesystem
+// says, small and large images together.
+func TestUsage(t *testing.T) {
+	upstream := startRegistry(t, workDir(t), "")
+	v := newVolume(t, "ext4", 512)
+	s := setup{admin: regtest.FreeAddress(t), store: v.dir + "/registry", registry: dockerHub(upstream.addr)}
+	m := startMirror(t, s)
+	for i := range 12 {
+		img := newImageOf(t, fmt.Sprint("usage ", i), 1+i%5)
+		upstream.push(t, fmt.Sprint("library/img", i), img)
+		pullImage(t, m.addr, i, img)
+	}
+	eventually(t, 20*time.Second, "the catalog to say what the filesystem says", func() bool {
+		used, _ := v.used(t, s.store+"/docker")
+		records, _ := v.used(t, s.store+"/mirror/records")
+		said := keptBy(t, s).Usage.Allocated
+		t.Logf("%d bytes, and the filesystem says %d", said, used+records)
+		return said*100 >= (used+records)*99 && said*100 <= (used+records)*101
+	})
 }
 
 // kept is what `caddy registry status` says.
