@@ -159,19 +159,22 @@ func TestImports(t *testing.T) {
 				t.Errorf("%s imports module; only caddyfile and the root do", dir)
 			case to == "caddyfile" && dir != ".":
 				t.Errorf("%s imports caddyfile; only the root does", dir)
-			case inside && !strings.HasPrefix(to, "internal/") && to != "storage":
+			case inside && !strings.HasPrefix(to, "internal/") && to != "storage" && (dir != "internal/catalog" || to != "storage/catalog"):
 				t.Errorf("%s imports %s; the arrows go from module over internal to storage", dir, to)
 			case strings.HasPrefix(dir, "storage") && strings.HasPrefix(to, "internal/mirror"):
 				t.Errorf("%s imports %s, which is above it", dir, to)
-			case strings.HasPrefix(to, "storage/") && to != "storage/storagetest" && !strings.HasPrefix(dir, to) &&
+			case strings.HasPrefix(to, "storage/") && to != "storage/storagetest" && to != "storage/catalog" && !strings.HasPrefix(dir, to) &&
 				dir != "." && dir != "xcaddy" && (dir != "module" || to != "storage/disk"): // disk is the default
 				t.Errorf("%s imports %s; a user who needs no such module builds without it", dir, to)
 			}
 		}
 	}
 
-	g.forbid(t, "storage", "Caddy", caddy)
-	g.forbid(t, "storage", "this module", below(g.module))
+	for _, dir := range []string{"storage", "storage/catalog"} { // contracts
+		g.forbid(t, dir, "Caddy", caddy)
+		g.forbid(t, dir, "this module", below(g.module))
+	}
+	g.forbid(t, "module", "SQL drivers", below("modernc.org", "github.com/go-sql-driver"))
 	g.forbid(t, "internal/fill", "net/http, the upstream client or policy", below("net/http", g.module+"/internal/upstream", g.module+"/internal/mirror"))
 	for _, dir := range []string{"internal/oci", "internal/layout"} {
 		g.forbid(t, dir, "anything of this module", below(g.module))
