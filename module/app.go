@@ -169,6 +169,7 @@ func (a *App) Provision(ctx caddy.Context) error {
 		return fmt.Errorf("events app: %w", err)
 	}
 	a.emit = func(name string, data map[string]any) { events.(*caddyevents.App).Emit(ctx, name, data) }
+	a.keep.Emit = a.emit
 
 	var trusted []netip.Prefix
 	for i, cidr := range a.TrustNetworks {
@@ -178,7 +179,7 @@ func (a *App) Provision(ctx caddy.Context) error {
 		}
 		trusted = append(trusted, prefix)
 	}
-	if a.state, err = useState(backend, a.log); err != nil {
+	if a.state, err = useState(backend, a.catalog, a.log); err != nil {
 		return err
 	}
 	if err := registerMetrics(ctx.GetMetricsRegistry()); err != nil {
@@ -280,7 +281,14 @@ func (a *App) Start() error {
 	if _, err := a.state.open(context.Background()); err != nil {
 		return err
 	}
-	if err := a.state.tune(tuning{a.backend, a.log, mirror.Settings{Hot: a.hot, Emit: a.emit}}); err != nil {
+	if err := a.state.tune(tuning{
+		backend:   a.backend,
+		catalog:   a.catalog,
+		log:       a.log,
+		mirror:    mirror.Settings{Hot: a.hot, MaxBlob: a.backend.Limits().MaxBlobSize, Emit: a.emit},
+		keep:      a.keep,
+		upstreams: a.upstreams,
+	}); err != nil {
 		return err
 	}
 	if a.sites > 0 {
