@@ -16,6 +16,8 @@ const (
 
 	// Repositories is the prefix under which every repository has its place.
 	Repositories = repositories
+	// Records is the prefix under which every repository has its records.
+	Records = records + "repositories/"
 )
 
 // Blob is the key of a blob's bytes. registry:2 keeps every blob under its
@@ -29,6 +31,17 @@ func Blob(d digest.Digest) string {
 // repository. Its value is the sha256 digest of the bytes, without newline.
 func LayerLink(repository string, d digest.Digest) string {
 	return repositories + repository + "/_layers/" + d.Algorithm().String() + "/" + d.Encoded() + "/link"
+}
+
+// Layers is the prefix of all layer links of a repository.
+func Layers(repository string) string {
+	return repositories + repository + "/_layers/"
+}
+
+// Blobs is the prefix of the blobs whose sha256 begins with two hexadecimal
+// digits.
+func Blobs(digits string) string {
+	return root + "blobs/" + digest.Canonical.String() + "/" + digits + "/"
 }
 
 // RevisionLink is the key of the link that makes a manifest a member of a
@@ -75,5 +88,16 @@ func DigestOf(linkKey string) (digest.Digest, bool) {
 		return "", false
 	}
 	d := digest.Digest(parts[len(parts)-3] + ":" + parts[len(parts)-2])
+	return d, d.Validate() == nil
+}
+
+// BlobOf reads the digest out of a blob's key, as listed under Blobs.
+func BlobOf(key string) (digest.Digest, bool) {
+	rest, isData := strings.CutSuffix(strings.TrimPrefix(key, root+"blobs/"), "/data")
+	parts := strings.Split(rest, "/")
+	if !isData || len(parts) != 3 {
+		return "", false
+	}
+	d := digest.Digest(parts[0] + ":" + parts[2])
 	return d, d.Validate() == nil
 }
