@@ -170,10 +170,10 @@ func TestImports(t *testing.T) {
 		}
 	}
 
-	for _, dir := range []string{"storage", "storage/catalog"} { // contracts
-		g.forbid(t, dir, "Caddy", caddy)
-		g.forbid(t, dir, "this module", below(g.module))
-	}
+	g.forbid(t, "storage", "Caddy", caddy)
+	g.forbid(t, "storage", "this module", below(g.module))
+	g.forbid(t, "storage/catalog", "Caddy or SQL drivers", heavy)
+	g.forbid(t, "storage/catalog", "this module", below(g.module))
 	g.forbid(t, "module", "SQL drivers", below("modernc.org", "github.com/go-sql-driver"))
 	g.forbid(t, "internal/fill", "net/http, the upstream client or policy", below("net/http", g.module+"/internal/upstream", g.module+"/internal/mirror"))
 	for _, dir := range []string{"internal/oci", "internal/layout"} {

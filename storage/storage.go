@@ -74,7 +74,9 @@ type Store interface {
 	// moved rather than copied where that is possible.
 	PutFile(ctx context.Context, key, path string, d Durability) error
 
-	// Delete removes a value.
+	// Delete removes a value, and every directory above it that is empty then:
+	// a listing shows none where nothing is. What is put there at the same time
+	// is not lost.
 	Delete(ctx context.Context, key string) error
 
 	// List yields, in no order, the keys that begin with prefix, which is
@@ -134,6 +136,13 @@ type Reservation interface {
 	Use(n int64)
 	// Release gives back what was not used. It may be called twice.
 	Release()
+}
+
+// A Measured store says how much room there is. It is optional.
+type Measured interface {
+	// Free returns how many bytes could be written now, less what is reserved,
+	// and how many of those the operator wants kept free.
+	Free() (free, keep int64, err error)
 }
 
 // ErrFull is wrapped by the error of a Reserve that would take the store

@@ -18,6 +18,10 @@ const (
 	Repositories = repositories
 	// Records is the prefix under which every repository has its records.
 	Records = records + "repositories/"
+
+	// Session is the key of what is noted of the last process that changed the
+	// store.
+	Session = "mirror/session.json"
 )
 
 // Blob is the key of a blob's bytes. registry:2 keeps every blob under its
@@ -30,12 +34,17 @@ func Blob(d digest.Digest) string {
 // LayerLink is the key of the link that makes a blob a member of a
 // repository. Its value is the sha256 digest of the bytes, without newline.
 func LayerLink(repository string, d digest.Digest) string {
-	return repositories + repository + "/_layers/" + d.Algorithm().String() + "/" + d.Encoded() + "/link"
+	return Layers(repository) + d.Algorithm().String() + "/" + d.Encoded() + "/link"
 }
 
 // Layers is the prefix of all layer links of a repository.
 func Layers(repository string) string {
 	return repositories + repository + "/_layers/"
+}
+
+// Manifests is the prefix of all links of a repository that are not of layers.
+func Manifests(repository string) string {
+	return repositories + repository + "/_manifests/"
 }
 
 // Blobs is the prefix of the blobs whose sha256 begins with two hexadecimal
@@ -52,12 +61,12 @@ func RevisionLink(repository string, d digest.Digest) string {
 
 // Revisions is the prefix of all revision links of a repository.
 func Revisions(repository string) string {
-	return repositories + repository + "/_manifests/revisions/"
+	return Manifests(repository) + "revisions/"
 }
 
 // Tags is the prefix of all tags of a repository.
 func Tags(repository string) string {
-	return repositories + repository + "/_manifests/tags/"
+	return Manifests(repository) + "tags/"
 }
 
 // TagLink is the key of the link from a tag to the manifest it means now.
@@ -65,9 +74,14 @@ func TagLink(repository, tag string) string {
 	return Tags(repository) + tag + "/current/link"
 }
 
+// TagIndex is the prefix of the links that remember what a tag has meant.
+func TagIndex(repository, tag string) string {
+	return Tags(repository) + tag + "/index/"
+}
+
 // TagIndexLink is the key of the link that remembers a digest the tag has had.
 func TagIndexLink(repository, tag string, d digest.Digest) string {
-	return Tags(repository) + tag + "/index/" + d.Algorithm().String() + "/" + d.Encoded() + "/link"
+	return TagIndex(repository, tag) + d.Algorithm().String() + "/" + d.Encoded() + "/link"
 }
 
 // Record is the key of a repository's record. A name's components never begin
@@ -78,7 +92,45 @@ func Record(repository string) string {
 
 // TagRecord is the key of a tag's record.
 func TagRecord(repository, tag string) string {
-	return records + "repositories/" + repository + "/_tags/" + tag + ".json"
+	return TagRecords(repository) + tag + ".json"
+}
+
+// TagRecords is the prefix of the records of a repository's tags.
+func TagRecords(repository string) string {
+	return records + "repositories/" + repository + "/_tags/"
+}
+
+// Pins is the prefix of the pins of a repository and of those whose names begin
+// with its, or with "" of all.
+func Pins(repository string) string {
+	if repository != "" {
+		repository += "/"
+	}
+	return records + "pins/" + repository
+}
+
+// Pin is the key of the record that pins a tag, or a manifest if there is none. A
+// tag may look like a digest with a dash, and S3 takes a colon badly.
+func Pin(repository, tag string, d digest.Digest) string {
+	if tag != "" {
+		return Pins(repository) + "_tags/" + tag + ".json"
+	}
+	return Pins(repository) + "_manifests/" + d.Algorithm().String() + "/" + d.Encoded() + ".json"
+}
+
+// PinOf reads out of the key of a pin what it pins.
+func PinOf(key string) (repository, tag string, d digest.Digest, ok bool) {
+	rest, isPin := strings.CutPrefix(key, Pins(""))
+	rest, isRecord := strings.CutSuffix(rest, ".json")
+	if !isPin || !isRecord {
+		return "", "", "", false
+	}
+	if repository, tag, ok = strings.Cut(rest, "/_tags/"); ok {
+		return repository, tag, "", repository != "" && tag != "" && !strings.Contains(tag, "/")
+	}
+	repository, rest, ok = strings.Cut(rest, "/_manifests/")
+	d = digest.Digest(strings.Replace(rest, "/", ":", 1))
+	return repository, "", d, ok && repository != "" && d.Validate() == nil
 }
 
 // DigestOf reads the digest out of a link's key, as listed under Revisions.

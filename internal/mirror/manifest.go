@@ -46,7 +46,7 @@ func (m *Mirror) warmManifest(t Target, ref oci.Reference) *manifestAnswer {
 		}
 		d = state.digest
 	}
-	had, ok := m.tree.Warm(t.Repository, d)
+	had, ok := m.tree.Warm(t.Repository, d, time.Time{})
 	switch {
 	case !ok:
 		return nil

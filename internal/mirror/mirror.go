@@ -74,7 +74,7 @@ type manifestKey struct {
 
 // New returns a mirror on an open store, which it does not close.
 func New(store storage.Store, log *zap.Logger) *Mirror {
-	m := &Mirror{tree: tree.New(store), log: log, now: time.Now, patience: blobPatience, aheads: make(chan struct{}, checksAhead)}
+	m := &Mirror{tree: tree.New(store, nil), log: log, now: time.Now, patience: blobPatience, aheads: make(chan struct{}, checksAhead)}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	// lru.New fails only for a size below 1.
 	m.tags, _ = lru.New[tagKey, tagState](maxTags)

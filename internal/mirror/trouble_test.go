@@ -59,8 +59,8 @@ func TestWarmIsPrivate(t *testing.T) {
 	b.wantStatus(200, "GET", latest)
 	b.eventually("everything to be warm", func() bool {
 		b.wantStatus(200, "GET", config)
-		_, manifest := b.mirror.tree.Warm(repository, first.Digest)
-		_, blob := b.mirror.tree.WarmBlob(repository, first.Blobs[0].Digest)
+		_, manifest := b.mirror.tree.Warm(repository, first.Digest, time.Time{})
+		_, blob := b.mirror.tree.WarmBlob(repository, first.Blobs[0].Digest, time.Time{})
 		return manifest && blob
 	})
 	paths := []string{latest, "team/app/manifests/" + first.Digest.String(), config}
@@ -157,7 +157,7 @@ func TestFullThenDown(t *testing.T) {
 	b.pass(time.Minute)
 	b.wantManifest(latest, second)
 	b.eventually("it to be in memory", func() bool {
-		_, ok := b.mirror.tree.Warm(repository, second.Digest)
+		_, ok := b.mirror.tree.Warm(repository, second.Digest, time.Time{})
 		return ok
 	})
 	b.asked()
@@ -178,7 +178,7 @@ func TestFullThenDown(t *testing.T) {
 	b.pass(10 * time.Minute)
 	b.wantManifest(latest, second)
 	b.eventually("it to be in memory", func() bool {
-		_, ok := memory.Warm(repository, second.Digest)
+		_, ok := memory.Warm(repository, second.Digest, time.Time{})
 		return ok
 	})
 	store.full = false

@@ -4,6 +4,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"testing"
+	"time"
 
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/regtest"
@@ -59,11 +60,11 @@ func warmed(t testing.TB) *bench {
 	b.wantStatus(200, "GET", config)
 	b.eventually("the config to be linked", func() bool {
 		b.wantStatus(200, "GET", config)
-		_, ok := b.mirror.tree.WarmBlob("reg.example/team/app", first.Blobs[0].Digest)
+		_, ok := b.mirror.tree.WarmBlob("reg.example/team/app", first.Blobs[0].Digest, time.Time{})
 		return ok
 	})
 	b.eventually("the manifest to be warm", func() bool {
-		_, ok := b.mirror.tree.Warm("reg.example/team/app", first.Digest)
+		_, ok := b.mirror.tree.Warm("reg.example/team/app", first.Digest, time.Time{})
 		return ok
 	})
 	return b

@@ -11,6 +11,9 @@ package retain
 
 import (
 	"context"
+	"maps"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -24,12 +27,29 @@ import (
 
 // A Keeper keeps one store. It outlives configurations.
 type Keeper struct {
-	store storage.Store
-	log   *zap.Logger
-	now   func() time.Time
-	tree  *tree.Tree // since Begin
-	hooks Hooks
-	jobs  jobs
+	store    storage.Store
+	log      *zap.Logger
+	now      func() time.Time
+	paces    paces
+	journal  journal
+	account  account
+	eviction eviction
+	jobs     jobs
+	damage   damage
+	set      atomic.Pointer[Settings]
+	parts    atomic.Pointer[func() int64]
+	removing sync.Mutex // of whoever removes a root, or a blob by itself
+
+	// Since Begin.
+	tree   *tree.Tree
+	hooks  Hooks
+	closed time.Time // that of the last process, and then this one's: what the store says
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup // of what uses the catalog
+	end    context.CancelFunc
+	ended  chan struct{} // closed when the catalog is
+
 	// reconcile is signalled when the catalog is there and not complete.
 	reconcile chan struct{}
 }
@@ -41,12 +61,22 @@ type Hooks struct {
 	Catalog func(context.Context) (*catalog.Catalog, error)
 	// Heal fetches a mirrored blob again that has been deleted as damaged.
 	Heal func(ctx context.Context, repository string, d digest.Digest, size int64) error
+	// Partial is how many bytes of blobs that are not whole yet are on the disk,
+	// but for those that a reservation covers which is not released. It is
+	// called for every reservation; nil: none.
+	Partial func() int64
 }
 
 // New returns a keeper of an open store, which it does not close. It does
-// nothing but keep a journal before Begin.
+// nothing but keep a journal and an account before Begin.
 func New(store storage.Store, log *zap.Logger) *Keeper {
-	return &Keeper{store: store, log: log, now: time.Now, reconcile: make(chan struct{}, 1)}
+	k := &Keeper{
+		store: store, log: log, now: time.Now, paces: standard,
+		journal: newJournal(), eviction: newEviction(),
+		reconcile: make(chan struct{}, 1),
+	}
+	k.set.Store(&Settings{})
+	return k
 }
 
 // Settings are what a configuration changes.
@@ -71,14 +101,54 @@ type Limit struct {
 	TTL     time.Duration // since the last pull; 0: no limit
 }
 
-// Begin opens the catalog, and keeps the store from now on.
-func (k *Keeper) Begin(t *tree.Tree, hooks Hooks) { panic("not written") }
+// Begin opens the catalog, in the background, and keeps the store from now on.
+func (k *Keeper) Begin(t *tree.Tree, hooks Hooks) {
+	k.tree, k.hooks = t, hooks
+	if hooks.Partial != nil {
+		k.parts.Store(&hooks.Partial)
+	}
+	k.ctx, k.cancel = context.WithCancel(context.Background())
+	// Before the first change: whatever becomes of this process, no catalog of
+	// before is taken for complete by the next one.
+	k.closed = k.enter()
+	writing, end := context.WithCancel(context.Background())
+	k.end, k.ended = end, make(chan struct{})
+	go func() {
+		defer close(k.ended)
+		k.keep(writing)
+	}()
+	k.wg.Go(func() { k.evict(k.ctx) })
+	k.wg.Go(func() { k.work(k.ctx) })
+}
+
+// Close ends everything that is under way, writes down what has been noted, and
+// closes the catalog. The tree may not change any more, and the store is still
+// open.
+func (k *Keeper) Close() {
+	if k.cancel == nil {
+		return
+	}
+	k.cancel()
+	k.wg.Wait()
+	k.eviction.close()
+	k.end()
+	<-k.ended
+	if !k.closed.IsZero() {
+		k.leave(k.closed)
+	}
+}
 
 // Set replaces the settings.
-func (k *Keeper) Set(s Settings) { panic("not written") }
+func (k *Keeper) Set(s Settings) {
+	s.Limits = maps.Clone(s.Limits)
+	k.set.Store(&s)
+	k.eviction.hope()
+	signal(k.eviction.kick)
+	k.jobs.settled()
+}
 
-// settings are those of the last Set.
-func (k *Keeper) settings() Settings { panic("not written") }
+// settings are those of the last Set. Nobody may change them.
+func (k *Keeper) settings() Settings { return *k.set.Load() }
 
 // emit tells an operator.
 func (k *Keeper) emit(event string, data map[string]any) {
@@ -86,22 +156,6 @@ func (k *Keeper) emit(event string, data map[string]any) {
 		f(event, data)
 	}
 }
-
-// Close ends everything that is under way, writes down what has been noted, and
-// closes the catalog.
-func (k *Keeper) Close() { panic("not written") }
-
-// Store is the store whose Reserve knows the budgets: what is reserved and would
-// take more than MaxSize fails with an error that wraps storage.ErrFull.
-func (k *Keeper) Store() storage.Store { panic("not written") }
-
-// Room evicts so that n bytes can be reserved, and waits for it a second at
-// most. It reports whether to try again.
-func (k *Keeper) Room(ctx context.Context, n int64) bool { panic("not written") }
-
-// Catalog returns the catalog, for listings, or an error that says why there is
-// none now.
-func (k *Keeper) Catalog() (*catalog.Catalog, error) { panic("not written") }
 
 // Status is how a store is kept.
 type Status struct {
@@ -138,4 +192,33 @@ type Damage struct {
 }
 
 // Status says how the store is kept.
-func (k *Keeper) Status(ctx context.Context) (Status, error) { panic("not written") }
+func (k *Keeper) Status(ctx context.Context) (Status, error) {
+	settings := k.settings()
+	s := Status{
+		Upstreams: map[string]Used{}, MaxSize: settings.MaxSize, Partial: k.partial(),
+		Catalog: "ready", Complete: k.completeSince(), Evicted: k.eviction.evicted(),
+	}
+	k.account.mu.Lock()
+	s.Reserved = k.account.reserved
+	k.account.mu.Unlock()
+	k.report(&s)
+	c, err := k.Catalog()
+	if err != nil {
+		s.Catalog = err.Error()
+		return s, nil
+	}
+	if s.Complete.IsZero() {
+		s.Catalog = "rebuilding"
+	}
+	if s.Usage, err = c.Usage(ctx, ""); err != nil {
+		return s, err
+	}
+	for name, limit := range settings.Limits {
+		usage, err := c.Usage(ctx, name)
+		if err != nil {
+			return s, err
+		}
+		s.Upstreams[name] = Used{Bytes: usage.Allocated, MaxSize: limit.MaxSize, TTL: limit.TTL}
+	}
+	return s, nil
+}

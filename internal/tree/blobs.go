@@ -28,16 +28,17 @@ var errClosed = errors.New("the store is being closed")
 // wraps [ErrDamaged] for those who waited.
 //
 // Small ones come from memory, and are hashed whenever they come there. One
-// that is wrong though nobody doubted it is left where it is.
+// that is wrong though nobody doubted it is left where it is; see Prove.
 func (t *Tree) OpenBlob(ctx context.Context, canonical digest.Digest) (io.ReadCloser, storage.Info, error) {
 	key := layout.Blob(canonical)
 	if w, ok := t.hot.get(canonical); ok {
 		return w.open(), storage.Info{Key: key, Size: int64(len(w.body))}, nil
 	}
+	since := t.hot.since(canonical)
 	r, info, err := t.store.Open(ctx, key, 0, -1)
 	if err == nil && info.Doubtful {
 		r.Close()
-		if err := t.proveOnce(ctx, canonical); err != nil {
+		if err := t.proveOnce(ctx, canonical, false); err != nil {
 			return nil, storage.Info{}, err
 		}
 		r, info, err = t.store.Open(ctx, key, 0, -1)
@@ -53,7 +54,7 @@ func (t *Tree) OpenBlob(ctx context.Context, canonical digest.Digest) (io.ReadCl
 	if canonical.Algorithm().FromBytes(w.body) != canonical {
 		return nil, info, fmt.Errorf("the stored bytes of %s are %w", canonical, ErrDamaged)
 	}
-	t.hot.add(canonical, w)
+	t.hot.add(canonical, w, since)
 	return w.open(), info, nil
 }
 
@@ -113,10 +114,21 @@ type proofs struct {
 	slots   chan struct{} // holds a value for each that is being read
 }
 
-// proveOnce waits until a blob has been proven. It goes on when nobody waits any
-// more, or a client without patience would never get a large one.
-func (t *Tree) proveOnce(ctx context.Context, canonical digest.Digest) error {
-	result := t.proofs.flights.DoChan(canonical.String(), func() (any, error) {
+// Prove hashes the stored bytes of a blob, for one who has a reason to doubt
+// them. Bytes that are wrong are deleted, and the error wraps [ErrDamaged].
+func (t *Tree) Prove(ctx context.Context, canonical digest.Digest) error {
+	return t.proveOnce(ctx, canonical, true)
+}
+
+// proveOnce waits until a blob has been proven: one that is doubtful, or with
+// anyway any. It goes on when nobody waits any more, or a client without patience
+// would never get a large one.
+func (t *Tree) proveOnce(ctx context.Context, canonical digest.Digest, anyway bool) error {
+	flight := canonical.String()
+	if anyway {
+		flight = "anyway " + flight
+	}
+	result := t.proofs.flights.DoChan(flight, func() (any, error) {
 		if !t.life.begin() {
 			return nil, errClosed
 		}
@@ -127,7 +139,7 @@ func (t *Tree) proveOnce(ctx context.Context, canonical digest.Digest) error {
 		case <-t.life.ctx.Done():
 			return nil, context.Cause(t.life.ctx)
 		}
-		return nil, t.prove(t.life.ctx, canonical)
+		return nil, t.prove(t.life.ctx, canonical, anyway)
 	})
 	select {
 	case r := <-result:
@@ -137,15 +149,15 @@ func (t *Tree) proveOnce(ctx context.Context, canonical digest.Digest) error {
 	}
 }
 
-// prove hashes a doubtful blob, and vouches for it or deletes it.
-func (t *Tree) prove(ctx context.Context, canonical digest.Digest) error {
+// prove hashes a blob, and vouches for it or deletes it.
+func (t *Tree) prove(ctx context.Context, canonical digest.Digest, anyway bool) error {
 	key := layout.Blob(canonical)
 	r, hashed, err := t.store.Open(ctx, key, 0, -1)
 	if err != nil {
 		return err
 	}
 	defer r.Close()
-	if !hashed.Doubtful { // proven since it was asked for
+	if !hashed.Doubtful && !anyway { // proven since it was asked for
 		return nil
 	}
 	verifier := canonical.Verifier()
@@ -157,13 +169,15 @@ func (t *Tree) prove(ctx context.Context, canonical digest.Digest) error {
 		if err := t.store.Vouch(ctx, key); errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
+		t.note(Change{Kind: Hashed, Canonical: canonical, Size: hashed.Size, At: t.now()})
 		return nil
 	}
-	// Somebody may have stored the right bytes meanwhile.
-	if now, err := t.store.Stat(ctx, key); err != nil || !now.ModTime.Equal(hashed.ModTime) {
-		return err
-	}
-	if err := t.store.Delete(ctx, key); err != nil {
+	removed, err := t.RemoveBlob(ctx, canonical, func() (bool, error) {
+		// Somebody may have stored the right bytes meanwhile.
+		now, err := t.store.Stat(ctx, key)
+		return err == nil && !now.ModTime.Equal(hashed.ModTime), err
+	})
+	if err != nil || !removed {
 		return err
 	}
 	return fmt.Errorf("the stored bytes of %s are %w", canonical, ErrDamaged)

@@ -1,8 +1,7 @@
 package tree
 
 import (
-	"context"
-	"iter"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -68,51 +67,39 @@ const (
 	Forgotten
 )
 
-// A Pin says that a tag or a manifest is not to be evicted.
-type Pin struct {
-	Schema     int       `json:"schema"`
-	Repository string    `json:"repository"`
-	Reference  string    `json:"reference"` // a tag or a digest
-	Since      time.Time `json:"since"`
+// readEvery is how often reads of one thing are told of.
+const readEvery = time.Minute
+
+// A LastRead is when a read of something was last told of.
+type LastRead struct{ at atomic.Int64 } // in seconds of Unix time
+
+// again reports whether a read at the given time is to be told of.
+func (l *LastRead) again(at time.Time) bool {
+	now, last := at.Unix(), l.at.Load()
+	age := now - last
+	// A clock that has been set back must not end the telling.
+	return (age >= int64(readEvery/time.Second) || age <= -int64(readEvery/time.Second)) && l.at.CompareAndSwap(last, now)
 }
 
-// Pin keeps a tag or a manifest from being evicted, now or when it is held.
-func (t *Tree) Pin(ctx context.Context, repository string, ref oci.Reference, at time.Time) error {
-	panic("not written")
+// Asked tells that a client has asked for a tag, once a minute for each last.
+func (t *Tree) Asked(repository, tag string, last *LastRead, at time.Time) {
+	if last.again(at) {
+		t.note(Change{Kind: Read, Repository: repository, Tag: tag, At: at})
+	}
 }
 
-// Unpin undoes that, and reports whether there was such a pin.
-func (t *Tree) Unpin(ctx context.Context, repository string, ref oci.Reference) (bool, error) {
-	panic("not written")
+// AskedManifest tells that a client has asked for a manifest by its digest. It
+// says nothing of one that memory does not know.
+func (t *Tree) AskedManifest(repository string, d digest.Digest, at time.Time) {
+	if r, ok := t.revisions.Peek(member{repository, d}); ok && r.read.again(at) {
+		t.note(Change{Kind: Read, Repository: repository, Canonical: r.canonical, Digest: otherThan(r.canonical, d), At: at})
+	}
 }
 
-// Pins yields all pins of a repository, or with "" of all repositories.
-func (t *Tree) Pins(ctx context.Context, repository string) iter.Seq2[Pin, error] {
-	panic("not written")
+// AskedBlob tells that a client has asked for a stored blob, a member of the
+// repository.
+func (t *Tree) AskedBlob(repository string, m Member, at time.Time) {
+	if m.read != nil && m.Canonical != "" && m.read.again(at) {
+		t.note(Change{Kind: ReadBlob, Repository: repository, Canonical: m.Canonical, At: at})
+	}
 }
-
-// RemoveTag lets a tag mean nothing any more, if it means d still. Its record
-// goes too.
-func (t *Tree) RemoveTag(ctx context.Context, repository, tag string, d digest.Digest) error {
-	panic("not written")
-}
-
-// RemoveManifest takes a manifest out of a repository.
-func (t *Tree) RemoveManifest(ctx context.Context, repository string, d digest.Digest) error {
-	panic("not written")
-}
-
-// Unlink takes a blob out of a repository.
-func (t *Tree) Unlink(ctx context.Context, repository string, d digest.Digest) error {
-	panic("not written")
-}
-
-// RemoveBlob deletes bytes unless, once nobody can begin to refer to them any
-// more, needed says that somebody does.
-func (t *Tree) RemoveBlob(ctx context.Context, d digest.Digest, needed func() (bool, error)) (removed bool, err error) {
-	panic("not written")
-}
-
-// Forget removes what is left of a repository that has no manifest: its record,
-// and its directories.
-func (t *Tree) Forget(ctx context.Context, repository string) error { panic("not written") }

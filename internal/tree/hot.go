@@ -26,14 +26,16 @@ const (
 // never changes; who may see it is decided elsewhere, by revisions and members.
 type hot struct {
 	cache   *ristretto.Cache[string, *warm]
+	guards  guards // by digest
 	heating sync.Mutex
 	size    int64 // guarded by heating
 }
 
-// warm is content in memory. It is never changed.
+// warm is content in memory. It is never changed once it is there.
 type warm struct {
 	body     []byte
 	manifest *Manifest // nil where it was asked for as a blob only
+	other    *Manifest // as it was last asked for by a digest that is not a sha256
 }
 
 func newHot() *hot {
@@ -65,11 +67,41 @@ func (h *hot) heat(size int64) {
 
 func (h *hot) get(d digest.Digest) (*warm, bool) { return h.cache.Get(string(d)) }
 
-func (h *hot) add(d digest.Digest, w *warm) {
+// since is to be asked before content is read from the store, and given to add.
+func (h *hot) since(d digest.Digest) uint64 { return h.guards.of(string(d)).removals.Load() }
+
+// add keeps content, unless some has been removed since it was read.
+func (h *hot) add(d digest.Digest, w *warm, since uint64) {
+	g := h.guards.of(string(d))
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.removals.Load() != since {
+		return // it comes again when it is asked for
+	}
+	if old, ok := h.get(d); ok {
+		if w.manifest == nil {
+			w.manifest = old.manifest
+		}
+		if w.other == nil {
+			w.other = old.other
+		}
+	}
 	cost := int64(len(w.body))
-	if w.manifest != nil {
+	if w.manifest != nil || w.other != nil {
 		cost *= parsedCost
 	}
 	// Set says that it has taken what is larger than everything, and drops it.
 	h.cache.Set(string(d), w, cost+entryCost)
+}
+
+// remove forgets content. A value that was set before may become visible only
+// after Del has returned, until Del comes to its turn behind it: that is waited
+// for.
+func (h *hot) remove(d digest.Digest) {
+	g := h.guards.of(string(d))
+	g.mu.Lock()
+	g.removals.Add(1)
+	h.cache.Del(string(d))
+	g.mu.Unlock()
+	h.cache.Wait()
 }

@@ -39,10 +39,10 @@ func TestWarm(t *testing.T) {
 		t.Errorf("%+v, %v", info, err)
 	}
 	// What one repository has made warm is not another's.
-	if m, ok := b.Warm("s", d); ok {
+	if m, ok := b.Warm("s", d, time.Time{}); ok {
 		t.Errorf("s has %s", m.Digest)
 	}
-	if _, ok := b.Warm("r", other); ok {
+	if _, ok := b.Warm("r", other, time.Time{}); ok {
 		t.Error("r has what belongs to s")
 	}
 }
@@ -59,14 +59,14 @@ func TestHotDrops(t *testing.T) {
 		b.wantManifest("r", d, body)
 		b.opens(config, "a config")
 		b.settle()
-		if _, ok := b.Warm("r", d); ok {
+		if _, ok := b.Warm("r", d, time.Time{}); ok {
 			t.Fatal("it is warm though there is no room")
 		}
 	}
 	b.Heat(1 << 20)
 	b.wantManifest("r", d, body)
 	b.settle()
-	if _, ok := b.Warm("r", d); !ok {
+	if _, ok := b.Warm("r", d, time.Time{}); !ok {
 		t.Error("it is not warm though there is room now")
 	}
 }
@@ -178,7 +178,7 @@ func TestManifestAndBlob(t *testing.T) {
 	b.blob(body)
 	b.opens(d, body)
 	b.settle()
-	if _, ok := b.Warm("r", d); ok {
+	if _, ok := b.Warm("r", d, time.Time{}); ok {
 		t.Error("a blob of nobody's is a manifest of r")
 	}
 	b.put("r", body)
@@ -230,7 +230,7 @@ func TestCloseWaitsForScan(t *testing.T) {
 	b.put("r", image(digest.FromString("config")))
 	b.restart()
 	s := &slow{Store: b.store, reading: make(chan struct{}), goOn: make(chan struct{})}
-	tree := New(s)
+	tree := New(s, nil)
 	ctx, cancel := context.WithCancel(t.Context())
 	left := make(chan error)
 	go func() {

@@ -2,7 +2,6 @@ package tree
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"io/fs"
 	"iter"
@@ -12,7 +11,6 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/layout"
 	"github.com/caddy-registry/mirror/internal/oci"
-	"github.com/caddy-registry/mirror/storage"
 )
 
 // What is here is for comparing a store with what somebody remembers of it. It
@@ -32,24 +30,24 @@ type Listed struct {
 	Doubtful bool
 }
 
-// Kept yields the names of all repositories that have anything in the store:
-// manifests, layers, or a record. A name may come twice.
+// Kept yields the names of all repositories of which there may be anything in the
+// store: manifests, layers, or a record. A name may come twice.
 func (t *Tree) Kept(ctx context.Context) iter.Seq2[string, error] {
 	return func(yield func(string, error) bool) {
 		manifestsOrLayers := func(component string, dir bool) bool {
 			return dir && (component == "_manifests" || component == "_layers")
 		}
-		if !t.names(ctx, layout.Repositories, "", manifestsOrLayers, yield) {
+		if !t.kept(ctx, layout.Repositories, "", manifestsOrLayers, yield) {
 			return
 		}
-		records := func(component string, dir bool) bool { return true }
-		t.names(ctx, layout.Records, "", records, yield)
+		record := func(component string, dir bool) bool { return !dir && component == "_record.json" }
+		t.kept(ctx, layout.Records, "", record, yield)
 	}
 }
 
-// names visits a name and those below it, and yields each in whose directory
+// kept visits a name and those below it, and yields each in whose directory
 // there is something that shows a repository. It reports whether to go on.
-func (t *Tree) names(ctx context.Context, root, name string, shows func(component string, dir bool) bool, yield func(string, error) bool) bool {
+func (t *Tree) kept(ctx context.Context, root, name string, shows func(component string, dir bool) bool, yield func(string, error) bool) bool {
 	prefix := root
 	if name != "" {
 		prefix += name + "/"
@@ -76,23 +74,22 @@ func (t *Tree) names(ctx context.Context, root, name string, shows func(componen
 		if name != "" {
 			child = name + "/" + component
 		}
-		if !t.names(ctx, root, child, shows, yield) {
+		if !t.kept(ctx, root, child, shows, yield) {
 			return false
 		}
 	}
 	return true
 }
 
-// IsKept reports whether there is anything of a repository in the store.
+// IsKept reports whether there is anything of a repository in the store: empty
+// directories are nothing.
 func (t *Tree) IsKept(ctx context.Context, repository string) (bool, error) {
-	for _, prefix := range []string{layout.Repositories + repository + "/", layout.Records + repository + "/"} {
-		for info, err := range t.store.List(ctx, prefix, false) {
-			if err != nil {
-				return false, err
-			}
-			if strings.HasPrefix(strings.TrimPrefix(info.Key, prefix), "_") {
-				return true, nil
-			}
+	if _, err := t.store.Stat(ctx, layout.Record(repository)); !errors.Is(err, fs.ErrNotExist) {
+		return err == nil, err
+	}
+	for _, prefix := range []string{layout.Manifests(repository), layout.Layers(repository)} {
+		for _, err := range t.store.List(ctx, prefix, true) {
+			return err == nil, err
 		}
 	}
 	return false, nil
@@ -166,6 +163,3 @@ func (t *Tree) ListBlobs(ctx context.Context, digits string) iter.Seq2[Listed, e
 		}
 	}
 }
-
-var _ = json.Unmarshal
-var _ storage.Info

@@ -58,6 +58,8 @@ func (t *Tree) Record(ctx context.Context, repository string) (Record, error) {
 		}
 		return *r, nil
 	}
+	g := t.guards.of(repository)
+	since := g.removals.Load()
 	data, err := t.store.Get(ctx, layout.Record(repository), maxRecord)
 	if errors.Is(err, fs.ErrNotExist) {
 		// Unless one has been written since.
@@ -80,12 +82,17 @@ func (t *Tree) Record(ctx context.Context, repository string) (Record, error) {
 	if r.Schema > recordSchema {
 		return Record{}, fmt.Errorf("the record of repository %s has schema %d, which a newer version of this program wrote", repository, r.Schema)
 	}
-	t.records.Add(repository, &r)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.removals.Load() == since { // or it may have been forgotten
+		t.records.ContainsOrAdd(repository, &r)
+	}
 	return r, nil
 }
 
 // PutRecord writes a repository's record.
 func (t *Tree) PutRecord(ctx context.Context, repository string, r Record) error {
+	defer t.repositories.lock(repository)()
 	r.Schema = recordSchema
 	data, err := json.Marshal(r)
 	if err != nil {
@@ -97,10 +104,19 @@ func (t *Tree) PutRecord(ctx context.Context, repository string, r Record) error
 	if r.Class == Mirrored {
 		durability = storage.Lazy
 	}
+	before, none := t.Record(ctx, repository)
+	t.note(Change{Kind: Recorded, Repository: repository, Record: &r})
 	if err := t.store.Put(ctx, layout.Record(repository), data, durability); err != nil {
+		if none == nil {
+			t.note(Change{Kind: Recorded, Repository: repository, Record: &before})
+		} else if t.absent(context.WithoutCancel(ctx), layout.Record(repository)) {
+			// What has no record counts as hosted.
+			t.note(Change{Kind: Recorded, Repository: repository, Record: &Record{Class: Hosted}})
+		}
 		return err
 	}
 	t.records.Add(repository, &r)
+	t.forgotten.Remove(repository)
 	return nil
 }
 

@@ -67,11 +67,50 @@ func (t *Tree) putTagRecord(ctx context.Context, repository, tag string, r TagRe
 // SetTag lets a tag mean a manifest from the given time on. The index, which
 // remembers all it ever meant, comes first, as in registry:2.
 func (t *Tree) SetTag(ctx context.Context, repository, tag string, d digest.Digest, at time.Time) error {
+	leave, err := t.enter(ctx, repository)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	defer t.lockTag(repository, tag)()
 	before, err := t.Tag(ctx, repository, tag)
-	switch {
-	case err == nil && before == d:
+	if err == nil && before == d {
 		return nil
-	case err == nil:
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	t.tagged(ctx, repository, tag, d, at)
+	if err := t.setTag(ctx, repository, tag, before, d, at); err != nil {
+		ctx := context.WithoutCancel(ctx)
+		switch now, tagErr := t.Tag(ctx, repository, tag); {
+		case errors.Is(tagErr, fs.ErrNotExist):
+			t.note(Change{Kind: Untagged, Repository: repository, Tag: tag})
+		case tagErr == nil && now == before:
+			if info, err := t.store.Stat(ctx, layout.TagLink(repository, tag)); err == nil {
+				t.tagged(ctx, repository, tag, before, info.ModTime)
+			}
+		}
+		return err
+	}
+	return nil
+}
+
+// tagged tells what a tag means.
+func (t *Tree) tagged(ctx context.Context, repository, tag string, d digest.Digest, at time.Time) {
+	canonical := d
+	if d.Algorithm() != digest.Canonical {
+		if linked, err := t.link(ctx, layout.RevisionLink(repository, d)); err == nil {
+			canonical = linked
+		}
+	}
+	t.note(Change{Kind: Tagged, Repository: repository, Tag: tag, Canonical: canonical, Digest: otherThan(canonical, d), At: at})
+}
+
+// setTag lets a tag mean d. before is what it has meant until now, if it has. The
+// tag's lock is held.
+func (t *Tree) setTag(ctx context.Context, repository, tag string, before, d digest.Digest, at time.Time) error {
+	if before != "" {
 		r, err := t.TagRecord(ctx, repository, tag)
 		if err != nil {
 			return err
@@ -80,8 +119,6 @@ func (t *Tree) SetTag(ctx context.Context, repository, tag string, d digest.Dige
 		if err := t.putTagRecord(ctx, repository, tag, r); err != nil {
 			return err
 		}
-	case !errors.Is(err, fs.ErrNotExist):
-		return err
 	}
 	if err := t.setLink(ctx, layout.TagIndexLink(repository, tag, d), d); err != nil {
 		return err
@@ -93,6 +130,7 @@ func (t *Tree) SetTag(ctx context.Context, repository, tag string, d digest.Dige
 // SetGone notes since when the origin of a stored tag says that there is no such
 // tag, or with the zero time that there is.
 func (t *Tree) SetGone(ctx context.Context, repository, tag string, since time.Time) error {
+	defer t.lockTag(repository, tag)()
 	r, err := t.TagRecord(ctx, repository, tag)
 	if err != nil || r.Gone.Equal(since) {
 		return err

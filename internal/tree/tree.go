@@ -42,13 +42,29 @@ type Tree struct {
 	members *lru.Cache[member, Member]
 	// revisions remembers which manifests have been read in a repository: what
 	// is hot may be served to whoever asks there.
-	revisions *lru.Cache[member, struct{}]
+	revisions *lru.Cache[member, *revision]
 	hot       *hot
 	records   *lru.Cache[string, *Record] // nil: there is none
 	scanned   *lru.Cache[string, struct{}]
 	scans     singleflight.Group
 	proofs    proofs
 	life      life
+
+	note func(Change)
+	now  func() time.Time
+	// Changes are made and told of under the lock of what they change, so that
+	// they are told of in the order in which they are made.
+	repositories, tags, digests stripes
+	guards                      guards // of members, revisions, scanned and records, by repository
+	// forgotten are records that Forget has removed, in case somebody who has
+	// seen them before still has something to store.
+	forgotten *lru.Cache[string, Record]
+}
+
+// A revision is a manifest that has been read in a repository.
+type revision struct {
+	canonical digest.Digest
+	read      LastRead
 }
 
 type member struct {
@@ -70,20 +86,30 @@ type Member struct {
 	Child bool
 
 	disputed bool // manifests do not agree on its size
+	read     *LastRead
 }
 
 // ErrDamaged is wrapped by the error for content that is in the store and is not
 // what its key says. It counts as absent, and is an fs.ErrNotExist.
 var ErrDamaged = fmt.Errorf("damaged, which counts as absent: %w", fs.ErrNotExist)
 
-// New returns the tree in a store, which it does not close.
-func New(store storage.Store) *Tree {
+// New returns the tree in a store, which it does not close. note is told of every
+// change, and of reads; it is called with locks held, and neither blocks nor calls
+// the tree. It may be nil.
+func New(store storage.Store, note func(Change)) *Tree {
+	if note == nil {
+		note = func(Change) {}
+	}
 	// lru.New fails only for a size below 1.
 	members, _ := lru.New[member, Member](maxMembers)
-	revisions, _ := lru.New[member, struct{}](maxRevs)
+	revisions, _ := lru.New[member, *revision](maxRevs)
 	records, _ := lru.New[string, *Record](maxRecords)
 	scanned, _ := lru.New[string, struct{}](maxScans)
-	t := &Tree{store: store, members: members, revisions: revisions, hot: newHot(), records: records, scanned: scanned}
+	forgotten, _ := lru.New[string, Record](maxRecords)
+	t := &Tree{
+		store: store, members: members, revisions: revisions, hot: newHot(), records: records, scanned: scanned,
+		note: note, now: time.Now, forgotten: forgotten,
+	}
 	t.proofs.slots = make(chan struct{}, maxProofs)
 	t.life.ctx, t.life.cancel = context.WithCancelCause(context.Background())
 	return t
@@ -130,20 +156,33 @@ func newManifest(d digest.Digest, body []byte, parsed *oci.Manifest) *Manifest {
 }
 
 // Warm returns a manifest that belongs to a repository, if memory alone tells.
-func (t *Tree) Warm(repository string, d digest.Digest) (*Manifest, bool) {
-	if _, ok := t.revisions.Get(member{repository, d}); !ok {
+// at is when a client has asked for it by its digest; the zero time: none has.
+func (t *Tree) Warm(repository string, d digest.Digest, at time.Time) (*Manifest, bool) {
+	r, ok := t.revisions.Get(member{repository, d})
+	if !ok {
 		return nil, false
 	}
-	w, ok := t.hot.get(d)
-	if !ok || w.manifest == nil {
+	w, ok := t.hot.get(r.canonical)
+	if !ok {
 		return nil, false
 	}
-	return w.manifest, true
+	m := w.manifest
+	if d != r.canonical {
+		m = w.other
+	}
+	if m == nil || m.Digest != d {
+		return nil, false
+	}
+	if !at.IsZero() && r.read.again(at) {
+		t.note(Change{Kind: Read, Repository: repository, Canonical: r.canonical, Digest: otherThan(r.canonical, d), At: at})
+	}
+	return m, true
 }
 
 // WarmBlob returns the bytes of a small blob that belongs to a repository, if
-// memory alone tells. Nobody may change them.
-func (t *Tree) WarmBlob(repository string, d digest.Digest) ([]byte, bool) {
+// memory alone tells. Nobody may change them. at is when a client has asked for
+// it.
+func (t *Tree) WarmBlob(repository string, d digest.Digest, at time.Time) ([]byte, bool) {
 	known, ok := t.members.Get(member{repository, d})
 	if !ok || !known.Linked {
 		return nil, false
@@ -152,6 +191,7 @@ func (t *Tree) WarmBlob(repository string, d digest.Digest) ([]byte, bool) {
 	if !ok || known.Size >= 0 && known.Size != int64(len(w.body)) {
 		return nil, false
 	}
+	t.AskedBlob(repository, known, at)
 	return w.body, true
 }
 
@@ -160,7 +200,7 @@ func (t *Tree) WarmBlob(repository string, d digest.Digest) ([]byte, bool) {
 // held for another repository. Bytes that do not match the digest count as
 // absent, so that they are fetched again.
 func (t *Tree) Manifest(ctx context.Context, repository string, d digest.Digest) (*Manifest, error) {
-	if m, ok := t.Warm(repository, d); ok {
+	if m, ok := t.Warm(repository, d, time.Time{}); ok {
 		return m, nil
 	}
 	m, absent := t.linkedManifest(ctx, repository, d)
@@ -172,31 +212,61 @@ func (t *Tree) Manifest(ctx context.Context, repository string, d digest.Digest)
 	if _, err := t.store.Stat(ctx, layout.Blob(d)); err != nil {
 		return nil, err
 	}
-	if known, ok := t.members.Get(member{repository, d}); !ok || !known.Child {
-		if err := t.scan(ctx, repository); err != nil {
-			return nil, err
-		}
-		if known, ok = t.members.Get(member{repository, d}); !ok || !known.Child {
-			return nil, fmt.Errorf("manifest %s is not part of %s: %w", d, repository, absent)
-		}
+	known, _, err := t.named(ctx, repository, d, func(m Member) bool { return m.Child })
+	if err != nil {
+		return nil, err
 	}
-	m, err := t.readManifest(ctx, repository, d, d)
-	if err == nil {
-		err = t.setLink(ctx, layout.RevisionLink(repository, d), d)
+	if !known.Child {
+		return nil, fmt.Errorf("manifest %s is not part of %s: %w", d, repository, absent)
 	}
-	return m, err
+	return t.adopt(ctx, repository, d)
+}
+
+// adopt links a manifest whose bytes are held.
+func (t *Tree) adopt(ctx context.Context, repository string, d digest.Digest) (*Manifest, error) {
+	leave, err := t.enter(ctx, repository)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	defer t.lockDigest(d)()
+	m, err := t.load(ctx, d, d)
+	if err != nil {
+		return nil, err
+	}
+	// Where there is no room for a link it is known for as long as there is
+	// memory.
+	t.manifested(ctx, repository, d, m, func() error { return nil })
+	t.known(repository, m, d, t.hot.since(d))
+	return m, nil
 }
 
 // linkedManifest returns a manifest that was stored in the repository.
 func (t *Tree) linkedManifest(ctx context.Context, repository string, d digest.Digest) (*Manifest, error) {
-	canonical, err := t.link(ctx, layout.RevisionLink(repository, d))
+	key, g := layout.RevisionLink(repository, d), t.guards.of(repository)
+	since := g.removals.Load()
+	canonical, err := t.link(ctx, key)
 	if err != nil {
 		return nil, err
 	}
-	return t.readManifest(ctx, repository, d, canonical)
+	hotSince := t.hot.since(canonical)
+	m, err := t.load(ctx, d, canonical)
+	if err != nil {
+		return nil, err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.removals.Load() != since {
+		if _, err := t.store.Stat(ctx, key); err != nil {
+			return nil, err
+		}
+	}
+	t.remember(repository, m, canonical, hotSince)
+	return m, nil
 }
 
-func (t *Tree) readManifest(ctx context.Context, repository string, d, canonical digest.Digest) (*Manifest, error) {
+// load reads a manifest that lies under a digest.
+func (t *Tree) load(ctx context.Context, d, canonical digest.Digest) (*Manifest, error) {
 	body, err := t.store.Get(ctx, layout.Blob(canonical), oci.MaxManifestSize)
 	if errors.Is(err, storage.ErrTooLarge) {
 		return nil, fmt.Errorf("%w: %s is no manifest: %w", fs.ErrNotExist, d, err)
@@ -211,26 +281,42 @@ func (t *Tree) readManifest(ctx context.Context, repository string, d, canonical
 	if err != nil {
 		return nil, fmt.Errorf("%w: %s is no manifest: %w", fs.ErrNotExist, d, err)
 	}
-	return t.known(repository, newManifest(d, body, parsed)), nil
+	return newManifest(d, body, parsed), nil
 }
 
-// known remembers a manifest that belongs to a repository, and what it makes a
-// member.
-func (t *Tree) known(repository string, m *Manifest) *Manifest {
+// known remembers a manifest that belongs to a repository.
+func (t *Tree) known(repository string, m *Manifest, canonical digest.Digest, hotSince uint64) {
+	g := t.guards.of(repository)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	t.remember(repository, m, canonical, hotSince)
+}
+
+// remember does so, and what the manifest makes a member. The repository's guard
+// is held.
+func (t *Tree) remember(repository string, m *Manifest, canonical digest.Digest, hotSince uint64) {
 	t.learn(repository, m.Manifest)
-	t.revisions.Add(member{repository, m.Digest}, struct{}{})
-	t.hot.add(m.Digest, &warm{body: m.Body, manifest: m})
-	return m
+	key := member{repository, m.Digest}
+	if known, ok := t.revisions.Peek(key); !ok || known.canonical != canonical {
+		t.revisions.Add(key, &revision{canonical: canonical})
+	}
+	w := &warm{body: m.Body}
+	if m.Digest == canonical {
+		w.manifest = m
+	} else {
+		w.other = m
+	}
+	t.hot.add(canonical, w, hotSince)
 }
 
-// learn remembers what a manifest makes a member.
+// learn remembers what a manifest makes a member. The repository's guard is held.
 func (t *Tree) learn(repository string, m *oci.Manifest) {
 	add := func(d v1.Descriptor, child bool) {
 		key := member{repository, d.Digest}
 		known, ok := t.members.Peek(key)
 		switch {
 		case !ok:
-			known = Member{Canonical: canonicalOf(d.Digest), Size: d.Size}
+			known = Member{Canonical: canonicalOf(d.Digest), Size: d.Size, read: new(LastRead)}
 		case known.Size < 0 && !known.disputed:
 			known.Size = d.Size
 		case d.Size >= 0 && known.Size != d.Size:
@@ -255,27 +341,71 @@ func canonicalOf(d digest.Digest) digest.Digest {
 	return ""
 }
 
+// otherThan is the digest that content was asked for by, if that is not its
+// canonical one.
+func otherThan(canonical, d digest.Digest) digest.Digest {
+	if d == canonical {
+		return ""
+	}
+	return d
+}
+
 // PutManifest stores a manifest whose bytes match the digest.
 func (t *Tree) PutManifest(ctx context.Context, repository string, d digest.Digest, body []byte) (*Manifest, error) {
 	parsed, err := parse(d, body)
 	if err != nil {
 		return nil, err
 	}
-	canonical := digest.FromBytes(body)
-	if err := t.store.Put(ctx, layout.Blob(canonical), body, storage.Lazy); err != nil {
+	m, canonical := newManifest(d, body, parsed), digest.FromBytes(body)
+	leave, err := t.enter(ctx, repository)
+	if err != nil {
 		return nil, err
 	}
-	failpoint.Hit("manifest.stored")
-	if err := t.setLink(ctx, layout.RevisionLink(repository, canonical), canonical); err != nil {
+	defer leave()
+	defer t.lockDigest(canonical)()
+	err = t.manifested(ctx, repository, canonical, m, func() error {
+		err := t.store.Put(ctx, layout.Blob(canonical), body, storage.Lazy)
+		failpoint.Hit("manifest.stored")
+		return err
+	})
+	if err != nil {
 		return nil, err
-	}
-	if d != canonical {
-		if err := t.setLink(ctx, layout.RevisionLink(repository, d), canonical); err != nil {
-			return nil, err
-		}
 	}
 	failpoint.Hit("manifest.linked")
-	return t.known(repository, newManifest(d, body, parsed)), nil
+	t.known(repository, m, canonical, t.hot.since(canonical))
+	return m, nil
+}
+
+// manifested links a manifest once store has stored it, and tells of it before.
+// The lock of its digest is held.
+func (t *Tree) manifested(ctx context.Context, repository string, canonical digest.Digest, m *Manifest, store func() error) error {
+	t.note(Change{
+		Kind: Manifested, Repository: repository, Canonical: canonical, Digest: otherThan(canonical, m.Digest),
+		Size: int64(len(m.Body)), Manifest: m.Manifest, At: t.now(),
+	})
+	err := store()
+	if err == nil {
+		err = t.setLink(ctx, layout.RevisionLink(repository, canonical), canonical)
+	}
+	if err == nil && m.Digest != canonical {
+		return t.setLink(ctx, layout.RevisionLink(repository, m.Digest), canonical)
+	}
+	if err != nil {
+		ctx := context.WithoutCancel(ctx)
+		if t.absent(ctx, layout.RevisionLink(repository, canonical)) {
+			t.note(Change{Kind: Unmanifested, Repository: repository, Canonical: canonical})
+		}
+		if t.absent(ctx, layout.Blob(canonical)) {
+			t.note(Change{Kind: Removed, Canonical: canonical})
+		}
+	}
+	return err
+}
+
+// absent reports whether it is certain that there is nothing under a key.
+func (t *Tree) absent(ctx context.Context, key string) bool {
+	_, err := t.store.Stat(ctx, key)
+	return errors.Is(err, fs.ErrNotExist)
 }
 
 // Member reports whether a blob belongs to a repository, from memory, its
@@ -286,29 +416,71 @@ func (t *Tree) Member(ctx context.Context, repository string, d digest.Digest) (
 	if ok && known.Canonical != "" {
 		return known, true, nil
 	}
+	g := t.guards.of(repository)
+	since := g.removals.Load()
 	canonical, err := t.link(ctx, layout.LayerLink(repository, d))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return Member{}, false, err
 	}
+	linked := err == nil
 	if !ok { // the manifests tell, and the size besides
-		if err := t.scan(ctx, repository); err != nil {
+		if known, ok, err = t.named(ctx, repository, d, func(Member) bool { return true }); err != nil {
 			return Member{}, false, err
 		}
-		if known, ok = t.members.Get(key); !ok {
-			known.Size = -1
+	}
+	if !linked {
+		return known, ok, nil
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.removals.Load() != since {
+		if t.absent(ctx, layout.LayerLink(repository, d)) {
+			return known, ok, nil
 		}
 	}
-	if err == nil {
-		known.Canonical, known.Linked, ok = canonical, true, true
-		t.members.Add(key, known)
+	return t.linked(key, canonical), true, nil
+}
+
+// linked remembers that a repository's link proves a member. The repository's
+// guard is held.
+func (t *Tree) linked(key member, canonical digest.Digest) Member {
+	known, ok := t.members.Peek(key)
+	if !ok {
+		known = Member{Size: -1, read: new(LastRead)}
 	}
-	return known, ok, nil
+	known.Canonical, known.Linked = canonical, true
+	t.members.Add(key, known)
+	return known
+}
+
+// named looks for content among what the manifests of a repository name, until
+// it is as it should be. Without it, Size is -1.
+func (t *Tree) named(ctx context.Context, repository string, d digest.Digest, is func(Member) bool) (Member, bool, error) {
+	g := t.guards.of(repository)
+	for range 3 {
+		if known, ok := t.members.Get(member{repository, d}); ok && is(known) {
+			return known, true, nil
+		}
+		since := g.removals.Load()
+		if err := t.scan(ctx, repository); err != nil {
+			return Member{Size: -1}, false, err
+		}
+		if known, ok := t.members.Get(member{repository, d}); ok && is(known) {
+			return known, true, nil
+		}
+		// What a manifest names that has been removed meanwhile is forgotten, and
+		// another may name it too.
+		if g.removals.Load() == since && t.scanned.Contains(repository) {
+			break
+		}
+	}
+	return Member{Size: -1}, false, nil
 }
 
 // AddMember remembers a proof of membership that no link or manifest gives:
 // the upstream's own.
 func (t *Tree) AddMember(repository string, d digest.Digest, size int64) Member {
-	m := Member{Canonical: canonicalOf(d), Size: size}
+	m := Member{Canonical: canonicalOf(d), Size: size, read: new(LastRead)}
 	t.members.Add(member{repository, d}, m)
 	return m
 }
@@ -330,11 +502,17 @@ func (t *Tree) scan(ctx context.Context, repository string) error {
 		defer t.life.wg.Done()
 		ctx, cancel := context.WithTimeout(t.life.ctx, scanTimeout)
 		defer cancel()
-		err := t.manifests(ctx, repository, func(*Manifest) {})
-		if err == nil {
+		g := t.guards.of(repository)
+		since := g.removals.Load()
+		if err := t.manifests(ctx, repository, func(*Manifest) {}); err != nil {
+			return nil, err
+		}
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if g.removals.Load() == since {
 			t.scanned.Add(repository, struct{}{})
 		}
-		return nil, err
+		return nil, nil
 	})
 	select {
 	case r := <-result:
@@ -352,7 +530,9 @@ func (t *Tree) Remember(repository string, d digest.Digest, body []byte) (*Manif
 	}
 	m := newManifest(d, body, parsed)
 	m.Unstored = true
-	return t.known(repository, m), nil
+	canonical := digest.FromBytes(body)
+	t.known(repository, m, canonical, t.hot.since(canonical))
+	return m, nil
 }
 
 // parse reads a manifest whose bytes must match the digest.
@@ -391,18 +571,31 @@ func (t *Tree) manifests(ctx context.Context, repository string, visit func(*Man
 }
 
 // LinkBlob makes a stored blob a member of a repository, under the digest it
-// was asked for by and under the one it lies at.
+// was asked for by and under the one it lies at. If its bytes are not there any
+// more, the error is an fs.ErrNotExist.
 func (t *Tree) LinkBlob(ctx context.Context, repository string, asked, canonical digest.Digest) error {
+	leave, err := t.enter(ctx, repository)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	defer t.lockDigest(canonical)()
+	info, err := t.store.Stat(ctx, layout.Blob(canonical))
+	if err != nil {
+		return err
+	}
+	t.note(Change{Kind: Linked, Repository: repository, Canonical: canonical, Digest: otherThan(canonical, asked), Size: info.Size, At: t.now()})
+	g := t.guards.of(repository)
 	for _, d := range []digest.Digest{canonical, asked} {
 		if err := t.setLink(ctx, layout.LayerLink(repository, d), canonical); err != nil {
+			if t.absent(context.WithoutCancel(ctx), layout.LayerLink(repository, canonical)) {
+				t.note(Change{Kind: Unlinked, Repository: repository, Canonical: canonical})
+			}
 			return err
 		}
-		known, ok := t.members.Peek(member{repository, d})
-		if !ok {
-			known.Size = -1
-		}
-		known.Canonical, known.Linked = canonical, true
-		t.members.Add(member{repository, d}, known)
+		g.mu.Lock()
+		t.linked(member{repository, d}, canonical)
+		g.mu.Unlock()
 		if asked == canonical {
 			break
 		}

@@ -44,7 +44,7 @@ func newBench(t *testing.T) *bench {
 func (b *bench) open() {
 	b.t.Helper()
 	b.store = disktest.Open(b.t, b.dir)
-	b.Tree = New(b.store)
+	b.Tree = New(b.store, nil)
 }
 
 // restart forgets what is only in memory.
@@ -623,7 +623,7 @@ func TestReferrers(t *testing.T) {
 func TestErrorsAreNotAbsence(t *testing.T) {
 	b := newBench(t)
 	d := b.put("r", index())
-	broken := New(failing{b.store})
+	broken := New(failing{b.store}, nil)
 	for name, err := range map[string]error{
 		"Manifest": second(broken.Manifest(t.Context(), "r", d)),
 		"Tag":      second(broken.Tag(t.Context(), "r", "latest")),

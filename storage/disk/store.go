@@ -32,6 +32,10 @@ type store struct {
 	hold     *hold
 	settings atomic.Pointer[settings]
 
+	// pruning is held by whoever removes empty directories, and shared by those
+	// who make directories until there is something in them.
+	pruning sync.RWMutex
+
 	mu       sync.Mutex
 	reserved uint64 // set aside and not yet used
 }
@@ -274,58 +278,65 @@ func (s *store) copyIn(_ context.Context, target, path string, d storage.Durabil
 }
 
 // move renames a finished file to its place, making the directories above it.
-// It tries again when one of them vanished in between: cleaning up removes
-// empty directories.
 func (s *store) move(from, to string, d storage.Durability) error {
 	dir := filepath.Dir(to)
-	for attempt := 0; ; attempt++ {
-		err := os.Rename(from, to)
-		if err == nil {
-			break
-		}
-		if !errors.Is(err, fs.ErrNotExist) || attempt == 3 {
+	err := os.Rename(from, to)
+	if errors.Is(err, fs.ErrNotExist) {
+		if _, lost := os.Lstat(from); lost != nil {
 			return err
 		}
-		if _, err := os.Lstat(from); err != nil {
-			return err
-		}
-		if err := s.mkdirDurably(dir, d); err != nil {
-			return err
-		}
+		err = s.moveBelow(dir, from, to, d)
+	}
+	if err != nil {
+		return err
 	}
 	if d == storage.Durable {
-		return syncPath(dir)
+		return syncDir(dir)
 	}
 	s.hold.group.wrote()
 	return nil
 }
 
-func (s *store) mkdir(dir string) error {
-	return os.MkdirAll(dir, s.settings.Load().dirMode)
+// syncDir syncs a directory, unless what was put there has been removed again
+// together with it.
+func syncDir(dir string) error {
+	if err := syncPath(dir); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
-// mkdirDurably makes the directories down to dir. For a durable write the
-// parents of new ones must be synced too, or the whole branch can be lost.
-func (s *store) mkdirDurably(dir string, d storage.Durability) error {
-	if d != storage.Durable {
-		return s.mkdir(dir)
-	}
-	var fresh []string
-	for at := dir; at != s.root; at = filepath.Dir(at) {
-		if _, err := os.Stat(at); err == nil {
-			break
+// moveBelow is move where a directory is missing. For a durable write the parents
+// of new ones must be synced too, or the whole branch can be lost.
+func (s *store) moveBelow(dir, from, to string, d storage.Durability) error {
+	fresh, err := func() (fresh []string, err error) {
+		s.pruning.RLock()
+		defer s.pruning.RUnlock()
+		for at := dir; d == storage.Durable && at != s.root; at = filepath.Dir(at) {
+			if _, err := os.Stat(at); err == nil {
+				break
+			}
+			fresh = append(fresh, filepath.Dir(at))
 		}
-		fresh = append(fresh, filepath.Dir(at))
-	}
-	if err := s.mkdir(dir); err != nil {
+		if err := s.mkdir(dir); err != nil {
+			return nil, err
+		}
+		return fresh, os.Rename(from, to)
+	}()
+	if err != nil {
+		s.prune(dir)
 		return err
 	}
 	for _, parent := range fresh {
-		if err := syncPath(parent); err != nil {
+		if err := syncDir(parent); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+func (s *store) mkdir(dir string) error {
+	return os.MkdirAll(dir, s.settings.Load().dirMode)
 }
 
 func syncPath(path string) error {
@@ -347,10 +358,25 @@ func (s *store) Delete(_ context.Context, key string) error {
 	}
 	// Unlink rather than os.Remove, which would also take an empty directory.
 	err = syscall.Unlink(path)
-	if err == nil || errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ENOTDIR) || errors.Is(err, syscall.EISDIR) {
+	if errors.Is(err, syscall.ENOTDIR) || errors.Is(err, syscall.EISDIR) {
 		return nil
 	}
-	return &fs.PathError{Op: "unlink", Path: path, Err: err}
+	if err != nil && !errors.Is(err, syscall.ENOENT) {
+		return &fs.PathError{Op: "unlink", Path: path, Err: err}
+	}
+	s.prune(filepath.Dir(path))
+	return nil
+}
+
+// prune removes a directory and those above it as far as they are empty. One that
+// was left by a process that died in between goes when something in it is deleted
+// again. The kernel knows whether a directory is empty; that nobody has just made
+// it to put something there, pruning tells.
+func (s *store) prune(dir string) {
+	s.pruning.Lock()
+	defer s.pruning.Unlock()
+	for ; dir != s.root && syscall.Rmdir(dir) == nil; dir = filepath.Dir(dir) {
+	}
 }
 
 // Vouch moves the value's time out of the interval of doubt.
@@ -435,13 +461,32 @@ func (s *store) list(ctx context.Context, dir string, deep bool, yield func(stor
 	}
 }
 
-func (s *store) Reserve(n int64) (storage.Reservation, error) {
+// space is that of the filesystem, in bytes.
+func (s *store) space() (total, free uint64, err error) {
 	var fsStat syscall.Statfs_t
 	if err := syscall.Statfs(s.root, &fsStat); err != nil {
-		return nil, fmt.Errorf("disk storage: asking for the free space of %s: %w", s.root, err)
+		return 0, 0, fmt.Errorf("disk storage: asking for the free space of %s: %w", s.root, err)
 	}
 	unit := uint64(fsStat.Bsize)
-	total, free := fsStat.Blocks*unit, fsStat.Bavail*unit
+	return fsStat.Blocks * unit, fsStat.Bavail * unit, nil
+}
+
+// Free implements storage.Measured.
+func (s *store) Free() (free, keep int64, err error) {
+	total, available, err := s.space()
+	if err != nil {
+		return 0, 0, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return int64(available) - int64(s.reserved), int64(s.settings.Load().minFree.of(total)), nil
+}
+
+func (s *store) Reserve(n int64) (storage.Reservation, error) {
+	total, free, err := s.space()
+	if err != nil {
+		return nil, err
+	}
 	limit := s.settings.Load().minFree
 	s.mu.Lock()
 	defer s.mu.Unlock()

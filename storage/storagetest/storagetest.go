@@ -36,6 +36,8 @@ func Test(t *testing.T, open func(t *testing.T) storage.Store) {
 		{"List", testList},
 		{"BadKeys", testBadKeys},
 		{"ConcurrentPuts", testConcurrentPuts},
+		{"EmptyDirectories", testEmptyDirectories},
+		{"PutBesideDelete", testPutBesideDelete},
 		{"Reserve", testReserve},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -367,6 +369,86 @@ func testConcurrentPuts(t *testing.T, s storage.Store) {
 		})
 	}
 	wg.Wait()
+}
+
+func shallow(t *testing.T, s storage.Store, prefix string) (keys []string) {
+	t.Helper()
+	for info, err := range s.List(context.Background(), prefix, false) {
+		if err != nil {
+			t.Fatalf("List %s: %v", prefix, err)
+		}
+		keys = append(keys, info.Key)
+	}
+	slices.Sort(keys)
+	return keys
+}
+
+func testEmptyDirectories(t *testing.T, s storage.Store) {
+	ctx := context.Background()
+	for _, key := range []string{"a/b/c/d", "a/b/e", "a/f"} {
+		put(t, s, key, "x")
+	}
+	for _, step := range []struct {
+		delete string
+		below  map[string][]string
+	}{
+		{"a/b/none", map[string][]string{"a/": {"a/b/", "a/f"}, "a/b/": {"a/b/c/", "a/b/e"}}},
+		{"a/b/c/d", map[string][]string{"a/": {"a/b/", "a/f"}, "a/b/": {"a/b/e"}, "a/b/c/": nil}},
+		{"a/b/e", map[string][]string{"a/": {"a/f"}}},
+	} {
+		if err := s.Delete(ctx, step.delete); err != nil {
+			t.Fatal(err)
+		}
+		for prefix, want := range step.below {
+			if got := shallow(t, s, prefix); !slices.Equal(got, want) {
+				t.Errorf("without %s there is %q below %s, want %q", step.delete, got, prefix, want)
+			}
+		}
+	}
+	if err := s.Delete(ctx, "a/f"); err != nil {
+		t.Fatal(err)
+	}
+	if top := shallow(t, s, ""); slices.Contains(top, "a/") {
+		t.Errorf("an empty directory is left: %q", top)
+	}
+	put(t, s, "a/b/c/d", "again")
+	if got := get(t, s, "a/b/c/d"); got != "again" {
+		t.Errorf("%q", got)
+	}
+}
+
+// testPutBesideDelete puts values into directories that lose their last value at
+// the same time.
+func testPutBesideDelete(t *testing.T, s storage.Store) {
+	ctx := context.Background()
+	var wg sync.WaitGroup
+	for i := range 4 {
+		key := fmt.Sprintf("one/way/down/%d/value", i)
+		durability := storage.Lazy
+		if i == 0 {
+			durability = storage.Durable
+		}
+		wg.Go(func() {
+			for range 100 {
+				if err := s.Put(ctx, key, []byte("x"), durability); err != nil {
+					t.Errorf("Put beside Delete: %v", err)
+					return
+				}
+				if _, err := s.Get(ctx, key, 10); err != nil {
+					t.Errorf("Get after Put beside Delete: %v", err)
+					return
+				}
+				if err := s.Delete(ctx, key); err != nil {
+					t.Errorf("Delete: %v", err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if top := shallow(t, s, ""); slices.Contains(top, "one/") {
+		t.Errorf("an empty directory is left: %q", top)
+	}
 }
 
 func testReserve(t *testing.T, s storage.Store) {
