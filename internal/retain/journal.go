@@ -80,8 +80,8 @@ func (j *journal) tell() {
 	j.changed = make(chan struct{})
 }
 
-// name visits the digests that a change lets something refer to.
-func name(c tree.Change, visit func(digest.Digest)) {
+// names visits the digests that a change lets something refer to.
+func names(c tree.Change, visit func(digest.Digest)) {
 	switch c.Kind {
 	case tree.Manifested, tree.Linked, tree.Tagged, tree.Stored:
 	default:
@@ -124,7 +124,7 @@ func (k *Keeper) Note(c tree.Change) {
 	}
 	j.noted = append(j.noted, c)
 	j.head++
-	name(c, func(d digest.Digest) {
+	names(c, func(d digest.Digest) {
 		j.pending[d]++
 		j.named++
 	})
@@ -376,7 +376,7 @@ func (k *Keeper) dismiss(c *catalog.Catalog, why error) {
 // forget takes the first n changes out of the journal. j.mu is held.
 func (j *journal) forget(n int) {
 	for _, c := range j.noted[:n] {
-		name(c, func(d digest.Digest) {
+		names(c, func(d digest.Digest) {
 			j.named--
 			if j.pending[d]--; j.pending[d] == 0 {
 				delete(j.pending, d)
