@@ -21,7 +21,7 @@ type Repository struct {
 // Repositories returns up to n repositories in the order of their names, after
 // a name, whose name contains a text.
 func (c *Catalog) Repositories(ctx context.Context, containing, after string, n int) (repositories []Repository, err error) {
-	query, args := repositoryColumns+"AND r.name > ? ", []any{after}
+	query, args := listRepositories+"AND r.name > ? ", []any{after}
 	if containing != "" {
 		query, args = query+"AND INSTR(r.name, ?) > 0 ", append(args, containing)
 	}
@@ -35,7 +35,7 @@ func (c *Catalog) Repositories(ctx context.Context, containing, after string, n 
 	return repositories, err
 }
 
-const repositoryColumns = "SELECT r.name, r.class, u.name, r.created, r.tags, r.manifests, r.blobs, r.bytes, r.blocks, r.extra FROM repositories r JOIN upstreams u ON u.id = r.upstream WHERE r.present = 1 "
+const listRepositories = "SELECT r.name, r.class, u.name, r.created, r.tags, r.manifests, r.blobs, r.bytes, r.blocks, r.extra FROM repositories r JOIN upstreams u ON u.id = r.upstream WHERE r.present = 1 "
 
 func scanRepository(scan func(...any) error) (repository Repository, err error) {
 	v := counts{repositories: 1}

@@ -33,7 +33,7 @@ func (c *Catalog) Upstreams(ctx context.Context) (map[string]Usage, error) {
 // Largest returns up to n repositories, those first that take most.
 func (c *Catalog) Largest(ctx context.Context, n int) (repositories []Repository, err error) {
 	err = c.read(ctx, func(r *reader) error {
-		return r.each(repositoryColumns+"ORDER BY r.blocks + r.extra DESC, r.name LIMIT ?", []any{n}, func(scan func(...any) error) error {
+		return r.each(listRepositories+"ORDER BY r.blocks + r.extra DESC, r.name LIMIT ?", []any{n}, func(scan func(...any) error) error {
 			repository, err := scanRepository(scan)
 			repositories = append(repositories, repository)
 			return err
