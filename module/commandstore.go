@@ -13,8 +13,6 @@ import (
 
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
-
-	"github.com/caddy-registry/mirror/internal/mirror"
 )
 
 // storeCmds are the commands that look at a store, and pins.
@@ -389,4 +387,43 @@ func eachReference(cmd *cobra.Command, references []string, done string, do func
 		return fmt.Errorf("%d of %d references could not be %s", failed, len(references), done)
 	}
 	return nil
+}
+
+func whyCommand(cmd *cobra.Command, args []string) error {
+	var why explanation
+	if err := get(cmd, "why?"+url.Values{"reference": {args[0]}}.Encode(), &why); err != nil {
+		return err
+	}
+	if done, err := printJSON(cmd, why); done || err != nil {
+		return err
+	}
+	return why.print(cmd.OutOrStdout(), time.Now())
+}
+
+func (e explanation) print(w io.Writer, now time.Time) error {
+	return table(w, func(line func(...string)) {
+		line("reference", e.Reference)
+		line("stored in", e.Repository)
+		e.Held.lines(line, now)
+	})
+}
+
+// lines tell what the catalog knows, which is nothing of what is not held.
+func (h *heldReport) lines(line func(...string), now time.Time) {
+	if h == nil {
+		return
+	}
+	line("means", string(h.Digest)+" since "+ago(h.Since, now))
+	line("size", size(h.Bytes)+" held")
+	line("last pull", ago(h.Read, now))
+	switch {
+	case h.Pinned:
+		line("eviction", "never, it is pinned")
+	case !h.Evictable:
+		line("eviction", "not by itself: it is hosted, or goes with a tag or an index")
+	case h.Before == 0:
+		line("eviction", "would be next, and free "+size(h.Frees))
+	default:
+		line("eviction", fmt.Sprintf("after %s that were pulled longer ago, and would free %s", some(h.Before, "image"), size(h.Frees)))
+	}
 }
