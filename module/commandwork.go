@@ -262,7 +262,7 @@ func outcome(j retain.Job) string {
 	case j.Kind == "reindex":
 		return "read " + amount(j, j.Done)
 	}
-	return fmt.Sprintf("%s %s, %s", verb, number(j.Removed), size(j.Bytes))
+	return fmt.Sprintf("%s %s (%s)", verb, number(j.Removed), size(j.Bytes))
 }
 
 // printEnd shows a job that has ended.
