@@ -40,7 +40,7 @@ func showUsage(r *http.Request, in *visit) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := in.listing()
+	c, err := in.listing(r.Context())
 	if err != nil {
 		return nil, err
 	}
@@ -106,7 +106,7 @@ func explainReference(r *http.Request, in *visit) (any, error) {
 		return nil, explain(err, why.Reference)
 	}
 	// Without a catalog there is still something to say.
-	if c, err := in.keeper.Catalog(); err == nil {
+	if c, err := in.listing(r.Context()); err == nil {
 		if why.Held, err = heldIn(r.Context(), c, target.Repository, ref); err != nil {
 			return nil, unlisted(err)
 		}

@@ -58,6 +58,7 @@ func showStatus(r *http.Request, in *visit) (any, error) {
 	if _, err := readQuery(r); err != nil {
 		return nil, err
 	}
+	in.settle(r.Context())
 	return in.storeStatus(r.Context())
 }
 
@@ -87,8 +88,20 @@ func (in *visit) storeStatus(ctx context.Context) (storeStatus, error) {
 	return status, nil
 }
 
-// listing is the catalog, for one that can be read now.
-func (in *visit) listing() (*catalog.Catalog, error) {
+// settle has written down what was pulled before this request, if that does not
+// take long.
+func (in *visit) settle(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, settlePatience)
+	defer cancel()
+	// Where it fails, what is listed is a little older, and the log says why.
+	_ = in.keeper.Flush(ctx)
+}
+
+const settlePatience = 2 * time.Second
+
+// listing is the catalog, if it can be read now.
+func (in *visit) listing(ctx context.Context) (*catalog.Catalog, error) {
+	in.settle(ctx)
 	c, err := in.keeper.Catalog()
 	if err != nil {
 		return nil, apiError(http.StatusServiceUnavailable, "nothing can be listed now: %v", err)
@@ -143,7 +156,7 @@ func listRepositories(r *http.Request, in *visit) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := in.listing()
+	c, err := in.listing(r.Context())
 	if err != nil {
 		return nil, err
 	}
@@ -190,7 +203,7 @@ func listTags(r *http.Request, in *visit) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := in.listing()
+	c, err := in.listing(r.Context())
 	if err != nil {
 		return nil, err
 	}
