@@ -15,6 +15,7 @@ import (
 func (c *Catalog) Apply(ctx context.Context, changes []tree.Change) error {
 	return c.write(ctx, func(ctx context.Context) error {
 		b := newBatch(ctx, c)
+		b.prefetch(changes)
 		for _, change := range changes {
 			b.apply(change)
 			if b.err != nil {
@@ -83,7 +84,7 @@ func (b *batch) apply(c tree.Change) {
 		}
 		switch c.Kind {
 		case tree.Read:
-			b.read(repo.v.id, blob, at, map[int64]bool{})
+			b.read(repo.v.id, blob.v.id, at, map[int64]bool{})
 		case tree.ReadBlob:
 			b.readBlob(repo, blob, at)
 		case tree.Unmanifested:
@@ -215,6 +216,12 @@ func (b *batch) manifested(repo *row[repositoryRow], blob *row[blobRow], c tree.
 	m.v.touched = max(m.v.touched, at)
 }
 
+// Kinds of edges.
+const (
+	isIndex   = 1
+	isSubject = 2
+)
+
 // parse writes down what a manifest refers to.
 func (b *batch) parse(blob *row[blobRow], c tree.Change) {
 	// Repositories may have it already, from a change that did not say what it
@@ -230,13 +237,14 @@ func (b *batch) parse(blob *row[blobRow], c tree.Change) {
 		}
 	}
 	r := &references{}
+	var layers, edges []any
 	seen := map[int64]bool{}
 	for _, d := range c.Manifest.Blobs {
 		if to := b.blob(d.Digest); to != nil && !seen[to.v.id] {
 			seen[to.v.id] = true
 			b.expect(to, d.Size)
 			r.layers = append(r.layers, to.v.id)
-			b.exec("INSERT INTO layers (manifest, blob) VALUES (?, ?)", blob.v.id, to.v.id)
+			layers = append(layers, blob.v.id, to.v.id)
 		}
 	}
 	clear(seen)
@@ -245,16 +253,18 @@ func (b *batch) parse(blob *row[blobRow], c tree.Change) {
 			seen[to.v.id] = true
 			b.expect(to, d.Size)
 			r.children = append(r.children, to.v.id)
-			b.exec("INSERT INTO edges (parent, kind, child) VALUES (?, 1, ?)", blob.v.id, to.v.id)
+			edges = append(edges, blob.v.id, isIndex, to.v.id)
 		}
 	}
 	if c.Manifest.Subject != nil {
 		if to := b.blob(c.Manifest.Subject.Digest); to != nil && to != blob {
 			r.subject = to.v.id
 			to.v.subjects++
-			b.exec("INSERT INTO edges (parent, kind, child) VALUES (?, 2, ?)", to.v.id, blob.v.id)
+			edges = append(edges, to.v.id, isSubject, blob.v.id)
 		}
 	}
+	b.insert("layers", 2, layers)
+	b.insert("edges", 3, edges)
 	blob.v.parsed = true
 	b.references[blob.v.id] = r
 	for _, id := range again {
@@ -274,12 +284,15 @@ func (b *batch) enter(repo *row[repositoryRow], blob *row[blobRow], v manifestRo
 	id := repo.v.id
 	m := b.manifest(id, blob.v.id)
 	m.v, m.there = manifestRow{since: v.since, touched: v.touched}, true
+	b.entered = true
 	blob.v.manifests++
 	member := b.member(id, blob.v.id)
 	b.change(repo, blob, member, func(v *memberRow) { v.manifest = true })
 	b.count(repo, counts{manifests: 1, extra: linkExtra})
 	m.v.pinned = b.pinned(repo, digestOf(blob).String())
-	m.v.tags = int64(len(b.tagsOf(id, blob)))
+	if blob.v.tags > 0 {
+		m.v.tags = int64(len(b.tagsOf(id, blob.v.id)))
+	}
 	refs := b.refers(blob)
 	if refs.subject != 0 && b.manifest(id, refs.subject).there {
 		m.v.parents++
@@ -412,7 +425,7 @@ func (b *batch) pin(c tree.Change, on bool) {
 		if m := b.manifest(repo.v.id, blob.v.id); m.there {
 			m.v.pinned = on
 		}
-		for _, t := range b.tagsOf(repo.v.id, blob) {
+		for _, t := range b.tagsOf(repo.v.id, blob.v.id) {
 			t.v.kept = on
 		}
 	}
@@ -435,24 +448,21 @@ func (b *batch) readTag(repo *row[repositoryRow], name string, at int64) {
 }
 
 // read notes that a manifest has been read, and with it all that it goes with.
-func (b *batch) read(repo int64, blob *row[blobRow], at int64, seen map[int64]bool) {
-	m := b.manifest(repo, blob.v.id)
-	if !m.there || seen[blob.v.id] {
+func (b *batch) read(repo, blob, at int64, seen map[int64]bool) {
+	m := b.manifest(repo, blob)
+	if !m.there || seen[blob] {
 		return
 	}
-	seen[blob.v.id] = true
+	seen[blob] = true
 	m.v.touched = max(m.v.touched, at)
 	if m.v.tags > 0 {
 		for _, t := range b.tagsOf(repo, blob) {
 			t.v.touched = max(t.v.touched, at)
 		}
 	}
-	if m.v.parents == 0 {
-		return
-	}
-	for _, id := range column[int64](b, "SELECT parent FROM edges WHERE child = ?", blob.v.id) {
-		if b.manifest(repo, id).there {
-			b.read(repo, b.blobWithID(id), at, seen)
+	if m.v.parents > 0 {
+		for _, id := range b.parentsOf(repo, blob) {
+			b.read(repo, id, at, seen)
 		}
 	}
 }
@@ -466,7 +476,7 @@ func (b *batch) readBlob(repo *row[repositoryRow], blob *row[blobRow], at int64)
 		blob.v.touched = max(blob.v.touched, at)
 	}
 	if m.v.named == 1 {
-		b.read(repo.v.id, b.blobWithID(m.v.namers), at, map[int64]bool{})
+		b.read(repo.v.id, m.v.namers, at, map[int64]bool{})
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -31,7 +32,14 @@ type Catalog struct {
 	w      *sql.Conn
 	// prepared are the statements of w, by their text.
 	prepared map[string]*sql.Stmt
+	inserts  map[shape]string
 	ids      struct{ upstream, repository, blob sequence }
+}
+
+// shape is that of a statement that inserts rows.
+type shape struct {
+	table string
+	rows  int
 }
 
 // sequence is the last id that has been given away.
@@ -54,7 +62,7 @@ var errInconsistent = fmt.Errorf("the catalog contradicts itself, which is %w", 
 // Open makes the tables in a database, or brings those of an earlier version up
 // to date. The catalog owns the database from then on, also when Open fails.
 func Open(ctx context.Context, db *sql.DB, dialect storage.Dialect, store string) (_ *Catalog, err error) {
-	c := &Catalog{db: db, writer: make(chan struct{}, 1), prepared: map[string]*sql.Stmt{}}
+	c := &Catalog{db: db, writer: make(chan struct{}, 1), prepared: map[string]*sql.Stmt{}, inserts: map[shape]string{}}
 	c.life, c.end = context.WithCancelCause(context.Background())
 	defer func() {
 		if err != nil {
@@ -103,6 +111,9 @@ func (c *Catalog) Close() error {
 	c.end(ErrClosed)
 	c.running.Wait()
 	if c.w != nil {
+		for _, s := range c.prepared {
+			s.Close()
+		}
 		c.w.Close()
 	}
 	return c.db.Close()
@@ -165,6 +176,18 @@ func (c *Catalog) writing(ctx context.Context, query string) (*sql.Stmt, error) 
 		c.prepared[query] = s
 	}
 	return s, err
+}
+
+// inserting is the statement that inserts so many rows.
+func (c *Catalog) inserting(table string, columns, rows int) string {
+	key := shape{table, rows}
+	query, ok := c.inserts[key]
+	if !ok {
+		values := "(?" + strings.Repeat(", ?", columns-1) + ")"
+		query = "INSERT INTO " + table + " VALUES " + values + strings.Repeat(", "+values, rows-1)
+		c.inserts[key] = query
+	}
+	return query
 }
 
 // read runs queries that see one state of the database.
