@@ -13,12 +13,12 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/catalog"
 	"github.com/caddy-registry/mirror/internal/layout"
+	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/tree"
-	"github.com/caddy-registry/mirror/storage"
-	"github.com/caddy-registry/mirror/storage/catalog/sqlite"
 )
 
 func linked(i int) tree.Change {
@@ -94,12 +94,11 @@ func TestPending(t *testing.T) {
 // TestOverflow: a catalog that cannot be written to blocks nobody. What is
 // dropped forbids deletion until the store has been compared.
 func TestOverflow(t *testing.T) {
-	var stuck atomic.Bool
-	b := keep(t, func(b *kept) { b.paces.batch = time.Hour })
+	const maxNoted = 2000
+	b := keep(t, func(b *kept) { b.paces.batch, b.paces.noted = time.Hour, maxNoted })
 	b.ready()
 	c, _ := b.Catalog()
 	release := hold(t, filepath.Join(b.dir, "catalog.db"))
-	stuck.Store(true)
 	for i := range maxNoted + 10 {
 		b.Note(linked(i))
 	}
@@ -155,7 +154,8 @@ func hold(t *testing.T, file string) (release func()) {
 // TestReadsGiveWay: how somebody orders what is to be evicted is no reason to
 // lose what is stored.
 func TestReadsGiveWay(t *testing.T) {
-	k := New(nil, zapNothing)
+	k := New(nil, zap.NewNop())
+	maxNoted := k.paces.noted
 	for range maxNoted {
 		k.Note(tree.Change{Kind: tree.Read, Repository: "r", Tag: "t"})
 	}
@@ -180,7 +180,7 @@ func TestReadsGiveWay(t *testing.T) {
 
 // TestManyNames: a few changes may name very much.
 func TestManyNames(t *testing.T) {
-	k := New(nil, zapNothing)
+	k := New(nil, zap.NewNop())
 	var children [][]byte
 	for i := range 1000 {
 		children = append(children, []byte(fmt.Sprint(i)))
@@ -355,5 +355,12 @@ func TestBeginWritesFirst(t *testing.T) {
 	}
 }
 
-var _ = sqlite.SQLite{}
-var _ storage.Store
+// parsed is the change of a manifest.
+func parsed(t *testing.T, body []byte) tree.Change {
+	t.Helper()
+	m, err := oci.ParseManifest(body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tree.Change{Kind: tree.Manifested, Repository: "r", Canonical: digest.FromBytes(body), Size: int64(len(body)), Manifest: m}
+}

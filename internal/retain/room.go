@@ -10,11 +10,8 @@ import (
 	"github.com/caddy-registry/mirror/storage"
 )
 
-const (
-	roomPatience = time.Second     // how long Room waits
-	giftLife     = 2 * time.Second // how long what Room has found is kept for who asked
-	barren       = 5 * time.Second // how long nothing is tried again after nothing could be evicted
-)
+// barren is how long nothing is tried again after nothing could be evicted.
+const barren = 5 * time.Second
 
 // eviction is who waits for room, and what has been evicted. Its lock is taken
 // before that of the account.
@@ -78,7 +75,7 @@ func (k *Keeper) give(n int64) bool {
 		return false
 	}
 	g := &gift{reservation: r}
-	g.timer = time.AfterFunc(giftLife, func() {
+	g.timer = time.AfterFunc(k.paces.gift, func() {
 		e.mu.Lock()
 		i := slices.Index(e.gifts, g)
 		if i >= 0 {
@@ -116,7 +113,7 @@ func (k *Keeper) Room(ctx context.Context, n int64) bool {
 	e.mu.Unlock()
 	signal(e.kick)
 
-	patience := time.NewTimer(roomPatience)
+	patience := time.NewTimer(k.paces.room)
 	defer patience.Stop()
 	select {
 	case again := <-w.ready:
