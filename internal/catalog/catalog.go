@@ -103,6 +103,9 @@ func (c *Catalog) Close() error {
 	c.end(ErrClosed)
 	c.running.Wait()
 	if c.w != nil {
+		for _, s := range c.prepared {
+			s.Close()
+		}
 		c.w.Close()
 	}
 	return c.db.Close()

@@ -1,31 +1,36 @@
-package catalog
+package catalog_test
 
 import (
 	"context"
 	"fmt"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/opencontainers/go-digest"
-	v1 "github.com/opencontainers/image-spec/specs-go/v1"
+	"go.uber.org/goleak"
 
-	"github.com/caddy-registry/mirror/internal/oci"
+	"github.com/caddy-registry/mirror/internal/catalog"
 	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/storage/catalog/sqlite"
 )
 
-func at(n int64) time.Time { return time.Unix(1_700_000_000+n, 0).UTC() }
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-func sum(name string) digest.Digest { return digest.FromString(name) }
+const theStore = "disk:/var/lib/registry"
 
-func open(t testing.TB, dir, store string) *Catalog {
+// open opens the catalog in a file.
+func open(t testing.TB, file string) *catalog.Catalog {
 	t.Helper()
-	backend := &sqlite.SQLite{File: dir + "/catalog.db"}
-	db, err := backend.Open(context.Background(), store)
+	backend := &sqlite.SQLite{File: file}
+	db, err := backend.Open(context.Background(), theStore)
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := Open(context.Background(), db, backend.Dialect(), store)
+	c, err := catalog.Open(context.Background(), db, backend.Dialect(), theStore)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -33,33 +38,222 @@ func open(t testing.TB, dir, store string) *Catalog {
 	return c
 }
 
-func TestSmoke(t *testing.T) {
-	c := open(t, t.TempDir(), "disk:/a")
-	ctx := context.Background()
-	m := &oci.Manifest{Blobs: []v1.Descriptor{{Digest: sum("layer"), Size: 5000}}}
-	err := c.Apply(ctx, []tree.Change{
-		{Kind: tree.Recorded, Repository: "docker.io/a", Record: &tree.Record{Class: tree.Mirrored, Upstream: "docker.io"}},
-		{Kind: tree.Manifested, Repository: "docker.io/a", Canonical: sum("m"), Size: 500, Manifest: m, At: at(1)},
-		{Kind: tree.Tagged, Repository: "docker.io/a", Tag: "x", Canonical: sum("m"), At: at(2)},
-		{Kind: tree.Linked, Repository: "docker.io/a", Canonical: sum("layer"), Size: 5000, At: at(3)},
-	})
-	if err != nil {
-		t.Fatal(err)
+func TestModel(t *testing.T) {
+	for seed := range uint64(3) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
+			file := filepath.Join(t.TempDir(), "catalog.db")
+			c, w, m := open(t, file), newWorld(seed), newModel()
+			ctx := context.Background()
+			var last []tree.Change
+			for step := 0; step < 2500 && !t.Failed(); {
+				var batch []tree.Change
+				for range 1 + w.random.IntN(12) {
+					change := w.change()
+					if change.Size < 0 && m.blobs[change.Canonical] == nil {
+						change.Size = w.sizes[change.Canonical]
+					}
+					batch, last = append(batch, change), append(last, change)
+					m.apply(change)
+					step++
+				}
+				if err := c.Apply(ctx, batch); err != nil {
+					t.Fatal(err)
+				}
+				if w.random.IntN(20) == 0 {
+					c.Close()
+					c = open(t, file)
+				}
+				if w.random.IntN(4) == 0 {
+					compare(t, w, m, c)
+					last = nil
+				}
+			}
+			if t.Failed() {
+				for _, change := range last {
+					t.Logf("%+v", change)
+				}
+			}
+		})
 	}
-	fmt.Println(c.Usage(ctx, ""))
-	fmt.Println(c.Usage(ctx, "docker.io"))
-	roots, err := c.Coldest(ctx, "", time.Time{}, 10)
-	fmt.Println(roots, err)
-	fmt.Println(c.Removal(ctx, roots[0]))
-	err = c.Apply(ctx, []tree.Change{
-		{Kind: tree.Untagged, Repository: "docker.io/a", Tag: "x"},
-		{Kind: tree.Unmanifested, Repository: "docker.io/a", Canonical: sum("m")},
-		{Kind: tree.Unlinked, Repository: "docker.io/a", Canonical: sum("layer")},
-	})
-	fmt.Println(err)
-	fmt.Println(c.Unreferenced(ctx, at(100), "", 10))
-	fmt.Println(c.Names(ctx, "docker.io/a"))
-	fmt.Println(c.Blobs(ctx, ""))
-	fmt.Println(c.Usage(ctx, ""))
-	fmt.Println(c.Complete(ctx))
+}
+
+// compare asks the catalog and the model everything.
+func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
+	t.Helper()
+	ctx := context.Background()
+	check := func(what string, got any, err error, want any) {
+		t.Helper()
+		if err != nil {
+			t.Errorf("%s: %v", what, err)
+		} else if !reflect.DeepEqual(got, want) {
+			t.Errorf("%s:\n got %+v\nwant %+v", what, got, want)
+		}
+	}
+	some := 1 + w.random.IntN(5)
+	for _, upstream := range []string{"", "docker.io", "quay.io", "gcr.io"} {
+		usage, err := c.Usage(ctx, upstream)
+		check("usage of "+upstream, usage, err, m.usageOf(upstream))
+		for _, before := range []time.Time{{}, time.Unix(w.now-100, 0)} {
+			roots, err := c.Coldest(ctx, upstream, before, 1000)
+			want := m.coldest(upstream, before)
+			check("coldest of "+upstream, roots, err, want)
+			few, err := c.Coldest(ctx, upstream, before, some)
+			reads := func(roots []catalog.Root) (all []time.Time) {
+				for _, root := range roots {
+					all = append(all, root.Read)
+				}
+				return all
+			}
+			check("the very coldest of "+upstream, reads(few), err, reads(want[:min(some, len(want))]))
+		}
+		blobs, err := c.ColdestBlobs(ctx, upstream, 1000)
+		sortBlobs(blobs, func(b catalog.Blob) time.Time { return b.Read })
+		check("coldest blobs of "+upstream, blobs, err, m.coldestBlobs(upstream))
+		few, err := c.ColdestBlobs(ctx, upstream, some)
+		check("number of coldest blobs", len(few), err, min(some, len(blobs)))
+		for i := range few {
+			check("the very coldest blobs", few[i].Read, nil, blobs[i].Read)
+		}
+	}
+
+	roots := m.coldest("", time.Time{})
+	for name, r := range m.repositories { // those that are not evicted can be asked for, too
+		for tag, other := range r.tags {
+			roots = append(roots, catalog.Root{Repository: name, Tag: tag, Digest: other.digest})
+		}
+	}
+	roots = append(roots, catalog.Root{Repository: pick(w, w.repositories), Tag: "latest", Digest: pick(w, w.manifests)},
+		catalog.Root{Repository: pick(w, w.repositories), Digest: pick(w, w.manifests)})
+	for _, root := range roots {
+		removal, err := c.Removal(ctx, root)
+		if len(removal.Manifests) > 0 && removal.Manifests[0] != root.Digest {
+			t.Errorf("the removal of %v begins with %v", root, removal.Manifests[0])
+		}
+		want := m.removal(root)
+		for _, r := range []*catalog.Removal{&removal, &want} {
+			slices.Sort(r.Manifests)
+			slices.Sort(r.Links)
+			slices.Sort(r.Blobs)
+		}
+		check("removal", removal, err, want)
+	}
+
+	var loose, unhashed []catalog.Blob
+	limit := time.Unix(w.now-20, 0).UTC()
+	for d, b := range m.blobs {
+		if !m.referenced(d) && b.stored.Before(limit) {
+			loose = append(loose, m.blob(d, b))
+		}
+		if b.hashed.Before(limit) {
+			unhashed = append(unhashed, m.blob(d, b))
+		}
+	}
+	sortBlobs(loose, func(catalog.Blob) time.Time { return time.Time{} })
+	var paged []catalog.Blob
+	after := digest.Digest("")
+	for {
+		page, err := c.Unreferenced(ctx, limit, after, some)
+		if err != nil {
+			t.Fatal(err)
+		}
+		paged = append(paged, page...)
+		if len(page) < some {
+			break
+		}
+		after = page[len(page)-1].Digest
+	}
+	check("unreferenced", paged, nil, loose)
+	sortBlobs(unhashed, func(b catalog.Blob) time.Time { return b.Hashed })
+	hashed, err := c.Unhashed(ctx, limit, 1000)
+	sortBlobs(hashed, func(b catalog.Blob) time.Time { return b.Hashed })
+	check("unhashed", hashed, err, unhashed)
+
+	all := map[digest.Digest]int64{}
+	for d, b := range m.blobs {
+		all[d] = b.size
+	}
+	got := map[digest.Digest]int64{}
+	for _, prefix := range "0123456789abcdef" {
+		part, err := c.Blobs(ctx, string(prefix))
+		if err != nil {
+			t.Error(err)
+		}
+		for d, size := range part {
+			if !strings.HasPrefix(d.Encoded(), string(prefix)) {
+				t.Errorf("%s does not begin with %c", d, prefix)
+			}
+			got[d] = size
+		}
+	}
+	check("blobs", got, nil, all)
+
+	for _, d := range slices.Concat(w.blobs, w.manifests) {
+		referenced, err := c.Referenced(ctx, d)
+		check("referenced "+d.String(), referenced, err, m.referenced(d))
+		owners, err := c.Owners(ctx, d, 100)
+		var want []catalog.Repository
+		for _, class := range []tree.Class{tree.Hosted, tree.Mirrored} {
+			for _, name := range slices.Sorted(slices.Values(w.repositories)) {
+				if r := m.repositories[name]; r != nil && r.class == class && m.member(r, d) {
+					want = append(want, catalog.Repository{Name: name, Class: class, Upstream: r.upstream, Created: r.created})
+				}
+			}
+		}
+		check("owners of "+d.String(), owners, err, want)
+	}
+
+	for _, containing := range []string{"", "a", "io/", "X"} {
+		var want, got []catalog.Repository
+		for _, name := range slices.Sorted(slices.Values(w.repositories)) {
+			if r := m.repositories[name]; r != nil && r.present && strings.Contains(name, containing) {
+				usage := m.usage(func(o *modelRepository) bool { return o == r }, func(d digest.Digest) bool { return m.holds(r, d) })
+				want = append(want, catalog.Repository{Name: name, Class: r.class, Upstream: r.upstream, Created: r.created, Usage: usage})
+			}
+		}
+		after := ""
+		for {
+			page, err := c.Repositories(ctx, containing, after, some)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, page...)
+			if len(page) < some {
+				break
+			}
+			after = page[len(page)-1].Name
+		}
+		check("repositories with "+containing, got, nil, want)
+	}
+	for _, name := range w.repositories {
+		want := catalog.Names{Tags: map[string]digest.Digest{}, Manifests: map[digest.Digest]bool{}, Links: map[digest.Digest]bool{}, Pins: map[string]bool{}}
+		var tags []catalog.Tag
+		if r := m.repositories[name]; r != nil {
+			for tag, v := range r.tags {
+				want.Tags[tag] = v.digest
+				tags = append(tags, catalog.Tag{Name: tag, Digest: v.digest, Since: v.since, Read: v.read, Pinned: r.pins[tag] || r.pins[v.digest.String()], Bytes: m.tagBytes(r, v.digest)})
+			}
+			for d := range r.manifests {
+				want.Manifests[d] = true
+			}
+			want.Links, want.Pins = r.links, r.pins
+		}
+		names, err := c.Names(ctx, name)
+		check("names of "+name, names, err, want)
+		slices.SortFunc(tags, func(a, b catalog.Tag) int { return strings.Compare(a.Name, b.Name) })
+		var got []catalog.Tag
+		after := ""
+		for {
+			page, err := c.Tags(ctx, name, after, some)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, page...)
+			if len(page) < some {
+				break
+			}
+			after = page[len(page)-1].Name
+		}
+		check("tags of "+name, got, nil, tags)
+	}
 }

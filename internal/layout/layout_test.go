@@ -29,6 +29,9 @@ func TestKeys(t *testing.T) {
 		{"tags", Tags("a/b"), "docker/registry/v2/repositories/a/b/_manifests/tags/"},
 		{"tag", TagLink("a/b", "v1.0"), "docker/registry/v2/repositories/a/b/_manifests/tags/v1.0/current/link"},
 		{"tag index", TagIndexLink("a/b", "v1.0", d256), "docker/registry/v2/repositories/a/b/_manifests/tags/v1.0/index/sha256/" + hex256 + "/link"},
+		{"layers", Layers("a/b"), "docker/registry/v2/repositories/a/b/_layers/"},
+		{"manifests", Manifests("a/b"), "docker/registry/v2/repositories/a/b/_manifests/"},
+		{"what a tag has meant", TagIndex("a/b", "v1.0"), "docker/registry/v2/repositories/a/b/_manifests/tags/v1.0/index/"},
 		{"repositories", Repositories, "docker/registry/v2/repositories/"},
 	} {
 		if c.got != c.want {
@@ -68,6 +71,35 @@ func TestDigestOf(t *testing.T) {
 	} {
 		if got, ok := DigestOf(key); ok {
 			t.Errorf("DigestOf(%q) = %q, want none", key, got)
+		}
+	}
+}
+
+func TestPins(t *testing.T) {
+	keys := map[string]bool{}
+	for _, c := range []struct {
+		repository, tag string
+		d               digest.Digest
+	}{
+		{"a", "v1", ""}, {"a/b", "v1", ""}, {"a", "", d256}, {"a/b/c", "", d512},
+		{"a", "sha256-" + hex256, ""}, {"a", "x.json", ""}, {"tags", "manifests", ""},
+	} {
+		key := Pin(c.repository, c.tag, c.d)
+		if keys[key] || strings.Contains(key, ":") || !strings.HasPrefix(key, Pins(c.repository)) || !strings.HasPrefix(key, "mirror/records/") {
+			t.Errorf("the pin of %+v lies at %s", c, key)
+		}
+		keys[key] = true
+		if repository, tag, d, ok := PinOf(key); !ok || repository != c.repository || tag != c.tag || d != c.d {
+			t.Errorf("PinOf(%s) = %q, %q, %q, %v", key, repository, tag, d, ok)
+		}
+	}
+	for _, key := range []string{
+		"", Record("a"), TagRecord("a", "v1"), Pins(""), Pins("a"), Pins("a") + "_tags/.json", Pins("a") + "_tags/v1",
+		Pins("a") + "_tags/v1/x.json", Pins("a") + "_manifests/sha256/" + hex256, Pins("a") + "_manifests/sha256/ab.json",
+		Pins("a") + "v1.json", Pins("") + "_tags/v1.json",
+	} {
+		if repository, tag, d, ok := PinOf(key); ok {
+			t.Errorf("PinOf(%s) = %q, %q, %q", key, repository, tag, d)
 		}
 	}
 }

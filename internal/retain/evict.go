@@ -2,6 +2,7 @@ package retain
 
 import (
 	"context"
+	"fmt"
 	"maps"
 	"slices"
 	"time"
@@ -80,6 +81,7 @@ type scope struct {
 	// What was too much when it was first looked at goes down to the low water.
 	full, crowded bool
 	evicted       Evicted
+	last          map[string]bool // the roots evicted by the step before
 }
 
 // shrink evicts from a scope until it is as small as it should be.
@@ -184,9 +186,15 @@ func (k *Keeper) step(ctx context.Context, c *catalog.Catalog, s *scope) error {
 	if err != nil {
 		return err
 	}
-	began, evicted := time.Now(), s.evicted
-	large := false
+	began, evicted, large := time.Now(), s.evicted, false
+	last := s.last
+	s.last = map[string]bool{}
 	for _, root := range roots {
+		if last[occurrence(root)] {
+			err := fmt.Errorf("%s is in the catalog and not in the store", name(root))
+			k.incomplete(err.Error())
+			return err
+		}
 		if large, err = k.evictRoot(ctx, c, s, root, s.limit); err != nil {
 			return err
 		}
@@ -229,7 +237,19 @@ func (k *Keeper) evictRoot(ctx context.Context, c *catalog.Catalog, s *scope, ro
 	if err == errLarge {
 		return true, nil
 	}
+	s.last[occurrence(root)] = true
 	return false, err
+}
+
+// occurrence is a root as it was last read: another once somebody has pulled it
+// again.
+func occurrence(r catalog.Root) string { return name(r) + " " + r.Read.String() }
+
+func name(r catalog.Root) string {
+	if r.Tag != "" {
+		return r.Repository + ":" + r.Tag + "@" + r.Digest.String()
+	}
+	return r.Repository + "@" + r.Digest.String()
 }
 
 func (k *Keeper) count(s *scope, gone Evicted) {

@@ -16,20 +16,21 @@ import (
 )
 
 const (
-	maxNoted = 50_000  // changes that wait to be written
-	maxNamed = 500_000 // digests that those name, about 60 MiB
+	maxNamed = 500_000 // digests that changes name which wait to be written, about 60 MiB
 	maxBatch = 5_000   // changes written at once
 )
 
-// paces are how long the journal waits. Tests are in more of a hurry.
+// paces are what the journal takes, and how long it waits. Tests are in more of
+// a hurry.
 type paces struct {
+	noted  int           // changes that wait to be written
 	batch  time.Duration // for more changes
 	giveUp time.Duration // for a catalog that fails
 	reopen time.Duration // before it is opened again
 	finish time.Duration // for the last changes, when the keeper is closed
 }
 
-var standard = paces{batch: time.Second, giveUp: time.Minute, reopen: time.Minute, finish: 10 * time.Second}
+var standard = paces{noted: 50_000, batch: time.Second, giveUp: time.Minute, reopen: time.Minute, finish: 10 * time.Second}
 
 // journal is what has been noted and not been written into the catalog, and what
 // is known of the catalog. Its lock is never held while anything is waited for.
@@ -80,8 +81,8 @@ func (j *journal) tell() {
 	j.changed = make(chan struct{})
 }
 
-// name visits the digests that a change lets something refer to.
-func name(c tree.Change, visit func(digest.Digest)) {
+// names visits the digests that a change lets something refer to.
+func names(c tree.Change, visit func(digest.Digest)) {
 	switch c.Kind {
 	case tree.Manifested, tree.Linked, tree.Tagged, tree.Stored:
 	default:
@@ -111,10 +112,10 @@ func (k *Keeper) Note(c tree.Change) {
 	defer j.mu.Unlock()
 	if c.Kind == tree.Read || c.Kind == tree.ReadBlob {
 		// They are for the order of eviction only: the other changes go before.
-		if j.dropping || len(j.noted) >= maxNoted/2 {
+		if j.dropping || len(j.noted) >= k.paces.noted/2 {
 			return
 		}
-	} else if j.dropping || len(j.noted) >= maxNoted || j.named >= maxNamed {
+	} else if j.dropping || len(j.noted) >= k.paces.noted || j.named >= maxNamed {
 		if !j.dropping {
 			j.dropping = true
 			k.log.Warn("the catalog does not keep up: changes of the store are not noted any more, and nothing is deleted until the catalog has been compared with the store")
@@ -124,7 +125,7 @@ func (k *Keeper) Note(c tree.Change) {
 	}
 	j.noted = append(j.noted, c)
 	j.head++
-	name(c, func(d digest.Digest) {
+	names(c, func(d digest.Digest) {
 		j.pending[d]++
 		j.named++
 	})
@@ -341,11 +342,11 @@ func (k *Keeper) admit(ctx context.Context, c *catalog.Catalog) error {
 	defer j.mu.Unlock()
 	// The store has the last word: only a catalog that was closed together with
 	// it has missed nothing.
-	if j.drops == 0 && !at.IsZero() && at.Unix() == k.closed.Unix() {
+	if j.drops == 0 && !at.IsZero() && at.Unix() == k.before.Unix() {
 		j.complete = at
 		k.account.believe(j.written)
 	}
-	k.closed = time.Time{}
+	k.before = time.Time{}
 	j.catalog, j.why = c, nil
 	k.account.update(usage.Allocated, j.written)
 	j.tell()
@@ -376,7 +377,7 @@ func (k *Keeper) dismiss(c *catalog.Catalog, why error) {
 // forget takes the first n changes out of the journal. j.mu is held.
 func (j *journal) forget(n int) {
 	for _, c := range j.noted[:n] {
-		name(c, func(d digest.Digest) {
+		names(c, func(d digest.Digest) {
 			j.named--
 			if j.pending[d]--; j.pending[d] == 0 {
 				delete(j.pending, d)

@@ -30,6 +30,9 @@ func (k *Keeper) removeRoot(ctx context.Context, c *catalog.Catalog, root catalo
 	if limit > 0 && removal.Bytes > limit {
 		return gone, errLarge
 	}
+	if root.Tag == "" && len(removal.Manifests) == 0 {
+		return gone, nil // it is part of something by now
+	}
 	if root.Tag != "" {
 		if err := k.tree.RemoveTag(ctx, root.Repository, root.Tag, root.Digest); err != nil {
 			return gone, err

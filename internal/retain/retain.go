@@ -43,7 +43,8 @@ type Keeper struct {
 	// Since Begin.
 	tree   *tree.Tree
 	hooks  Hooks
-	closed time.Time // that of the last process, and then this one's: what the store says
+	before time.Time // when the last process has closed a catalog with everything
+	closed time.Time // when this one has
 	ctx    context.Context
 	cancel context.CancelFunc
 	wg     sync.WaitGroup // of what uses the catalog
@@ -111,7 +112,7 @@ func (k *Keeper) Begin(t *tree.Tree, hooks Hooks) {
 	k.ctx, k.cancel = context.WithCancel(context.Background())
 	// Before the first change: whatever becomes of this process, no catalog of
 	// before is taken for complete by the next one.
-	k.closed = k.enter()
+	k.before = k.enter()
 	writing, end := context.WithCancel(context.Background())
 	k.end, k.ended = end, make(chan struct{})
 	go func() {

@@ -57,7 +57,7 @@ func (b *bench) doubt(blobs ...digest.Digest) *doubting {
 	for _, d := range blobs {
 		s.doubtful[layout.Blob(d)] = true
 	}
-	b.Tree = New(s, nil)
+	b.Tree = New(s, b.told.note)
 	return s
 }
 

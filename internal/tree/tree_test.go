@@ -28,6 +28,7 @@ type bench struct {
 	t     *testing.T
 	dir   string
 	store storage.Store
+	told  told
 }
 
 func newBench(t *testing.T) *bench {
@@ -44,7 +45,7 @@ func newBench(t *testing.T) *bench {
 func (b *bench) open() {
 	b.t.Helper()
 	b.store = disktest.Open(b.t, b.dir)
-	b.Tree = New(b.store, nil)
+	b.Tree = New(b.store, b.told.note)
 }
 
 // restart forgets what is only in memory.

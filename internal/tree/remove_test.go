@@ -1,0 +1,769 @@
+package tree
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/caddy-registry/mirror/internal/failpoint"
+	"github.com/caddy-registry/mirror/internal/layout"
+	"github.com/caddy-registry/mirror/internal/oci"
+	"github.com/caddy-registry/mirror/storage"
+)
+
+func (b *bench) ok(err error) {
+	b.t.Helper()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+func (b *bench) wantWarm(repository string, d digest.Digest, want bool) {
+	b.t.Helper()
+	b.settle()
+	if _, ok := b.Warm(repository, d, time.Time{}); ok != want {
+		b.t.Errorf("%s@%s is warm: %v, want %v", repository, d, ok, want)
+	}
+}
+
+// wantFiles checks that these are all the files and directories below one.
+func (b *bench) wantFiles(below string, want ...string) {
+	b.t.Helper()
+	var got []string
+	root := filepath.Join(b.dir, below)
+	filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
+		if err == nil && path != root {
+			name, _ := filepath.Rel(root, path)
+			if entry.IsDir() {
+				name += "/"
+			}
+			got = append(got, name)
+		}
+		return nil
+	})
+	if !slices.Equal(got, want) {
+		b.t.Errorf("below %s there is %q, want %q", below, got, want)
+	}
+}
+
+func TestRemoveTag(t *testing.T) {
+	b := newBench(t)
+	ctx := t.Context()
+	body := image(digest.FromString("config"))
+	one, two, long := b.put("r", body), b.put("r", index()), digest.SHA512.FromString(body)
+	_, err := b.PutManifest(ctx, "r", long, []byte(body))
+	b.ok(err)
+	for _, tag := range []string{"moved", "other"} {
+		b.ok(b.SetTag(ctx, "r", tag, one, time.Now()))
+		b.ok(b.SetTag(ctx, "r", tag, two, time.Now()))
+	}
+	b.ok(b.SetTag(ctx, "r", "long", long, time.Now()))
+	b.told.take()
+
+	b.ok(b.RemoveTag(ctx, "r", "moved", one)) // what it meant before
+	b.ok(b.RemoveTag(ctx, "r", "long", two))
+	b.wantTold()
+	if d, err := b.Tag(ctx, "r", "moved"); err != nil || d != two {
+		t.Errorf("the tag means %s, %v", d, err)
+	}
+	b.ok(b.RemoveTag(ctx, "r", "moved", two))
+	b.ok(b.RemoveTag(ctx, "r", "long", one)) // by its sha256
+	b.wantTold("untagged r moved", "untagged r long")
+	for range 2 {
+		for _, tag := range []string{"moved", "long"} {
+			if d, err := b.Tag(ctx, "r", tag); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("the tag means %s, %v", d, err)
+			}
+			if r, err := b.TagRecord(ctx, "r", tag); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("the tag's record is %+v, %v", r, err)
+			}
+		}
+		if tags, err := b.Tags(ctx, "r"); err != nil || !slices.Equal(tags, []string{"other"}) {
+			t.Errorf("tags %q, %v", tags, err)
+		}
+		b.wantFiles("mirror/records/repositories/r/_tags", "other.json")
+		b.wantManifest("r", two, index())
+		b.restart()
+	}
+	// It may come again, as new.
+	b.ok(b.SetTag(ctx, "r", "moved", one, time.Now()))
+	if r, err := b.TagRecord(ctx, "r", "moved"); err != nil || !r.Moved.IsZero() {
+		t.Errorf("%+v, %v", r, err)
+	}
+	b.ok(b.RemoveTag(ctx, "r", "never was", one))
+}
+
+func TestRemoveManifest(t *testing.T) {
+	for _, by := range []digest.Algorithm{digest.SHA256, digest.SHA512} {
+		t.Run(by.String(), func(t *testing.T) {
+			b := newBench(t)
+			ctx := t.Context()
+			only, shared, child := digest.FromString("only"), digest.FromString("shared"), digest.FromString("child")
+			body, list := image(only, shared), index(child)
+			for _, repository := range []string{"r", "s"} {
+				for _, algorithm := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
+					_, err := b.PutManifest(ctx, repository, algorithm.FromString(body), []byte(body))
+					b.ok(err)
+				}
+				b.put(repository, image(shared))
+				b.put(repository, list)
+			}
+			b.wantMember("r", only, true)
+			b.wantMember("r", digest.FromString("never was"), false)
+			b.told.take()
+			b.ok(b.RemoveManifest(ctx, "r", by.FromString(body)))
+			b.wantTold("unmanifested r " + short(digest.FromString(body)))
+			for range 2 {
+				for _, algorithm := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
+					b.wantWarm("r", algorithm.FromString(body), false)
+					b.wantNoManifest("r", algorithm.FromString(body))
+					b.wantManifest("s", algorithm.FromString(body), body)
+				}
+				b.wantMember("r", only, false)
+				b.wantMember("r", shared, true)
+				b.wantMember("r", child, true)
+				b.wantMember("s", only, true)
+				b.restart()
+			}
+			b.ok(b.RemoveManifest(ctx, "r", digest.FromString(list)))
+			b.wantMember("r", child, false)
+			b.ok(b.RemoveManifest(ctx, "r", by.FromString("never was")))
+			b.put("r", body) // pulled again
+			b.wantManifest("r", digest.FromString(body), body)
+			b.wantMember("r", only, true)
+		})
+	}
+}
+
+// TestRemoveDamagedManifest: it cannot be read any more what it names.
+func TestRemoveDamagedManifest(t *testing.T) {
+	b := newBench(t)
+	b.Heat(0)
+	blob := digest.FromString("blob")
+	d := b.put("r", image(blob))
+	b.settle()
+	b.write(layout.Blob(d), nil)
+	b.ok(b.RemoveManifest(t.Context(), "r", d))
+	b.wantMember("r", blob, false)
+}
+
+// TestRemoveRemembered: of a manifest that there was no room for.
+func TestRemoveRemembered(t *testing.T) {
+	b := newBench(t)
+	body := image(digest.FromString("blob"))
+	for _, d := range []digest.Digest{digest.FromString(body), digest.SHA512.FromString(body)} {
+		_, err := b.Remember("r", d, []byte(body))
+		b.ok(err)
+		b.wantWarm("r", d, true)
+		b.ok(b.RemoveManifest(t.Context(), "r", d))
+		b.wantWarm("r", d, false)
+		b.wantMember("r", digest.FromString("blob"), false)
+	}
+}
+
+func TestUnlink(t *testing.T) {
+	b := newBench(t)
+	ctx := t.Context()
+	named, other := b.layer("r", "named by a manifest"), b.layer("r", "by none")
+	b.layer("s", "by none")
+	long := digest.SHA512.FromString("by none")
+	b.ok(b.LinkBlob(ctx, "r", long, other))
+	b.put("r", image(digest.FromString("config"), named))
+	b.opens(other, "by none")
+	b.settle()
+	if _, ok := b.WarmBlob("r", other, time.Time{}); !ok {
+		t.Error("it is not warm")
+	}
+	b.ok(b.Unlink(ctx, "r", long))
+	b.ok(b.Unlink(ctx, "r", named))
+	b.ok(b.Unlink(ctx, "r", digest.FromString("never was")))
+	for range 2 {
+		for _, d := range []digest.Digest{other, long} {
+			if _, ok := b.WarmBlob("r", d, time.Time{}); ok {
+				t.Error("it is warm")
+			}
+			b.wantMember("r", d, false)
+		}
+		if m := b.wantMember("r", named, true); m.Linked {
+			t.Errorf("%+v", m)
+		}
+		b.wantMember("s", other, true)
+		b.opens(other, "by none")
+		b.wantFiles("docker/registry/v2/repositories/r/_layers")
+		b.restart()
+	}
+}
+
+func TestRemoveBlob(t *testing.T) {
+	b := newBench(t)
+	ctx := t.Context()
+	d := b.layer("r", "a layer")
+	b.opens(d, "a layer")
+	reader, _, err := b.store.Open(ctx, layout.Blob(d), 0, -1)
+	b.ok(err)
+	defer reader.Close()
+	b.told.take()
+	for _, c := range []struct {
+		needed  func() (bool, error)
+		err     error
+		removed bool
+	}{
+		{func() (bool, error) { return true, nil }, nil, false},
+		{func() (bool, error) { return false, errBroken }, errBroken, false},
+		{func() (bool, error) { return false, nil }, nil, true},
+		{nil, nil, false}, // it is gone
+	} {
+		if removed, err := b.RemoveBlob(ctx, d, c.needed); removed != c.removed || !errors.Is(err, c.err) {
+			t.Errorf("RemoveBlob: %v, %v; want %v, %v", removed, err, c.removed, c.err)
+		}
+		_, statErr := b.StatBlob(ctx, d)
+		if gone := errors.Is(statErr, fs.ErrNotExist); gone != (c.err == nil && (c.removed || c.needed == nil)) {
+			t.Errorf("StatBlob: %v", statErr)
+		}
+	}
+	b.wantTold("removed "+short(d), "removed "+short(d))
+	if err := third(b.OpenBlob(ctx, d)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("OpenBlob: %v", err)
+	}
+	if got, err := io.ReadAll(reader); err != nil || string(got) != "a layer" {
+		t.Errorf("who had it open reads %q, %v", got, err)
+	}
+	b.wantFiles("docker/registry/v2/blobs")
+	if err := b.LinkBlob(ctx, "s", d, d); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("LinkBlob of what is gone: %v", err)
+	}
+	b.wantMember("s", d, false)
+	b.wantTold()
+	b.layer("r", "a layer")
+	b.opens(d, "a layer")
+}
+
+// TestRemovedFromMemory: ristretto makes a value visible some time after it was
+// set, and may drop it; but it is not there after it was removed, not even if it
+// was read before.
+func TestRemovedFromMemory(t *testing.T) {
+	b := newBench(t)
+	w := &warm{body: []byte("bytes")}
+	for i := range 300 {
+		d := digest.FromString(fmt.Sprint("blob ", i))
+		since := b.hot.since(d)
+		b.hot.add(d, w, since)
+		b.hot.remove(d)
+		b.hot.add(d, w, since)
+		b.settle()
+		if _, ok := b.hot.get(d); ok {
+			t.Fatal("it is in memory")
+		}
+	}
+}
+
+func TestForget(t *testing.T) {
+	b := newBench(t)
+	ctx := t.Context()
+	record := Record{Class: Mirrored, Upstream: "docker.io"}
+	for _, repository := range []string{"a", "a/b"} {
+		b.ok(b.PutRecord(ctx, repository, record))
+		d := b.put(repository, index())
+		b.layer(repository, "a layer")
+		b.ok(b.SetTag(ctx, repository, "v1", digest.FromString("before"), time.Now()))
+		b.ok(b.SetTag(ctx, repository, "v1", d, time.Now()))
+	}
+	b.ok(b.Pin(ctx, "a", oci.Reference{Tag: "v1"}, time.Now()))
+	b.told.take()
+	if err := b.Forget(ctx, "a"); err == nil {
+		t.Error("a repository with a manifest was forgotten")
+	}
+	b.wantTold()
+	b.ok(b.RemoveManifest(ctx, "a", digest.FromString(index())))
+	b.told.take()
+	b.ok(b.Forget(ctx, "a"))
+	b.wantTold("untagged a v1", "forgotten a", "pinned a v1")
+	for range 2 {
+		if _, err := b.Record(ctx, "a"); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("its record: %v", err)
+		}
+		b.wantMember("a", digest.FromString("a layer"), false)
+		if r, err := b.Record(ctx, "a/b"); err != nil || r.Upstream != "docker.io" {
+			t.Errorf("the record of another: %+v, %v", r, err)
+		}
+		b.wantManifest("a/b", digest.FromString(index()), index())
+		var names []string
+		for name := range b.Repositories(ctx) {
+			names = append(names, name)
+		}
+		if !slices.Equal(names, []string{"a/b"}) {
+			t.Errorf("repositories %q", names)
+		}
+		entries, err := os.ReadDir(b.file(layout.Repositories + "a"))
+		if err != nil || len(entries) != 1 {
+			t.Errorf("left of it: %v, %v", entries, err)
+		}
+		for pin := range b.Pins(ctx, "a") {
+			names = append(names, pin.Reference)
+		}
+		if len(names) != 2 {
+			t.Error("the pin is gone")
+		}
+		b.restart()
+	}
+
+	// What is hosted, and what nobody has recorded, may be in the middle of a push.
+	b.ok(b.PutRecord(ctx, "hosted", Record{Class: Hosted}))
+	for _, repository := range []string{"hosted", "unrecorded"} {
+		b.layer(repository, "a layer")
+		b.told.take()
+		if err := b.Forget(ctx, repository); err == nil {
+			t.Errorf("%s was forgotten", repository)
+		}
+		b.wantTold()
+		b.wantMember(repository, digest.FromString("a layer"), true)
+	}
+}
+
+// TestStoredAfterForget: somebody had seen that the repository is recorded, and
+// stores something when it is not any more.
+func TestStoredAfterForget(t *testing.T) {
+	layer := digest.FromString("a layer")
+	for name, store := range map[string]func(*bench) error{
+		"manifest": func(b *bench) error {
+			return second(b.PutManifest(b.t.Context(), "r", digest.FromString(index()), []byte(index())))
+		},
+		"blob": func(b *bench) error { return b.LinkBlob(b.t.Context(), "r", layer, layer) },
+		"tag":  func(b *bench) error { return b.SetTag(b.t.Context(), "r", "v1", layer, time.Now()) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t)
+			b.blob("a layer")
+			b.ok(b.PutRecord(t.Context(), "r", Record{Class: Mirrored, Upstream: "docker.io"}))
+			b.ok(b.Forget(t.Context(), "r"))
+			b.told.take()
+			b.ok(store(b))
+			if c := b.told.take(); len(c) != 2 || c[0].Kind != Recorded || c[0].Record.Upstream != "docker.io" {
+				t.Errorf("told %+v", c)
+			}
+			b.restart()
+			if r, err := b.Record(t.Context(), "r"); err != nil || r.Class != Mirrored || r.Upstream != "docker.io" {
+				t.Errorf("%+v, %v", r, err)
+			}
+		})
+	}
+}
+
+// TestKilledWhileRemoving: a process dies after a step, and the next does it
+// again.
+func TestKilledWhileRemoving(t *testing.T) {
+	body := image(digest.FromString("config"))
+	d, layer := digest.FromString(body), digest.FromString("a layer")
+	for point, step := range map[string]func(context.Context, *bench) error{
+		"evict.untagged":     func(ctx context.Context, b *bench) error { return b.RemoveTag(ctx, "r", "v1", d) },
+		"evict.unindexed":    func(ctx context.Context, b *bench) error { return b.RemoveTag(ctx, "r", "v1", d) },
+		"evict.unmanifested": func(ctx context.Context, b *bench) error { return b.RemoveManifest(ctx, "r", d) },
+		"evict.unlinked":     func(ctx context.Context, b *bench) error { return b.Unlink(ctx, "r", layer) },
+		"evict.removed":      func(ctx context.Context, b *bench) error { return second(b.RemoveBlob(ctx, layer, nil)) },
+		"evict.forgotten": func(ctx context.Context, b *bench) error {
+			if err := b.RemoveManifest(ctx, "r", d); err != nil {
+				return err
+			}
+			return b.Forget(ctx, "r")
+		},
+	} {
+		t.Run(point, func(t *testing.T) {
+			b := newBench(t)
+			ctx := t.Context()
+			b.ok(b.PutRecord(ctx, "r", Record{Class: Mirrored}))
+			b.put("r", body)
+			b.layer("r", "a layer")
+			b.ok(b.SetTag(ctx, "r", "v1", digest.FromString("before"), time.Now()))
+			b.ok(b.SetTag(ctx, "r", "v1", d, time.Now()))
+			killed := make(chan bool)
+			failpoint.Set(func(name string) {
+				if name == point {
+					runtime.Goexit()
+				}
+			})
+			go func() {
+				defer close(killed)
+				if err := step(ctx, b); err != nil {
+					t.Error(err)
+				}
+				killed <- false
+			}()
+			_, survived := <-killed
+			failpoint.Set(nil)
+			if survived {
+				t.Fatal("it did not come there")
+			}
+			b.restart()
+			b.told.take()
+			switch point {
+			case "evict.forgotten": // the record was the last there was
+				if err := b.Forget(ctx, "r"); err == nil {
+					t.Error("forgotten twice")
+				}
+				b.wantFiles("docker/registry/v2/repositories")
+				return
+			default:
+				b.ok(step(ctx, b))
+			}
+			if len(b.told.take()) == 0 {
+				t.Error("nothing was told")
+			}
+			switch point {
+			case "evict.untagged", "evict.unindexed":
+				if tags, err := b.Tags(ctx, "r"); err != nil || len(tags) != 0 {
+					t.Errorf("tags %q, %v", tags, err)
+				}
+				b.wantFiles("mirror/records/repositories/r", "_record.json")
+			case "evict.unmanifested":
+				b.wantNoManifest("r", d)
+			case "evict.unlinked":
+				b.wantMember("r", layer, false)
+			case "evict.removed":
+				if _, err := b.StatBlob(ctx, layer); !errors.Is(err, fs.ErrNotExist) {
+					t.Error(err)
+				}
+			}
+		})
+	}
+}
+
+// held lets readings of one key wait when they have read.
+type held struct {
+	storage.Store
+	key     string
+	reading chan struct{}
+	goOn    chan struct{}
+}
+
+func (b *bench) hold(key string) *held {
+	h := &held{Store: b.store, key: key, reading: make(chan struct{}), goOn: make(chan struct{})}
+	b.Tree.store = h
+	return h
+}
+
+func (h *held) wait(key string) {
+	if key == h.key {
+		h.reading <- struct{}{}
+		<-h.goOn
+	}
+}
+
+func (h *held) Get(ctx context.Context, key string, limit int64) ([]byte, error) {
+	data, err := h.Store.Get(ctx, key, limit)
+	h.wait(key)
+	return data, err
+}
+
+func (h *held) Open(ctx context.Context, key string, offset, length int64) (io.ReadCloser, storage.Info, error) {
+	r, info, err := h.Store.Open(ctx, key, offset, length)
+	h.wait(key)
+	return r, info, err
+}
+
+// TestReadWhileRemoved: somebody reads what is being removed, and must not bring
+// it back into memory.
+func TestReadWhileRemoved(t *testing.T) {
+	config, layer := digest.FromString("a config too"), digest.FromString("a layer")
+	body := image(config)
+	d, long := digest.FromString(body), digest.SHA512.FromString(body)
+	record := Record{Class: Mirrored}
+	for name, c := range map[string]struct {
+		key    string // of what is read when the removal comes
+		read   func(*bench) error
+		remove func(*bench) error
+		has    func(*bench) bool // from memory or else
+	}{
+		"manifest": {
+			layout.Blob(d),
+			func(b *bench) error { return second(b.Manifest(b.t.Context(), "r", d)) },
+			func(b *bench) error { return b.RemoveManifest(b.t.Context(), "r", d) },
+			func(b *bench) bool { return has(b.Manifest(b.t.Context(), "r", d)) },
+		},
+		"manifest by sha512": {
+			layout.Blob(d),
+			func(b *bench) error { return second(b.Manifest(b.t.Context(), "r", long)) },
+			func(b *bench) error { return b.RemoveManifest(b.t.Context(), "r", d) },
+			func(b *bench) bool { return has(b.Manifest(b.t.Context(), "r", long)) },
+		},
+		"what a manifest names": {
+			layout.Blob(d),
+			func(b *bench) error { return third(b.Member(b.t.Context(), "r", config)) },
+			func(b *bench) error { return b.RemoveManifest(b.t.Context(), "r", d) },
+			func(b *bench) bool { _, ok, _ := b.Member(b.t.Context(), "r", config); return ok },
+		},
+		"bytes of a manifest": {
+			layout.Blob(d),
+			func(b *bench) error { return second(b.Manifest(b.t.Context(), "r", d)) },
+			func(b *bench) error { return second(b.RemoveBlob(b.t.Context(), d, nil)) },
+			func(b *bench) bool { return has(b.Manifest(b.t.Context(), "r", d)) },
+		},
+		"link": {
+			layout.LayerLink("r", layer),
+			func(b *bench) error { return third(b.Member(b.t.Context(), "r", layer)) },
+			func(b *bench) error { return b.Unlink(b.t.Context(), "r", layer) },
+			func(b *bench) bool { _, ok, _ := b.Member(b.t.Context(), "r", layer); return ok },
+		},
+		"bytes": {
+			layout.Blob(layer),
+			func(b *bench) error { return third(b.OpenBlob(b.t.Context(), layer)) },
+			func(b *bench) error { return second(b.RemoveBlob(b.t.Context(), layer, nil)) },
+			func(b *bench) bool { return has(b.StatBlob(b.t.Context(), layer)) },
+		},
+		"record": {
+			layout.Record("s"),
+			func(b *bench) error { return second(b.Record(b.t.Context(), "s")) },
+			func(b *bench) error { // which looks for the record itself
+				other := New(b.store, nil)
+				defer other.Close()
+				if err := other.Forget(b.t.Context(), "s"); err != nil {
+					return err
+				}
+				g := b.Tree.guards.of("s")
+				g.removals.Add(1)
+				return nil
+			},
+			func(b *bench) bool { return has(b.Record(b.t.Context(), "s")) },
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t)
+			b.put("r", body)
+			_, err := b.PutManifest(t.Context(), "r", long, []byte(body))
+			b.ok(err)
+			b.layer("r", "a layer")
+			b.ok(b.PutRecord(t.Context(), "s", record))
+			b.restart()
+			h := b.hold(c.key)
+			done := make(chan error)
+			go func() { done <- c.read(b) }()
+			arrive(t, "the reading", h.reading)
+			b.Tree.store = b.store
+			if err := c.remove(b); err != nil {
+				t.Error(err)
+			}
+			close(h.goOn)
+			for { // a repository may be read twice
+				select {
+				case <-h.reading:
+					continue
+				case err := <-done:
+					if err != nil && !errors.Is(err, fs.ErrNotExist) {
+						t.Error(err)
+					}
+				case <-time.After(10 * time.Second):
+					t.Fatal("the reading does not end")
+				}
+				break
+			}
+			b.settle()
+			if c.has(b) {
+				t.Error("it is still there")
+			}
+		})
+	}
+}
+
+func has[T any](_ T, err error) bool { return err == nil }
+
+// TestScanWhileRemoved: of two manifests that name a blob one is removed while
+// the repository is being read. The other goes on proving it.
+func TestScanWhileRemoved(t *testing.T) {
+	b := newBench(t)
+	shared := digest.FromString("shared")
+	first, second := image(shared), image(shared, shared)
+	b.put("r", first)
+	b.put("r", second)
+	b.restart()
+	for _, body := range []string{first, second} {
+		h := b.hold(layout.Blob(digest.FromString(body)))
+		found := make(chan bool)
+		go func() {
+			_, ok, err := b.Member(t.Context(), "r", shared)
+			if err != nil {
+				t.Error(err)
+			}
+			found <- ok
+		}()
+		arrive(t, "the reading", h.reading)
+		b.Tree.store = b.store
+		other := first
+		if body == first {
+			other = second
+		}
+		b.ok(b.RemoveManifest(t.Context(), "r", digest.FromString(other)))
+		close(h.goOn)
+		for {
+			select {
+			case <-h.reading:
+				continue
+			case ok := <-found:
+				if !ok {
+					t.Error("it is no member")
+				}
+			case <-time.After(10 * time.Second):
+				t.Fatal("no answer")
+			}
+			break
+		}
+		b.put("r", other)
+		b.restart()
+	}
+}
+
+// TestLinkWhileRemoved: a link that comes while bytes are being removed comes too
+// late.
+func TestLinkWhileRemoved(t *testing.T) {
+	b := newBench(t)
+	d := b.blob("a layer")
+	linked := make(chan error)
+	removed, err := b.RemoveBlob(t.Context(), d, func() (bool, error) {
+		go func() { linked <- b.LinkBlob(t.Context(), "r", d, d) }()
+		select {
+		case err := <-linked:
+			t.Errorf("linked in between: %v", err)
+		case <-time.After(50 * time.Millisecond):
+		}
+		return false, nil
+	})
+	if !removed || err != nil {
+		t.Errorf("RemoveBlob: %v, %v", removed, err)
+	}
+	if err := arrive(t, "the link", linked); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("LinkBlob: %v", err)
+	}
+	b.wantFiles("docker/registry/v2/repositories")
+}
+
+// TestToldIsStored: whatever happens at once, and whatever fails, what has been
+// told of is what is stored.
+func TestToldIsStored(t *testing.T) {
+	b := newBench(t)
+	ctx := t.Context()
+	var mu sync.Mutex
+	model := map[string]string{}
+	b.told.hook = func(c Change) {
+		mu.Lock()
+		defer mu.Unlock()
+		b.told.changes = nil
+		switch c.Kind {
+		case Recorded:
+			model["record "+c.Repository] = string(c.Record.Class)
+		case Manifested:
+			model["manifest "+c.Repository+" "+short(c.Canonical)] = "held"
+			model["blob "+short(c.Canonical)] = "held"
+		case Linked:
+			model["link "+c.Repository+" "+short(c.Canonical)] = "held"
+			model["blob "+short(c.Canonical)] = "held"
+		case Tagged:
+			model["tag "+c.Repository+" "+c.Tag] = short(c.Canonical)
+		case Untagged:
+			delete(model, "tag "+c.Repository+" "+c.Tag)
+		case Unmanifested:
+			delete(model, "manifest "+c.Repository+" "+short(c.Canonical))
+		case Unlinked:
+			delete(model, "link "+c.Repository+" "+short(c.Canonical))
+		case Removed:
+			delete(model, "blob "+short(c.Canonical))
+		case Forgotten:
+			maps.DeleteFunc(model, func(key, _ string) bool {
+				return !strings.HasPrefix(key, "blob ") && strings.Fields(key)[1] == c.Repository
+			})
+		}
+	}
+	b.Tree.store = full{b.store, func(key string) bool {
+		return strings.HasPrefix(key, "docker/") && rand.IntN(8) == 0 // stored or not
+	}}
+	bodies := []string{index(), image(digest.FromString("a layer"))}
+	layers := []string{"a layer", "another"}
+	repositories := []string{"r", "s"}
+	for _, repository := range repositories {
+		b.ok(b.PutRecord(ctx, repository, Record{Class: Mirrored}))
+	}
+	var wg sync.WaitGroup
+	for g := range 8 {
+		random := rand.New(rand.NewPCG(uint64(g), 1))
+		wg.Go(func() {
+			for range 300 {
+				repository, tag := repositories[random.IntN(2)], []string{"v1", "v2"}[random.IntN(8)/7]
+				body, layer := bodies[random.IntN(2)], layers[random.IntN(8)/7]
+				d, l := digest.FromString(body), digest.FromString(layer)
+				switch random.IntN(10) {
+				case 0, 1:
+					b.PutManifest(ctx, repository, d, []byte(body))
+				case 2:
+					b.Tree.store.Put(ctx, layout.Blob(l), []byte(layer), storage.Lazy)
+					b.LinkBlob(ctx, repository, l, l)
+				case 3:
+					b.SetTag(ctx, repository, tag, d, time.Now())
+				case 4:
+					b.RemoveTag(ctx, repository, tag, d)
+				case 5:
+					b.RemoveManifest(ctx, repository, d)
+				case 6:
+					b.Unlink(ctx, repository, l)
+				case 7:
+					b.RemoveBlob(ctx, []digest.Digest{d, l}[random.IntN(2)], nil)
+				case 8:
+					b.Forget(ctx, repository)
+				case 9:
+					b.Manifest(ctx, repository, d)
+					b.Member(ctx, repository, l)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	stored := map[string]string{}
+	for _, repository := range repositories {
+		if r, err := b.Record(ctx, repository); err == nil {
+			stored["record "+repository] = string(r.Class)
+		}
+		for _, tag := range []string{"v1", "v2"} {
+			if d, err := b.Tag(ctx, repository, tag); err == nil {
+				stored["tag "+repository+" "+tag] = short(d)
+			}
+		}
+		for _, body := range bodies {
+			d := digest.FromString(body)
+			if _, err := b.store.Stat(ctx, layout.RevisionLink(repository, d)); err == nil {
+				stored["manifest "+repository+" "+short(d)] = "held"
+			}
+		}
+		for _, layer := range layers {
+			d := digest.FromString(layer)
+			if _, err := b.store.Stat(ctx, layout.LayerLink(repository, d)); err == nil {
+				stored["link "+repository+" "+short(d)] = "held"
+			}
+		}
+	}
+	for _, content := range append(bodies, layers...) {
+		if _, err := b.store.Stat(ctx, layout.Blob(digest.FromString(content))); err == nil {
+			stored["blob "+short(digest.FromString(content))] = "held"
+		}
+	}
+	// A fill stores bytes before it links them, and if that fails nobody has been
+	// told of them.
+	for _, layer := range layers {
+		key := "blob " + short(digest.FromString(layer))
+		if stored[key] != "" && model[key] == "" {
+			delete(stored, key)
+		}
+	}
+	if !maps.Equal(model, stored) {
+		t.Errorf("told\n%v\nstored\n%v", model, stored)
+	}
+}
