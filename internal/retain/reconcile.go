@@ -282,6 +282,9 @@ func (r *reconcile) blobs(ctx context.Context, digits string) error {
 			r.damage.doubt(found.Digest)
 		}
 		size, ok := known[found.Digest]
+		if ok && size != found.Size {
+			r.Suspect(found.Digest) // what a digest names does not change
+		}
 		delete(known, found.Digest)
 		if r.anew || !ok || size != found.Size {
 			err = r.tell(ctx, r.tree.TellBlob(ctx, found.Digest))

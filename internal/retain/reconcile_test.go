@@ -17,9 +17,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/opencontainers/go-digest"
-	"go.uber.org/zap"
-
 	"github.com/caddy-registry/mirror/internal/catalog"
 	"github.com/caddy-registry/mirror/internal/layout"
 	"github.com/caddy-registry/mirror/internal/oci"
@@ -27,7 +24,7 @@ import (
 	"github.com/caddy-registry/mirror/storage"
 	database "github.com/caddy-registry/mirror/storage/catalog"
 	"github.com/caddy-registry/mirror/storage/catalog/sqlite"
-	"github.com/caddy-registry/mirror/storage/disk/disktest"
+	"github.com/opencontainers/go-digest"
 )
 
 // stored is what a walk over the files of a store finds, one line each.
@@ -504,19 +501,9 @@ func TestReconcileManyTags(t *testing.T) {
 	var once sync.Once
 	var during uint64
 	run := func(at func()) (*kept, func()) {
-		b := &kept{t: t, dir: b.dir, clock: b.clock}
-		b.store = many{disktest.Open(t, filepath.Join(b.dir, "store")), tags, d, at}
-		b.Keeper = New(b.store, zap.NewNop())
-		b.Keeper.paces = hasty
-		b.tree = tree.New(b.store, b.Note)
-		b.Begin(b.tree, Hooks{Catalog: b.file})
-		return b, func() {
-			b.tree.Close()
-			b.Keeper.Close()
-			if err := b.store.Close(); err != nil {
-				t.Error(err)
-			}
-		}
+		b := &kept{t: t, dir: b.dir, clock: b.clock, paces: hasty}
+		b.beginOn(many{b.disk(), tags, d, at})
+		return b, b.stop
 	}
 	_, stop := run(func() {
 		once.Do(func() {
@@ -553,12 +540,7 @@ func TestPeers37ServesFirst(t *testing.T) {
 	if err := os.Remove(filepath.Join(b.dir, "catalog.db")); err != nil {
 		t.Fatal(err)
 	}
-	b.store = many{disktest.Open(t, filepath.Join(b.dir, "store")), 10, d, func() { <-gate }}
-	b.Keeper = New(b.store, zap.NewNop())
-	b.Keeper.paces = hasty
-	b.tree = tree.New(b.store, b.Note)
-	b.Begin(b.tree, Hooks{Catalog: b.file})
-	b.open = true
+	b.beginOn(many{b.disk(), 10, d, func() { <-gate }})
 	eventually(t, "the comparison to have begun", until(func() bool { return len(b.Jobs()) > 0 }))
 	if m, err := b.tree.Manifest(t.Context(), manyTags, d); err != nil || m.Digest != d {
 		t.Errorf("manifest: %v, %v", m, err)

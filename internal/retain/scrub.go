@@ -235,7 +235,7 @@ func (s *scrubber) look(ctx context.Context, c *catalog.Catalog, blob catalog.Bl
 			return err
 		}
 	}
-	s.job.update(func(now *Job) { now.Done += info.Size })
+	s.job.update(func(now *Job) { now.Done += max(info.Size, blob.Size) })
 	return nil
 }
 
