@@ -170,6 +170,7 @@ func jobsCommand(cmd *cobra.Command, args []string) error {
 const (
 	askProgress = 500 * time.Millisecond
 	sayProgress = 10 * time.Second // where nobody looks on
+	maxMissed   = 6                // questions without an answer, one after the other
 )
 
 // follow shows how far a job is until it ends. A person who interrupts it leaves
@@ -181,7 +182,7 @@ func follow(cmd *cobra.Command, admin api, job retain.Job) error {
 	live := isTerminal(to)
 	tick := time.NewTicker(askProgress)
 	defer tick.Stop()
-	said := time.Now()
+	said, missed := time.Now(), 0
 	for job.Ended.IsZero() {
 		switch {
 		case live:
@@ -198,7 +199,14 @@ func follow(cmd *cobra.Command, admin api, job retain.Job) error {
 			}
 			return fmt.Errorf("the %s goes on without you: `caddy registry jobs %s` shows it, and ends it with --cancel", job.Kind, job.ID)
 		}
-		if err := admin.ask(http.MethodGet, "jobs/"+url.PathEscape(job.ID), nil, &job); err != nil {
+		var now retain.Job
+		err := admin.ask(http.MethodGet, "jobs/"+url.PathEscape(job.ID), nil, &now)
+		switch {
+		case err == nil:
+			job, missed = now, 0
+		case missed+1 < maxMissed:
+			missed++ // Caddy reloads, perhaps
+		default:
 			if live {
 				fmt.Fprintln(to)
 			}

@@ -1,21 +1,26 @@
-package catalog
+package catalog_test
 
 import (
 	"context"
+	"path/filepath"
 	"reflect"
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/caddy-registry/mirror/internal/catalog"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/tree"
 )
 
 // TestReport: what people ask about a store.
 func TestReport(t *testing.T) {
-	c := open(t, t.TempDir(), "disk:/a")
+	c := open(t, filepath.Join(t.TempDir(), "catalog.db"))
 	ctx := context.Background()
+	sum := func(name string) digest.Digest { return digest.FromString(name) }
+	at := func(n int64) time.Time { return time.Unix(1_700_000_000+n, 0).UTC() }
 	image := func(layers ...string) *oci.Manifest {
 		m := new(oci.Manifest)
 		for _, l := range layers {
@@ -70,15 +75,15 @@ func TestReport(t *testing.T) {
 	for _, c1 := range []struct {
 		repository string
 		ref        oci.Reference
-		want       Held
+		want       catalog.Held
 		ok         bool
 	}{
-		{"docker.io/a", oci.Reference{Tag: "1"}, Held{Digest: sum("one"), Since: at(10), Read: at(10), Evictable: true, Before: 0, Bytes: 10500}, true},
-		{"docker.io/a", oci.Reference{Tag: "2"}, Held{Digest: sum("one"), Since: at(20), Read: at(20), Pinned: true, Bytes: 10500}, true},
-		{"ghcr.io/b", oci.Reference{Digest: sum("two")}, Held{Digest: sum("two"), Since: at(2), Read: at(15), Evictable: true, Before: 1, Bytes: 5500}, true},
-		{"apps/c", oci.Reference{Tag: "1"}, Held{Digest: sum("three"), Since: at(3), Read: at(3), Bytes: 5500}, true},
-		{"apps/c", oci.Reference{Tag: "2"}, Held{}, false},
-		{"apps/none", oci.Reference{Tag: "2"}, Held{}, false},
+		{"docker.io/a", oci.Reference{Tag: "1"}, catalog.Held{Digest: sum("one"), Since: at(10), Read: at(10), Evictable: true, Before: 0, Bytes: 10500}, true},
+		{"docker.io/a", oci.Reference{Tag: "2"}, catalog.Held{Digest: sum("one"), Since: at(20), Read: at(20), Pinned: true, Bytes: 10500}, true},
+		{"ghcr.io/b", oci.Reference{Digest: sum("two")}, catalog.Held{Digest: sum("two"), Since: at(2), Read: at(15), Evictable: true, Before: 1, Bytes: 5500}, true},
+		{"apps/c", oci.Reference{Tag: "1"}, catalog.Held{Digest: sum("three"), Since: at(3), Read: at(3), Bytes: 5500}, true},
+		{"apps/c", oci.Reference{Tag: "2"}, catalog.Held{}, false},
+		{"apps/none", oci.Reference{Tag: "2"}, catalog.Held{}, false},
 	} {
 		held, ok, err := c.Held(ctx, c1.repository, c1.ref)
 		held.Since, held.Read = held.Since.UTC(), held.Read.UTC()
