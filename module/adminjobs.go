@@ -1,6 +1,7 @@
 package module
 
 import (
+	"errors"
 	"net/http"
 	"strings"
 
@@ -41,7 +42,10 @@ func beginJob(r *http.Request, in *visit) (any, error) {
 	default:
 		return nil, apiError(http.StatusBadRequest, "kind: %.100q is none of gc, scrub, reindex and purge", asked.Kind)
 	}
-	if err != nil {
+	switch {
+	case errors.Is(err, retain.ErrPattern):
+		return nil, apiError(http.StatusBadRequest, "%w", err)
+	case err != nil:
 		return nil, apiError(http.StatusConflict, "%w", err)
 	}
 	in.status = http.StatusAccepted

@@ -261,16 +261,22 @@ func amount(j retain.Job, n int64) string {
 
 // outcome is what a job has done so far.
 func outcome(j retain.Job) string {
-	verb := "removed"
+	verb, more := "removed", ""
 	switch {
-	case j.DryRun:
-		verb = "would remove"
 	case j.Kind == "scrub":
 		verb = "found damaged"
-	case j.Kind == "reindex":
+		if j.Removed > 0 {
+			more = fmt.Sprintf(", fetched again %s", number(j.Healed))
+		}
+	case j.Kind == "reindex", j.Kind == "compare":
 		return "read " + amount(j, j.Done)
+	case j.DryRun:
+		verb = "would remove"
 	}
-	return fmt.Sprintf("%s %s (%s)", verb, number(j.Removed), size(j.Bytes))
+	if j.Kept > 0 {
+		more = fmt.Sprintf(", %s stay since they are pinned", number(j.Kept))
+	}
+	return fmt.Sprintf("%s %s (%s)%s", verb, number(j.Removed), size(j.Bytes), more)
 }
 
 // printEnd shows a job that has ended.
