@@ -604,6 +604,68 @@ func TestCatalogOfTwoStores(t *testing.T) {
 	}
 }
 
+// TestBackToStore: a store that is left by one reload and taken up by the next,
+// while somebody still reads from it, has been one store all the time.
+func TestBackToStore(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	one := bigImage(t)
+	up.Push("library/x", one, "latest")
+	m := startAdmin(t, upstreamFor("docker.io", up))
+	m.complete()
+	rest, hold := halfPulled(t, m, up, "library/x", one)
+	first, second := m.dir, t.TempDir()
+	job := m.job(`{"kind": "reindex"}`)["id"].(string)
+	for _, dir := range []string{second, first} {
+		m.dir = dir
+		if err := m.load(upstreamFor("docker.io", up), ""); err != nil {
+			t.Fatal(err)
+		}
+		m.complete()
+	}
+	// It remembers what only a state in memory can.
+	if got := m.admins("GET", "jobs/"+job); got["id"] != job {
+		t.Errorf("%v", got)
+	}
+	close(hold)
+	if err := rest(); err != nil {
+		t.Error(err)
+	}
+	m.pull("library/x", "latest", one)
+	unlocked(t, second)
+	if files := kept(m.dir, one.Blobs[1].Digest); len(files) == 0 {
+		t.Error("the layer is not in the store")
+	}
+}
+
+// TestTwoSitesCountOnce: what two sites pull is in one store, and counts once.
+func TestTwoSitesCountOnce(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	image := regtest.NewImage("x", regtest.Random("x", 2<<20))
+	up.Push("library/x", image, "latest")
+	up.Push("library/y", image, "latest")
+	m := startAdmin(t, upstreamFor("docker.io", up))
+	other := *m
+	other.URL = "http://" + regtest.FreeAddress(t)
+	adapted, err := m.adapt(upstreamFor("docker.io", up), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	listen := func(m *mirror) string { return `":` + m.URL[strings.LastIndexByte(m.URL, ':')+1:] + `"` }
+	adapted = bytes.Replace(adapted, []byte(`"listen":[`+listen(m)), []byte(`"listen":[`+listen(m)+`,`+listen(&other)), 1)
+	if err := m.loadJSON(adapted); err != nil {
+		t.Fatal(err)
+	}
+	m.pull("library/x", "latest", image)
+	other.pull("library/y", "latest", image)
+	use := m.complete()["usage"].(object)
+	if use["repositories"] != 2.0 || use["bytes"].(float64) > 2<<20+32<<10 {
+		t.Errorf("%v", use)
+	}
+	if got := len(m.admins("GET", "repositories")["repositories"].([]any)); got != 2 {
+		t.Errorf("%d repositories", got)
+	}
+}
+
 // TestStoreMetrics: what Caddy exposes of stores.
 func TestStoreMetrics(t *testing.T) {
 	up := regtest.New(t, regtest.Options{})

@@ -202,25 +202,30 @@ func (s *state) open(ctx context.Context) (*opened, error) {
 	o.keeper.Begin(o.tree, retain.Hooks{
 		Catalog: s.openCatalog,
 		Heal: func(ctx context.Context, repository string, d digest.Digest, size int64) error {
-			return s.heal(ctx, o.mirror, repository, d, size)
+			return s.heal(ctx, o, repository, d, size)
 		},
+		Partial: o.mirror.Partial,
 	})
 	s.works.Store(o)
 	return o, nil
 }
 
-// heal fetches a mirrored blob again, from where the configuration that runs
-// says that its repository comes from.
-func (s *state) heal(ctx context.Context, m *mirror.Mirror, repository string, d digest.Digest, size int64) error {
+// heal fetches a mirrored blob again, from where its repository comes from by the
+// configuration that runs.
+func (s *state) heal(ctx context.Context, o *opened, repository string, d digest.Digest, size int64) error {
 	ups := s.upstreams.Load()
 	if ups == nil {
-		return errors.New("no configuration is running")
+		return errors.New("no configuration has started yet")
 	}
-	target, err := ups.Owner(ctx, m, repository)
+	record, err := o.tree.Record(ctx, repository)
 	if err != nil {
 		return err
 	}
-	return m.Fetch(ctx, target, d, size)
+	target, ok := ups.Owner(repository, record)
+	if !ok {
+		return fmt.Errorf("%s is of no registry that is configured now", repository)
+	}
+	return o.mirror.Fetch(ctx, target, d, size)
 }
 
 // closedChannel is for what need not be waited for.
