@@ -20,17 +20,19 @@ const (
 	maxBatch = 5_000   // changes written at once
 )
 
-// paces are what the journal takes, and how long it waits. Tests are in more of
-// a hurry.
+// paces are what the journal takes, and how long is waited. Tests are in more of
+// a hurry, or in less.
 type paces struct {
 	noted  int           // changes that wait to be written
 	batch  time.Duration // for more changes
 	giveUp time.Duration // for a catalog that fails
 	reopen time.Duration // before it is opened again
 	finish time.Duration // for the last changes, when the keeper is closed
+	room   time.Duration // for eviction
+	gift   time.Duration // until somebody takes the room there is by then
 }
 
-var standard = paces{noted: 50_000, batch: time.Second, giveUp: time.Minute, reopen: time.Minute, finish: 10 * time.Second}
+var standard = paces{noted: 50_000, batch: time.Second, giveUp: time.Minute, reopen: time.Minute, finish: 10 * time.Second, room: time.Second, gift: 2 * time.Second}
 
 // journal is what has been noted and not been written into the catalog, and what
 // is known of the catalog. Its lock is never held while anything is waited for.

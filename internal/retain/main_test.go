@@ -66,7 +66,7 @@ type kept struct {
 }
 
 // hasty are paces with which a test does not wait for the journal.
-var hasty = paces{noted: 50_000, batch: time.Millisecond, giveUp: time.Minute, reopen: time.Millisecond, finish: time.Minute}
+var hasty = paces{noted: 50_000, batch: time.Millisecond, giveUp: time.Minute, reopen: time.Millisecond, finish: time.Minute, room: time.Minute, gift: time.Minute}
 
 func keep(t *testing.T, change ...func(*kept)) *kept {
 	t.Helper()
@@ -90,7 +90,7 @@ func (b *kept) start() {
 	b.logged = logged
 	b.Keeper = New(seen, zap.New(core))
 	b.Keeper.now, b.Keeper.paces = b.clock.time, b.paces
-	b.tree = tree.New(b.store, func(c tree.Change) {
+	b.tree = tree.New(seen, func(c tree.Change) {
 		if !c.At.IsZero() {
 			c.At = b.clock.time()
 		}
@@ -121,6 +121,18 @@ func (b *kept) file(ctx context.Context) (*catalog.Catalog, error) {
 		return nil, err
 	}
 	return catalog.Open(ctx, db, "sqlite", "store")
+}
+
+// later opens the catalog in its file once it may.
+func later(b *kept, may chan struct{}) func(context.Context) (*catalog.Catalog, error) {
+	return func(ctx context.Context) (*catalog.Catalog, error) {
+		select {
+		case <-may:
+			return b.file(ctx)
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
 }
 
 // stop is an orderly end of the process.
@@ -303,7 +315,7 @@ func (b *kept) pull(repository, tag string, layers ...[]byte) digest.Digest {
 }
 
 func (b *kept) holds(data []byte) bool {
-	got, err := b.store.Get(b.t.Context(), layout.Blob(digest.FromBytes(data)), 1<<20)
+	got, err := b.store.Get(b.t.Context(), layout.Blob(digest.FromBytes(data)), 64<<20)
 	return err == nil && bytes.Equal(got, data)
 }
 

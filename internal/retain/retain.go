@@ -38,7 +38,6 @@ type Keeper struct {
 	damage   damage
 	set      atomic.Pointer[Settings]
 	parts    atomic.Pointer[func() int64]
-	removing sync.Mutex // of whoever removes a root, or a blob by itself
 
 	// Since Begin.
 	tree   *tree.Tree

@@ -10,17 +10,16 @@ import (
 	"github.com/caddy-registry/mirror/storage"
 )
 
-const (
-	roomPatience = time.Second     // how long Room waits
-	giftLife     = 2 * time.Second // how long what Room has found is kept for who asked
-	barren       = 5 * time.Second // how long nothing is tried again after nothing could be evicted
-)
+// barren is how long nothing is tried again after nothing could be evicted.
+const barren = 5 * time.Second
 
 // eviction is who waits for room, and what has been evicted. Its lock is taken
 // before that of the account.
 type eviction struct {
 	kick   chan struct{} // signalled when there may be something to evict
 	wanted atomic.Int64  // bytes that those in waiters want
+
+	running sync.Mutex // of whoever evicts; taken before mu
 
 	mu      sync.Mutex
 	waiters []*waiter // those who came first first
@@ -57,7 +56,7 @@ func (e *eviction) gift(n int64) storage.Reservation {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for i, g := range e.gifts {
-		if g.size == n {
+		if g.asked == n {
 			g.timer.Stop()
 			e.gifts = slices.Delete(e.gifts, i, i+1)
 			return g.reservation
@@ -78,7 +77,7 @@ func (k *Keeper) give(n int64) bool {
 		return false
 	}
 	g := &gift{reservation: r}
-	g.timer = time.AfterFunc(giftLife, func() {
+	g.timer = time.AfterFunc(k.paces.gift, func() {
 		e.mu.Lock()
 		i := slices.Index(e.gifts, g)
 		if i >= 0 {
@@ -106,7 +105,7 @@ func (k *Keeper) Room(ctx context.Context, n int64) bool {
 		return true
 	}
 	limit := k.settings().MaxSize
-	if err != nil || e.closed || limit > 0 && n > limit || time.Now().Before(e.barren[""]) {
+	if err != nil || e.closed || limit > 0 && onDisk(n) > limit || time.Now().Before(e.barren[""]) {
 		e.mu.Unlock()
 		return false
 	}
@@ -116,7 +115,7 @@ func (k *Keeper) Room(ctx context.Context, n int64) bool {
 	e.mu.Unlock()
 	signal(e.kick)
 
-	patience := time.NewTimer(roomPatience)
+	patience := time.NewTimer(k.paces.room)
 	defer patience.Stop()
 	select {
 	case again := <-w.ready:
