@@ -18,8 +18,6 @@ import (
 	"github.com/caddy-registry/mirror/storage"
 )
 
-const day = 24 * time.Hour
-
 func withGrace(b *kept) { b.settings.Grace = day }
 
 // exists reports whether there is something at a key, or below it.
