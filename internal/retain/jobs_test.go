@@ -79,6 +79,20 @@ func TestJobs(t *testing.T) {
 	}
 }
 
+// The first thousand that a job finds are named, and all are counted.
+func TestJobFindsMany(t *testing.T) {
+	b := keep(t)
+	j := b.done(b.Keeper.start(Job{Kind: kindGC}, func(_ context.Context, j *job) error {
+		for i := range 1_005 {
+			j.found(fmt.Sprint(i), 2)
+		}
+		return nil
+	}))
+	if len(j.Found) != 1_000 || j.Removed != 1_005 || j.Bytes != 2_010 {
+		t.Errorf("%d of %d found, %d bytes", len(j.Found), j.Removed, j.Bytes)
+	}
+}
+
 func TestJobsAreBounded(t *testing.T) {
 	b := keep(t)
 	b.ready()

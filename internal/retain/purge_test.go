@@ -15,6 +15,11 @@ import (
 func TestPeers28Purge(t *testing.T) {
 	base := content(1, 5000) // belongs to nginx, tool, apps/web and old/registry
 	child := image("child", nil, content(5, 70), content(2, 100))
+	dry := keep(t)
+	dry.ready()
+	dry.populate()
+	dry.done(dry.Reindex())
+	before := dry.stored()
 	for pattern, want := range map[string]struct {
 		found string // as in Found, sorted; D is the digest of the child
 		gone  [][]byte
@@ -40,12 +45,7 @@ func TestPeers28Purge(t *testing.T) {
 		"docker.io/library/nginx:latest.*": {},
 	} {
 		t.Run(strings.ReplaceAll(pattern, "/", " "), func(t *testing.T) {
-			b := keep(t)
-			b.ready()
-			b.populate()
-			b.done(b.Reindex())
 			pattern := strings.ReplaceAll(pattern, "D", digest.FromBytes(child).String())
-			before := b.stored()
 			check := func(j Job) {
 				t.Helper()
 				slices.Sort(j.Found)
@@ -53,10 +53,17 @@ func TestPeers28Purge(t *testing.T) {
 					t.Errorf("job is %+v, want %q", j, want.found)
 				}
 			}
-			check(b.done(b.Purge(pattern, true)))
-			if after := b.stored(); !slices.Equal(after, before) {
+			check(dry.done(dry.Purge(pattern, true)))
+			if after := dry.stored(); !slices.Equal(after, before) {
 				t.Errorf("a dry run has left\n%q, there were\n%q", after, before)
 			}
+			if race && want.found == "" {
+				return // and much time saved
+			}
+			b := keep(t)
+			b.ready()
+			b.populate()
+			b.done(b.Reindex())
 			real := b.done(b.Purge(pattern, false))
 			check(real)
 			for _, data := range want.gone {
@@ -73,7 +80,7 @@ func TestPeers28Purge(t *testing.T) {
 			if len(want.gone) == 0 && real.Bytes != 0 || len(want.gone) > 0 && real.Bytes == 0 {
 				t.Errorf("%d bytes were freed", real.Bytes)
 			}
-			if n := b.logged.FilterMessage("purge").Len(); n != 2 {
+			if n := b.logged.FilterMessage("purge").Len(); n != 1 {
 				t.Errorf("%d lines say what was purged", n)
 			}
 			b.agrees(b.ready())

@@ -416,11 +416,11 @@ func TestReconcileBesideWriters(t *testing.T) {
 					failed(b.tree.RemoveTag(t.Context(), repository, tag, d))
 					failed(b.tree.RemoveManifest(t.Context(), repository, d))
 					failed(b.tree.Unlink(t.Context(), repository, l))
-					_, err := b.tree.RemoveBlob(t.Context(), d, b.needed(t.Context(), d))
-					if err != nil {
-						// Before the catalog is complete it says that it cannot know.
-						continue
-					}
+					// Before the catalog is complete it says that it cannot know.
+					b.tree.RemoveBlob(t.Context(), d, b.needed(t.Context(), d))
+				}
+				if i%10 == 0 { // there are slower journals than writers
+					failed(b.Flush(t.Context()))
 				}
 			}
 		})
@@ -480,7 +480,10 @@ func (m many) Stat(ctx context.Context, key string) (storage.Info, error) {
 // A repository of 100,000 tags is compared in little memory; a process that ends
 // in the middle of it leaves what the next one makes whole.
 func TestReconcileManyTags(t *testing.T) {
-	const tags = 100_000
+	tags := 100_000
+	if race {
+		tags = 10_000 // of which each takes ten times as long
+	}
 	b := keep(t)
 	b.ready()
 	b.repository(manyTags, "docker.io")
@@ -524,7 +527,7 @@ func TestReconcileManyTags(t *testing.T) {
 	defer stop()
 	c := second.ready()
 	usage, err := c.Usage(t.Context(), "")
-	if err != nil || usage.Tags != tags || usage.Manifests != 1 {
+	if err != nil || usage.Tags != int64(tags) || usage.Manifests != 1 {
 		t.Errorf("usage is %+v, %v", usage, err)
 	}
 }
