@@ -182,7 +182,7 @@ func (b *batch) exec(query string, args ...any) {
 
 // insert writes rows of so many columns, many at once.
 func (b *batch) insert(table string, columns int, args []any) {
-	for _, rows := range [...]int{64, 8, 1} {
+	for _, rows := range [...]int{16, 4, 1} {
 		for ; len(args) >= rows*columns && b.err == nil; args = args[rows*columns:] {
 			b.exec(b.c.inserting(table, columns, rows), args[:rows*columns]...)
 		}
