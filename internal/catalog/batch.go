@@ -333,7 +333,7 @@ func (b *batch) prefetch(changes []tree.Change) {
 		if raw := pack(d); raw != "" && b.blobs[raw] == nil {
 			if args = append(args, []byte(raw)); len(args) == atOnce {
 				b.loadBlobs(anyOf, args...)
-				args = args[:0]
+				args = nil
 			}
 		}
 	}
@@ -356,7 +356,9 @@ func (b *batch) prefetch(changes []tree.Change) {
 		b.loadBlobs(anyOf, args...)
 	}
 	for d := range seen {
-		b.newBlob(pack(d))
+		if raw := pack(d); raw != "" && b.canonical(raw) == raw {
+			b.newBlob(raw)
+		}
 	}
 }
 
@@ -378,6 +380,7 @@ func (b *batch) blob(d digest.Digest) *row[blobRow] {
 	if raw == "" {
 		return nil
 	}
+	raw = b.canonical(raw)
 	if r := b.blobs[raw]; r != nil {
 		return r
 	}

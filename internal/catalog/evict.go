@@ -139,7 +139,11 @@ func (r *reader) removal(removal *Removal) error {
 			})
 	}
 	var queue []int64
-	if err := load("0 FROM blobs b", "b.digest = ?", []any{[]byte(pack(removal.Digest))}, func(id, _ int64) { queue = append(queue, id) }); err != nil || len(queue) == 0 {
+	raw, err := r.raw(removal.Digest)
+	if err != nil {
+		return err
+	}
+	if err := load("0 FROM blobs b", "b.digest = ?", []any{raw}, func(id, _ int64) { queue = append(queue, id) }); err != nil || len(queue) == 0 {
 		return err
 	}
 	top := parts[queue[0]]
