@@ -182,7 +182,7 @@ func (b *batch) exec(query string, args ...any) {
 
 // insert writes rows of so many columns, many at once.
 func (b *batch) insert(table string, columns int, args []any) {
-	for _, rows := range [...]int{64, 8, 1} {
+	for _, rows := range [...]int{16, 4, 1} {
 		for ; len(args) >= rows*columns && b.err == nil; args = args[rows*columns:] {
 			b.exec(b.c.inserting(table, columns, rows), args[:rows*columns]...)
 		}
@@ -333,7 +333,7 @@ func (b *batch) prefetch(changes []tree.Change) {
 		if raw := pack(d); raw != "" && b.blobs[raw] == nil {
 			if args = append(args, []byte(raw)); len(args) == atOnce {
 				b.loadBlobs(anyOf, args...)
-				args = args[:0]
+				args = nil
 			}
 		}
 	}
@@ -356,7 +356,9 @@ func (b *batch) prefetch(changes []tree.Change) {
 		b.loadBlobs(anyOf, args...)
 	}
 	for d := range seen {
-		b.newBlob(pack(d))
+		if raw := pack(d); raw != "" && b.canonical(raw) == raw {
+			b.newBlob(raw)
+		}
 	}
 }
 
@@ -378,6 +380,7 @@ func (b *batch) blob(d digest.Digest) *row[blobRow] {
 	if raw == "" {
 		return nil
 	}
+	raw = b.canonical(raw)
 	if r := b.blobs[raw]; r != nil {
 		return r
 	}
