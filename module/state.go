@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/mirror"
+	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/internal/upstream"
 	"github.com/caddy-registry/mirror/storage"
 )
@@ -36,6 +37,7 @@ type state struct {
 
 	opening sync.Mutex
 	store   storage.Store // guarded by opening
+	tree    *tree.Tree    // guarded by opening
 	tuned   tuning        // guarded by opening
 	before  tuning        // guarded by opening: what tuned has replaced, until that has ended
 	mirror  atomic.Pointer[mirror.Mirror]
@@ -108,6 +110,7 @@ func (s *state) close() {
 	defer s.opening.Unlock()
 	if m := s.mirror.Load(); m != nil {
 		m.Close()
+		s.tree.Close()
 	}
 	if s.store != nil {
 		if err := s.store.Close(); err != nil {
@@ -134,7 +137,8 @@ func (s *state) open(ctx context.Context) (*mirror.Mirror, error) {
 		return nil, err
 	}
 	s.store = store
-	m := mirror.New(store, s.log)
+	s.tree = tree.New(store, nil)
+	m := mirror.New(mirror.Parts{Store: store, Tree: s.tree, Log: s.log})
 	s.mirror.Store(m)
 	return m, nil
 }

@@ -3,8 +3,8 @@ package catalog
 import (
 	"context"
 	"database/sql"
-	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/opencontainers/go-digest"
 
@@ -23,6 +23,11 @@ type batch struct {
 	ctx context.Context
 	c   *Catalog
 	err error
+	// quiet is ctx without its end, for statements that take no time: SQLite
+	// needs a goroutine for each that can be ended.
+	quiet context.Context
+	// entered says that there are manifests that are not in the database yet.
+	entered bool
 
 	upstreams    map[string]*row[upstreamRow]
 	upstreamByID map[int64]*row[upstreamRow]
@@ -135,13 +140,7 @@ type references struct {
 }
 
 func newBatch(ctx context.Context, c *Catalog) *batch {
-	b := &batch{ctx: ctx, c: c}
-	b.forget()
-	return b
-}
-
-// forget drops all copies.
-func (b *batch) forget() {
+	b := &batch{ctx: ctx, c: c, quiet: context.WithoutCancel(ctx)}
 	b.upstreams, b.upstreamByID = map[string]*row[upstreamRow]{}, map[int64]*row[upstreamRow]{}
 	b.repositories, b.repoByID = map[string]*row[repositoryRow]{}, map[int64]*row[repositoryRow]{}
 	b.blobs, b.blobByID = map[string]*row[blobRow]{}, map[int64]*row[blobRow]{}
@@ -151,6 +150,7 @@ func (b *batch) forget() {
 	b.tags = map[tagKey]*row[tagRow]{}
 	b.meaning = map[pair]map[string]bool{}
 	b.references = map[int64]*references{}
+	return b
 }
 
 func (b *batch) fail(err error) {
@@ -159,59 +159,74 @@ func (b *batch) fail(err error) {
 	}
 }
 
+// statement returns a prepared one, or nil if there is an error.
+func (b *batch) statement(query string) *sql.Stmt {
+	if b.err == nil && b.ctx.Err() != nil {
+		b.err = context.Cause(b.ctx)
+	}
+	if b.err != nil {
+		return nil
+	}
+	stmt, err := b.c.writing(b.quiet, query)
+	b.fail(err)
+	return stmt
+}
+
 // exec runs one statement.
 func (b *batch) exec(query string, args ...any) {
-	if b.err != nil {
+	if stmt := b.statement(query); stmt != nil {
+		_, err := stmt.ExecContext(b.quiet, args...)
+		b.fail(err)
+	}
+}
+
+// insert writes rows of so many columns, many at once.
+func (b *batch) insert(table string, columns int, args []any) {
+	for _, rows := range [...]int{16, 4, 1} {
+		for ; len(args) >= rows*columns && b.err == nil; args = args[rows*columns:] {
+			b.exec(b.c.inserting(table, columns, rows), args[:rows*columns]...)
+		}
+	}
+}
+
+// each calls row for all rows of a query, which may not ask another.
+func (b *batch) each(query string, args []any, row func(scan func(...any) error) error) {
+	stmt := b.statement(query)
+	if stmt == nil {
 		return
 	}
-	stmt, err := b.c.writing(b.ctx, query)
-	if err == nil {
-		_, err = stmt.ExecContext(b.ctx, args...)
+	rows, err := stmt.QueryContext(b.quiet, args...)
+	if err != nil {
+		b.fail(err)
+		return
 	}
-	b.fail(err)
+	defer rows.Close()
+	for rows.Next() {
+		if err := row(rows.Scan); err != nil {
+			b.fail(err)
+			return
+		}
+	}
+	b.fail(rows.Err())
 }
 
 // scan reads one row, and reports whether there is one.
-func (b *batch) scan(query string, args []any, into ...any) bool {
-	if b.err != nil {
-		return false
-	}
-	stmt, err := b.c.writing(b.ctx, query)
-	if err == nil {
-		err = stmt.QueryRowContext(b.ctx, args...).Scan(into...)
-	}
-	if errors.Is(err, sql.ErrNoRows) {
-		return false
-	}
-	b.fail(err)
-	return err == nil
+func (b *batch) scan(query string, args []any, into ...any) (found bool) {
+	b.each(query, args, func(scan func(...any) error) error {
+		found = true
+		return scan(into...)
+	})
+	return found && b.err == nil
 }
 
 // column reads one column of all rows.
 func column[T any](b *batch, query string, args ...any) (all []T) {
-	if b.err != nil {
-		return nil
-	}
-	stmt, err := b.c.writing(b.ctx, query)
-	if err != nil {
-		b.fail(err)
-		return nil
-	}
-	rows, err := stmt.QueryContext(b.ctx, args...)
-	if err != nil {
-		b.fail(err)
-		return nil
-	}
-	defer rows.Close()
-	for rows.Next() {
+	b.each(query, args, func(scan func(...any) error) error {
 		var v T
-		if err := rows.Scan(&v); err != nil {
-			b.fail(err)
-			return nil
-		}
+		err := scan(&v)
 		all = append(all, v)
-	}
-	b.fail(rows.Err())
+		return err
+	})
 	return all
 }
 
@@ -284,17 +299,76 @@ func (b *batch) repositoryWithID(id int64) *row[repositoryRow] {
 
 const blobColumns = "id, digest, size, stored, touched, COALESCE(hashed, 0), members, holders, manifests, hosted, tags, subjects, parsed"
 
-func (b *batch) loadBlob(where string, arg any) *row[blobRow] {
-	r := &row[blobRow]{}
-	v := &r.v
-	var raw []byte
-	r.there = b.scan("SELECT "+blobColumns+" FROM blobs WHERE "+where, []any{arg},
-		&v.id, &raw, &v.size, &v.stored, &v.touched, &v.hashed,
-		&v.members, &v.holders, &v.manifests, &v.hosted, &v.tags, &v.subjects, &v.parsed)
-	v.digest = string(raw)
-	if r.there {
+// loadBlobs copies blobs.
+func (b *batch) loadBlobs(where string, args ...any) {
+	b.each("SELECT "+blobColumns+" FROM blobs WHERE "+where, args, func(scan func(...any) error) error {
+		r := &row[blobRow]{there: true}
+		v := &r.v
+		var raw []byte
+		err := scan(&v.id, &raw, &v.size, &v.stored, &v.touched, &v.hashed,
+			&v.members, &v.holders, &v.manifests, &v.hosted, &v.tags, &v.subjects, &v.parsed)
+		v.digest = string(raw)
 		r.written()
-		b.blobs[v.digest], b.blobByID[v.id] = r, r
+		if b.blobs[v.digest] == nil {
+			b.blobs[v.digest], b.blobByID[v.id] = r, r
+		}
+		return err
+	})
+}
+
+// atOnce is how many blobs are asked for with one query.
+const atOnce = 64
+
+var anyOf = "digest IN (?" + strings.Repeat(", ?", atOnce-1) + ")"
+
+// prefetch copies the blobs that changes name.
+func (b *batch) prefetch(changes []tree.Change) {
+	var args []any
+	seen := map[digest.Digest]bool{}
+	want := func(d digest.Digest) {
+		if d == "" || seen[d] {
+			return
+		}
+		seen[d] = true
+		if raw := pack(d); raw != "" && b.blobs[raw] == nil {
+			if args = append(args, []byte(raw)); len(args) == atOnce {
+				b.loadBlobs(anyOf, args...)
+				args = nil
+			}
+		}
+	}
+	for _, c := range changes {
+		want(c.Canonical)
+		if c.Manifest == nil {
+			continue
+		}
+		for _, d := range c.Manifest.Blobs {
+			want(d.Digest)
+		}
+		for _, d := range c.Manifest.Children {
+			want(d.Digest)
+		}
+	}
+	if len(args) > 0 {
+		for len(args) < atOnce {
+			args = append(args, args[0])
+		}
+		b.loadBlobs(anyOf, args...)
+	}
+	for d := range seen {
+		if raw := pack(d); raw != "" && b.canonical(raw) == raw {
+			b.newBlob(raw)
+		}
+	}
+}
+
+// newBlob returns the copy of a blob that is not in the database, unless there
+// is one.
+func (b *batch) newBlob(raw string) *row[blobRow] {
+	r := b.blobs[raw]
+	if r == nil {
+		r = &row[blobRow]{v: blobRow{id: b.c.ids.blob.next(), digest: raw}, there: true}
+		b.blobs[raw], b.blobByID[r.v.id] = r, r
 	}
 	return r
 }
@@ -306,26 +380,31 @@ func (b *batch) blob(d digest.Digest) *row[blobRow] {
 	if raw == "" {
 		return nil
 	}
+	raw = b.canonical(raw)
 	if r := b.blobs[raw]; r != nil {
 		return r
 	}
-	r := b.loadBlob("digest = ?", []byte(raw))
-	if !r.there {
-		r.v.id, r.v.digest, r.there = b.c.ids.blob.next(), raw, true
-		b.blobs[raw], b.blobByID[r.v.id] = r, r
-	}
-	return r
+	b.loadBlobs("digest = ?", []byte(raw))
+	return b.newBlob(raw)
 }
 
 func (b *batch) blobWithID(id int64) *row[blobRow] {
 	if r := b.blobByID[id]; r != nil {
 		return r
 	}
-	r := b.loadBlob("id = ?", id)
-	if !r.there {
+	b.loadBlobs("id = ?", id)
+	r := b.blobByID[id]
+	if r == nil {
 		b.fail(fmt.Errorf("blob %d is named and not there: %w", id, errInconsistent))
+		return &row[blobRow]{}
 	}
 	return r
+}
+
+// fresh says that a blob is not in the database, and so nothing about it.
+func (b *batch) fresh(blob int64) bool {
+	r := b.blobByID[blob]
+	return r != nil && !r.saved
 }
 
 func (b *batch) member(repository, blob int64) *row[memberRow] {
@@ -333,7 +412,7 @@ func (b *batch) member(repository, blob int64) *row[memberRow] {
 	r := b.members[key]
 	if r == nil {
 		r = &row[memberRow]{}
-		r.there = b.scan("SELECT linked, manifest, named, namers FROM members WHERE repository = ? AND blob = ?", []any{repository, blob},
+		r.there = !b.fresh(blob) && b.scan("SELECT linked, manifest, named, namers FROM members WHERE repository = ? AND blob = ?", []any{repository, blob},
 			&r.v.linked, &r.v.manifest, &r.v.named, &r.v.namers)
 		r.written()
 		b.members[key] = r
@@ -346,7 +425,7 @@ func (b *batch) use(blob, upstream int64) *row[useRow] {
 	r := b.uses[key]
 	if r == nil {
 		r = &row[useRow]{}
-		r.there = b.scan("SELECT repositories FROM uses WHERE blob = ? AND upstream = ?", []any{blob, upstream}, &r.v.repositories)
+		r.there = !b.fresh(blob) && b.scan("SELECT repositories FROM uses WHERE blob = ? AND upstream = ?", []any{blob, upstream}, &r.v.repositories)
 		r.written()
 		b.uses[key] = r
 	}
@@ -359,7 +438,7 @@ func (b *batch) manifest(repository, blob int64) *row[manifestRow] {
 	if r == nil {
 		r = &row[manifestRow]{}
 		v := &r.v
-		r.there = b.scan("SELECT since, touched, tags, parents, pinned, scope FROM manifests WHERE repository = ? AND blob = ?", []any{repository, blob},
+		r.there = !b.fresh(blob) && b.scan("SELECT since, touched, tags, parents, pinned, scope FROM manifests WHERE repository = ? AND blob = ?", []any{repository, blob},
 			&v.since, &v.touched, &v.tags, &v.parents, &v.pinned, &v.scope)
 		r.written()
 		b.manifests[key] = r
@@ -394,19 +473,52 @@ func (b *batch) means(repository, blob int64, name string) {
 }
 
 // tagsOf returns the tags of a repository that mean a blob.
-func (b *batch) tagsOf(repository int64, blob *row[blobRow]) (tags []*row[tagRow]) {
-	if blob.v.tags == 0 {
-		return nil
-	}
-	for _, name := range column[string](b, "SELECT name FROM tags WHERE blob = ? AND repository = ?", blob.v.id, repository) {
-		b.means(repository, blob.v.id, name)
-	}
-	for name := range b.meaning[pair{repository, blob.v.id}] {
-		if t := b.tag(repository, name); t.there && t.v.blob == blob.v.id {
+func (b *batch) tagsOf(repository, blob int64) (tags []*row[tagRow]) {
+	b.each("SELECT name, since, touched, meanings, pinned, kept, scope FROM tags WHERE blob = ? AND repository = ?", []any{blob, repository}, func(scan func(...any) error) error {
+		r := &row[tagRow]{v: tagRow{blob: blob}, there: true}
+		v := &r.v
+		key := tagKey{repository: repository}
+		err := scan(&key.name, &v.since, &v.touched, &v.meanings, &v.pinned, &v.kept, &v.scope)
+		r.written()
+		if b.tags[key] == nil {
+			b.tags[key] = r
+			b.means(repository, blob, key.name)
+		}
+		return err
+	})
+	for name := range b.meaning[pair{repository, blob}] {
+		if t := b.tags[tagKey{repository, name}]; t.there && t.v.blob == blob {
 			tags = append(tags, t)
 		}
 	}
 	return tags
+}
+
+// parentsOf returns the manifests of a repository that one goes with.
+func (b *batch) parentsOf(repository, blob int64) (parents []int64) {
+	if b.entered { // and so not everything is in the database
+		for _, id := range column[int64](b, "SELECT parent FROM edges WHERE child = ?", blob) {
+			if b.manifest(repository, id).there {
+				parents = append(parents, id)
+			}
+		}
+		return parents
+	}
+	b.each("SELECT m.blob, m.since, m.touched, m.tags, m.parents, m.pinned, m.scope FROM edges e JOIN manifests m ON m.repository = ? AND m.blob = e.parent WHERE e.child = ?", []any{repository, blob}, func(scan func(...any) error) error {
+		r := &row[manifestRow]{there: true}
+		v := &r.v
+		key := pair{a: repository}
+		err := scan(&key.b, &v.since, &v.touched, &v.tags, &v.parents, &v.pinned, &v.scope)
+		r.written()
+		if b.manifests[key] == nil {
+			b.manifests[key] = r
+		}
+		if b.manifests[key].there {
+			parents = append(parents, key.b)
+		}
+		return err
+	})
+	return parents
 }
 
 // refers returns what a manifest refers to.

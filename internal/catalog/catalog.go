@@ -10,8 +10,11 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
+
+	"github.com/opencontainers/go-digest"
 
 	storage "github.com/caddy-registry/mirror/storage/catalog"
 )
@@ -31,7 +34,14 @@ type Catalog struct {
 	w      *sql.Conn
 	// prepared are the statements of w, by their text.
 	prepared map[string]*sql.Stmt
+	inserts  map[shape]string
 	ids      struct{ upstream, repository, blob sequence }
+}
+
+// shape is that of a statement that inserts rows.
+type shape struct {
+	table string
+	rows  int
 }
 
 // sequence is the last id that has been given away.
@@ -54,7 +64,7 @@ var errInconsistent = fmt.Errorf("the catalog contradicts itself, which is %w", 
 // Open makes the tables in a database, or brings those of an earlier version up
 // to date. The catalog owns the database from then on, also when Open fails.
 func Open(ctx context.Context, db *sql.DB, dialect storage.Dialect, store string) (_ *Catalog, err error) {
-	c := &Catalog{db: db, writer: make(chan struct{}, 1), prepared: map[string]*sql.Stmt{}}
+	c := &Catalog{db: db, writer: make(chan struct{}, 1), prepared: map[string]*sql.Stmt{}, inserts: map[shape]string{}}
 	c.life, c.end = context.WithCancelCause(context.Background())
 	defer func() {
 		if err != nil {
@@ -72,6 +82,9 @@ func Open(ctx context.Context, db *sql.DB, dialect storage.Dialect, store string
 		return nil, fmt.Errorf("opening the catalog: %w", c.dialect.explain(err))
 	}
 	if err := c.renumber(ctx); err != nil {
+		return nil, fmt.Errorf("opening the catalog: %w", c.dialect.explain(err))
+	}
+	if _, err := c.w.ExecContext(ctx, "DELETE FROM aliases WHERE NOT EXISTS (SELECT 1 FROM blobs WHERE blobs.digest = aliases.canonical)"); err != nil {
 		return nil, fmt.Errorf("opening the catalog: %w", c.dialect.explain(err))
 	}
 	return c, nil
@@ -170,6 +183,18 @@ func (c *Catalog) writing(ctx context.Context, query string) (*sql.Stmt, error) 
 	return s, err
 }
 
+// inserting is the statement that inserts so many rows.
+func (c *Catalog) inserting(table string, columns, rows int) string {
+	key := shape{table, rows}
+	query, ok := c.inserts[key]
+	if !ok {
+		values := "(?" + strings.Repeat(", ?", columns-1) + ")"
+		query = "INSERT INTO " + table + " VALUES " + values + strings.Repeat(", "+values, rows-1)
+		c.inserts[key] = query
+	}
+	return query
+}
+
 // read runs queries that see one state of the database.
 func (c *Catalog) read(ctx context.Context, do func(*reader) error) error {
 	ctx, done, err := c.begin(ctx)
@@ -228,6 +253,16 @@ func (r *reader) each(query string, args []any, row func(scan func(...any) error
 		}
 	}
 	return rows.Err()
+}
+
+// raw is the digest under which bytes lie.
+func (r *reader) raw(d digest.Digest) ([]byte, error) {
+	raw := []byte(pack(d))
+	if len(raw) > digest.SHA256.Size() {
+		_, err := r.one("SELECT canonical FROM aliases WHERE digest = ?", []any{raw}, &raw)
+		return raw, err
+	}
+	return raw, nil
 }
 
 // one reads one row, and reports whether there is one.

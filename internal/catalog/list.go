@@ -44,8 +44,12 @@ func (c *Catalog) Repositories(ctx context.Context, containing, after string, n 
 // hosted ones first.
 func (c *Catalog) Owners(ctx context.Context, d digest.Digest, n int) (repositories []Repository, err error) {
 	err = c.read(ctx, func(r *reader) error {
+		raw, err := r.raw(d)
+		if err != nil {
+			return err
+		}
 		return r.each("SELECT r.name, r.class, u.name, r.created FROM blobs b JOIN members m ON m.blob = b.id JOIN repositories r ON r.id = m.repository JOIN upstreams u ON u.id = r.upstream WHERE b.digest = ? ORDER BY r.class, r.name LIMIT ?",
-			[]any{[]byte(pack(d)), n}, func(scan func(...any) error) error {
+			[]any{raw, n}, func(scan func(...any) error) error {
 				var repository Repository
 				var created int64
 				err := scan(&repository.Name, &repository.Class, &repository.Upstream, &created)

@@ -60,12 +60,12 @@ func (f *Fill) fetchSmall() error {
 	}
 	f.release(memory{bytes.NewReader(data)})
 	return f.commit(canonical, func(key string) error {
-		room, err := f.table.reserve(f.key.size)
+		ctx := context.WithoutCancel(f.ctx)
+		room, err := f.table.reserve(ctx, f.key.size)
 		if err != nil {
 			return err
 		}
 		defer room.Release()
-		ctx := context.WithoutCancel(f.ctx)
 		if err := f.table.store.Put(ctx, key, data, storage.Lazy); err != nil {
 			return err
 		}

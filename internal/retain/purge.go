@@ -127,6 +127,9 @@ type purge struct {
 }
 
 func (p *purge) run(ctx context.Context) error {
+	if err := p.Flush(ctx); err != nil {
+		return err
+	}
 	return pages(ctx, p.catalog.Mirrored, func(name string) error {
 		if !p.pattern.matches(name) {
 			return nil

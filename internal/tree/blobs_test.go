@@ -354,3 +354,27 @@ func TestLostRecord(t *testing.T) {
 		}
 	}
 }
+
+func TestProve(t *testing.T) {
+	b := newBench(t)
+	right, wrong, large := b.blob("some bytes"), b.blob("more bytes"), b.blob(string(make([]byte, maxHot+1)))
+	b.write(layout.Blob(wrong), []byte("rotten byt"))
+	b.write(layout.Blob(large), make([]byte, maxHot))
+	for range 2 {
+		if err := b.Prove(t.Context(), right); err != nil {
+			t.Error(err)
+		}
+	}
+	b.wantTold("hashed "+short(right), "hashed "+short(right))
+	for _, d := range []digest.Digest{wrong, large} {
+		wantDamaged(t, "Prove", b.Prove(t.Context(), d))
+		b.wantTold("removed " + short(d))
+		if err := b.Prove(t.Context(), d); !errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrDamaged) {
+			t.Errorf("Prove of nothing: %v", err)
+		}
+	}
+	b.blob("more bytes") // fetched again
+	if err := b.Prove(t.Context(), wrong); err != nil {
+		t.Error(err)
+	}
+}

@@ -600,11 +600,8 @@ func TestScanWhileRemoved(t *testing.T) {
 		}()
 		arrive(t, "the reading", h.reading)
 		b.Tree.store = b.store
-		other := first
-		if body == first {
-			other = second
-		}
-		b.ok(b.RemoveManifest(t.Context(), "r", digest.FromString(other)))
+		// What it names has been learnt from the other, if that was read first.
+		b.ok(b.RemoveManifest(t.Context(), "r", digest.FromString(body)))
 		close(h.goOn)
 		for {
 			select {
@@ -619,7 +616,7 @@ func TestScanWhileRemoved(t *testing.T) {
 			}
 			break
 		}
-		b.put("r", other)
+		b.put("r", body)
 		b.restart()
 	}
 }
@@ -646,6 +643,128 @@ func TestLinkWhileRemoved(t *testing.T) {
 		t.Errorf("LinkBlob: %v", err)
 	}
 	b.wantFiles("docker/registry/v2/repositories")
+}
+
+// stalled lets the deletion of one key wait.
+type stalled struct {
+	storage.Store
+	key   string
+	begun chan struct{}
+	goOn  chan struct{}
+}
+
+func (s *stalled) Delete(ctx context.Context, key string) error {
+	if key == s.key {
+		s.begun <- struct{}{}
+		<-s.goOn
+	}
+	return s.Store.Delete(ctx, key)
+}
+
+// TestOneAfterTheOther: what is removed and put at once is put after it was
+// removed, and told of in this order.
+func TestOneAfterTheOther(t *testing.T) {
+	layer, body := digest.FromString("a layer"), image(digest.FromString("config"))
+	d := digest.FromString(body)
+	ctx := t.Context()
+	put := func(b *bench) error { return second(b.PutManifest(ctx, "r", d, []byte(body))) }
+	for name, c := range map[string]struct {
+		key    string
+		remove func(b *bench) error
+		put    func(b *bench) error
+		told   []string
+	}{
+		"tag": {
+			layout.TagLink("r", "v1"),
+			func(b *bench) error { return b.RemoveTag(ctx, "r", "v1", d) },
+			func(b *bench) error { return b.SetTag(ctx, "r", "v1", layer, time.Now()) },
+			[]string{"untagged r v1", "tagged r v1 " + short(layer)},
+		},
+		"gone tag": {
+			layout.TagRecord("r", "v1"),
+			func(b *bench) error { return b.RemoveTag(ctx, "r", "v1", d) },
+			func(b *bench) error {
+				if err := b.SetGone(ctx, "r", "v1", time.Now()); !errors.Is(err, fs.ErrNotExist) {
+					return fmt.Errorf("got %w", err)
+				}
+				return nil
+			},
+			[]string{"untagged r v1"},
+		},
+		"manifest": {
+			layout.RevisionLink("r", d),
+			func(b *bench) error { return b.RemoveManifest(ctx, "r", d) },
+			put,
+			[]string{"unmanifested r " + short(d), "manifested r " + short(d)},
+		},
+		"link": {
+			layout.LayerLink("r", layer),
+			func(b *bench) error { return b.Unlink(ctx, "r", layer) },
+			func(b *bench) error { return b.LinkBlob(ctx, "r", layer, layer) },
+			[]string{"unlinked r " + short(layer), "linked r " + short(layer)},
+		},
+		"bytes": {
+			layout.Blob(d),
+			func(b *bench) error { return second(b.RemoveBlob(ctx, d, nil)) },
+			put,
+			[]string{"removed " + short(d), "manifested r " + short(d)},
+		},
+		"child": {
+			layout.Blob(d),
+			func(b *bench) error { return second(b.RemoveBlob(ctx, d, nil)) },
+			func(b *bench) error {
+				if err := second(b.Manifest(ctx, "s", d)); !errors.Is(err, fs.ErrNotExist) {
+					return fmt.Errorf("got %w", err)
+				}
+				return nil
+			},
+			[]string{"removed " + short(d)},
+		},
+		"repository": {
+			layout.Record("empty"),
+			func(b *bench) error { return b.Forget(ctx, "empty") },
+			func(b *bench) error { return b.LinkBlob(ctx, "empty", layer, layer) },
+			[]string{"forgotten empty", "recorded empty", "linked empty " + short(layer)},
+		},
+		"record": {
+			layout.Record("empty"),
+			func(b *bench) error { return b.Forget(ctx, "empty") },
+			func(b *bench) error { return b.PutRecord(ctx, "empty", Record{Class: Mirrored}) },
+			[]string{"forgotten empty", "recorded empty"},
+		},
+		"pin": {
+			layout.Pin("r", "v1", ""),
+			func(b *bench) error { return second(b.Unpin(ctx, "r", oci.Reference{Tag: "v1"})) },
+			func(b *bench) error { return b.Pin(ctx, "r", oci.Reference{Tag: "v1"}, time.Now()) },
+			[]string{"unpinned r v1", "pinned r v1"},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t)
+			b.ok(put(b))
+			b.layer("r", "a layer")
+			b.put("s", index(d))
+			b.ok(b.SetTag(ctx, "r", "v1", d, time.Now()))
+			b.ok(b.PutRecord(ctx, "empty", Record{Class: Mirrored}))
+			b.ok(b.Pin(ctx, "r", oci.Reference{Tag: "v1"}, time.Now()))
+			b.told.take()
+			s := &stalled{Store: b.store, key: c.key, begun: make(chan struct{}), goOn: make(chan struct{})}
+			b.Tree.store = s
+			removed, done := make(chan error), make(chan error)
+			go func() { removed <- c.remove(b) }()
+			arrive(t, "the removal", s.begun)
+			go func() { done <- c.put(b) }()
+			select {
+			case err := <-done:
+				t.Fatalf("put while it is being removed: %v", err)
+			case <-time.After(50 * time.Millisecond):
+			}
+			close(s.goOn)
+			b.ok(arrive(t, "the end of the removal", removed))
+			b.ok(arrive(t, "the end", done))
+			b.wantTold(c.told...)
+		})
+	}
 }
 
 // TestToldIsStored: whatever happens at once, and whatever fails, what has been

@@ -50,6 +50,13 @@ CREATE TABLE blobs (
 CREATE INDEX blobs_cold ON blobs (cold);
 CREATE INDEX blobs_hashed ON blobs (hashed);
 
+-- What other digests than sha256 are of the bytes that lie under one.
+CREATE TABLE aliases (
+	digest    BLOB NOT NULL PRIMARY KEY,
+	canonical BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX aliases_canonical ON aliases (canonical);
+
 -- Blobs with bytes that nothing refers to.
 CREATE TABLE loose (
 	digest BLOB NOT NULL PRIMARY KEY,
