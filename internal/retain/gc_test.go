@@ -33,6 +33,7 @@ func (b *kept) exists(key string) bool {
 // What nothing refers to goes once it is a day old; nothing else does. A dry run
 // says the same and changes nothing (peers §2, 22 and 26).
 func TestGC(t *testing.T) {
+	t.Parallel()
 	b := keep(t, withGrace)
 	b.ready()
 	b.populate()
@@ -107,6 +108,7 @@ func TestGC(t *testing.T) {
 // What was to be deleted at the next gc is deleted though the process, its
 // catalog and its configuration are others by then (peers §2, 22).
 func TestPeers22SurvivesRestart(t *testing.T) {
+	t.Parallel()
 	b := keep(t, withGrace)
 	b.ready()
 	b.blobAlone(content(1, 100))
@@ -123,6 +125,7 @@ func TestPeers22SurvivesRestart(t *testing.T) {
 // A manifest that begins to name what is being collected keeps it. Whoever
 // pushes or pulls need not wait for a gc (peers §2, 26 and 27).
 func TestPeers26GCBesideWriters(t *testing.T) {
+	t.Parallel()
 	b := keep(t) // no grace: everything that nothing refers to goes
 	b.ready()
 	b.repository("docker.io/busy", "docker.io")
@@ -172,6 +175,7 @@ func (s slow) Delete(ctx context.Context, key string) error {
 // There is one gc at a time, and nothing else waits for it: no lock is held on
 // the whole store (peers §2, 27).
 func TestPeers27OneGCAndNoLock(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	b.ready()
 	lone := b.blobAlone(content(1, 100))
@@ -222,6 +226,7 @@ func (s *once) Next(now time.Time) time.Time {
 }
 
 func TestGCScheduled(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	b.ready()
 	b.blobAlone(content(1, 100))
@@ -237,6 +242,7 @@ func TestGCScheduled(t *testing.T) {
 
 // Without a catalog, or with one that is not complete, nothing is deleted.
 func TestGCWithoutCatalog(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	b.ready()
 	b.blobAlone(content(1, 100))
@@ -255,6 +261,7 @@ func TestGCWithoutCatalog(t *testing.T) {
 
 // However many there are, all go.
 func TestGCManyBlobs(t *testing.T) {
+	t.Parallel()
 	const blobs = 2*gcBatch + 50
 	b := keep(t)
 	b.ready()

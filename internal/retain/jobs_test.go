@@ -34,6 +34,7 @@ func (b *kept) begun(pattern string, end chan struct{}) (Job, error) {
 }
 
 func TestJobs(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	b.ready()
 	first, end := b.waiting("a")
@@ -81,6 +82,7 @@ func TestJobs(t *testing.T) {
 
 // The first thousand that a job finds are named, and all are counted.
 func TestJobFindsMany(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	j := b.done(b.Keeper.start(Job{Kind: kindGC}, func(_ context.Context, j *job) error {
 		for i := range 1_005 {
@@ -94,6 +96,7 @@ func TestJobFindsMany(t *testing.T) {
 }
 
 func TestJobsAreBounded(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	b.ready()
 	for i := range maxRunning {
@@ -106,6 +109,7 @@ func TestJobsAreBounded(t *testing.T) {
 
 // The end of the keeper is the end of its jobs, and none begins then.
 func TestJobsEndWithKeeper(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	b.ready()
 	j, _ := b.waiting("a")
@@ -123,6 +127,7 @@ func TestJobsEndWithKeeper(t *testing.T) {
 
 // A canceled comparison is tried again by itself; what somebody asked for is not.
 func TestCompareAgain(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	b.ready()
 	b.populate()

@@ -141,6 +141,7 @@ func (b *kept) stop() {
 		return
 	}
 	b.open = false
+	b.Stop()
 	b.tree.Close()
 	b.Keeper.Close()
 	if err := b.store.Close(); err != nil {

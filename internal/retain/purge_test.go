@@ -13,6 +13,7 @@ import (
 // One thing can be removed, or many, and what others need stays; so does what is
 // pinned, hosted, or in no record (peers §2, 21 and 28).
 func TestPeers28Purge(t *testing.T) {
+	t.Parallel()
 	base := content(1, 5000) // belongs to nginx, tool, apps/web and old/registry
 	child := image("child", nil, content(5, 70), content(2, 100))
 	dry := keep(t)
@@ -45,6 +46,7 @@ func TestPeers28Purge(t *testing.T) {
 		"docker.io/library/nginx:latest.*": {},
 	} {
 		t.Run(strings.ReplaceAll(pattern, "/", " "), func(t *testing.T) {
+			t.Parallel()
 			pattern := strings.ReplaceAll(pattern, "D", digest.FromBytes(child).String())
 			check := func(j Job) {
 				t.Helper()
@@ -91,6 +93,7 @@ func TestPeers28Purge(t *testing.T) {
 // A whole repository leaves nothing behind, and a dry run knows how much that is
 // though its tags share everything.
 func TestPurgeWhole(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	b.ready()
 	b.repository("docker.io/a", "docker.io")
@@ -110,6 +113,7 @@ func TestPurgeWhole(t *testing.T) {
 
 // What two repositories share stays with the one (peers §2, 21).
 func TestPeers21SharedLayerStays(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	b.ready()
 	b.repository("docker.io/a", "docker.io")
@@ -133,6 +137,7 @@ func TestPeers21SharedLayerStays(t *testing.T) {
 }
 
 func TestPurgePattern(t *testing.T) {
+	t.Parallel()
 	for _, wrong := range []string{"", "/", "a//b", "a/", "/a", ":x", "a:", "a:/b:", "A", "a@x", "a@sha256:12", "a:b@x", "a:?", "a b", "a/_x", "a:" + strings.Repeat("x", 200)} {
 		if _, err := new(Keeper).Purge(wrong, true); err == nil || !strings.Contains(err.Error(), "is no pattern") {
 			t.Errorf("%q: %v", wrong, err)

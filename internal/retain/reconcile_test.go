@@ -273,6 +273,7 @@ func (b *kept) anyFile(ctx context.Context) (*catalog.Catalog, error) {
 // The database can be lost in any way: what is in it is made again from the store
 // (peers §2, 36 and 38).
 func TestPeers38CatalogMadeAgain(t *testing.T) {
+	t.Parallel()
 	statement := func(query string) func(*testing.T, string) {
 		return func(t *testing.T, file string) {
 			db, err := sql.Open("sqlite", file)
@@ -307,6 +308,7 @@ func TestPeers38CatalogMadeAgain(t *testing.T) {
 		"unclean":   statement("UPDATE meta SET value = '0' WHERE name = 'complete'"),
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			b := keep(t, func(b *kept) { b.catalog = b.anyFile })
 			b.ready()
 			b.populate()
@@ -335,6 +337,7 @@ func TestPeers38CatalogMadeAgain(t *testing.T) {
 
 // Whatever has changed behind the mirror's back is found.
 func TestReconcileFindsDifferences(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	b.ready()
 	b.populate()
@@ -362,6 +365,7 @@ func TestReconcileFindsDifferences(t *testing.T) {
 // A mirrored manifest's blobs that are stored get their links, without which
 // registry:2 does not serve them. A hosted repository is nobody's to change.
 func TestReconcileMendsLinks(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	b.ready()
 	b.populate()
@@ -385,6 +389,7 @@ func TestReconcileMendsLinks(t *testing.T) {
 
 // While somebody adds and removes, a reconcile ends with what the store says.
 func TestReconcileBesideWriters(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	b.ready()
 	b.populate()
@@ -535,6 +540,7 @@ func TestReconcileManyTags(t *testing.T) {
 // A store is served from while its catalog is made again, however long that
 // takes (peers §2, 37).
 func TestPeers37ServesFirst(t *testing.T) {
+	t.Parallel()
 	gate := make(chan struct{})
 	b := keep(t)
 	b.repository(manyTags, "docker.io")

@@ -122,16 +122,25 @@ func (k *Keeper) Begin(t *tree.Tree, hooks Hooks) {
 	k.wg.Go(func() { k.work(k.ctx) })
 }
 
-// Close ends everything that is under way, writes down what has been noted, and
-// closes the catalog. The tree may not change any more, and the store is still
-// open.
-func (k *Keeper) Close() {
+// Stop ends everything that is under way, so that the tree may be closed. What is
+// noted is still written until Close.
+func (k *Keeper) Stop() {
 	if k.cancel == nil {
 		return
 	}
 	k.cancel()
 	k.wg.Wait()
 	k.eviction.close()
+}
+
+// Close does what Stop does, writes down what has been noted, and closes the
+// catalog. The tree may not change any more: a change that comes later is not in
+// the catalog of the next process. The store is still open.
+func (k *Keeper) Close() {
+	if k.cancel == nil {
+		return
+	}
+	k.Stop()
 	k.end()
 	<-k.ended
 	if !k.closed.IsZero() {

@@ -104,8 +104,10 @@ func (b *kept) event(name string) map[string]any {
 // What the disk has spoilt is found: what can be fetched again is, and what
 // cannot is left where it is, loudly.
 func TestScrub(t *testing.T) {
+	t.Parallel()
 	for name, harm := range map[string]func(*kept, digest.Digest){"flipped bit": (*kept).flip, "truncated": (*kept).truncate} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			b := keep(t)
 			up := &upstream{b: b}
 			b.ready()
@@ -184,6 +186,7 @@ func TestScrub(t *testing.T) {
 
 // What could not be fetched again is not there any more, and is tried again.
 func TestScrubHealsLater(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	up := &upstream{b: b}
 	b.ready()
@@ -230,6 +233,7 @@ func TestScrubHealsLater(t *testing.T) {
 
 // Behind everything else, each blob is read, and then none for a week.
 func TestScrubInBackground(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	b.ready()
 	b.populate()
@@ -330,6 +334,7 @@ func (s *doubtful) Vouch(ctx context.Context, key string) error {
 
 // What a loss of power may have damaged is read first, and vouched for.
 func TestScrubReadsDoubtfulFirst(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	b.ready()
 	b.repository("docker.io/a", "docker.io")
@@ -363,6 +368,7 @@ func TestScrubReadsDoubtfulFirst(t *testing.T) {
 // A blob that was found to be wrong as it was served is looked at though scrub
 // is off.
 func TestSuspect(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	up := &upstream{b: b}
 	up.gets(content(2, 100))
@@ -413,6 +419,7 @@ func TestScrubPace(t *testing.T) {
 
 // A scrub in the middle of a blob ends with the keeper.
 func TestScrubEndsAtOnce(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	b.ready()
 	b.repository("docker.io/a", "docker.io")
@@ -447,6 +454,7 @@ func (s unreadable) Open(ctx context.Context, key string, offset, length int64) 
 }
 
 func TestScrubUnreadable(t *testing.T) {
+	t.Parallel()
 	b := keep(t)
 	b.ready()
 	b.repository("docker.io/a", "docker.io")
