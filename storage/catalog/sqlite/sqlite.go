@@ -70,6 +70,10 @@ func (s *SQLite) Provision(caddy.Context) error {
 	if info, err := os.Stat(file); err == nil && info.IsDir() {
 		return fmt.Errorf("file: %s is a directory; name a file in it", file)
 	}
+	// So that one file has one identity whatever links lead to its directory.
+	if dir, err := filepath.EvalSymlinks(filepath.Dir(file)); err == nil {
+		file = filepath.Join(dir, filepath.Base(file))
+	}
 	s.File = file
 	return nil
 }
