@@ -156,8 +156,9 @@ func (s *state) close() {
 	defer s.opening.Unlock()
 	if o := s.works.Load(); o != nil {
 		o.mirror.Close()
+		o.keeper.Stop()
+		o.tree.Close() // which writes links behind, and tells of them
 		o.keeper.Close()
-		o.tree.Close()
 	}
 	if s.store != nil {
 		if err := s.store.Close(); err != nil {
