@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -158,6 +159,53 @@ func TestPeers26GCBesideWriters(t *testing.T) {
 	}
 	cancel()
 	wg.Wait()
+	b.agrees(b.ready())
+}
+
+// Who begins to name a blob while it is about to be collected keeps it (peers §2,
+// 26).
+func TestPeers26NamedMeanwhile(t *testing.T) {
+	t.Parallel()
+	b := keep(t)
+	b.ready()
+	b.repository("docker.io/a", "docker.io")
+	both := [][]byte{content(1, 100), content(2, 100)}
+	slices.SortFunc(both, func(x, y []byte) int {
+		return strings.Compare(string(digest.FromBytes(x)), string(digest.FromBytes(y)))
+	})
+	for _, data := range both {
+		b.blobAlone(data)
+	}
+	b.stop()
+	// They go in the order of their digests. Three name the second as the first
+	// goes, in case one of them has the first one's lock.
+	named := make(chan error, 3)
+	b.beginOn(slow{b.disk(), func(key string) {
+		if key != layout.Blob(digest.FromBytes(both[0])) {
+			return
+		}
+		for i := range 3 {
+			go func() {
+				body := image(fmt.Sprint(i), nil, both[1])
+				_, err := b.tree.PutManifest(context.Background(), "docker.io/a", digest.FromBytes(body), body)
+				named <- err
+			}()
+		}
+		if err := <-named; err != nil {
+			t.Error(err)
+		}
+	}})
+	b.clock.pass(time.Hour)
+	b.ready()
+	j := b.done(b.GC(false))
+	for range 2 {
+		if err := <-named; err != nil {
+			t.Error(err)
+		}
+	}
+	if b.holds(both[0]) || !b.holds(both[1]) || j.Removed != 1 {
+		t.Errorf("job is %+v", j)
+	}
 	b.agrees(b.ready())
 }
 

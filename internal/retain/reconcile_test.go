@@ -43,7 +43,7 @@ func (b *kept) stored() []string {
 		if err != nil {
 			return err
 		}
-		if rest, ok := strings.CutPrefix(key, "docker/registry/v2/repositories/"); ok {
+		if rest, ok := strings.CutPrefix(key, "docker/registry/v2/repositories/"); ok && len(data) > 0 { // or a crash has emptied it
 			name, what, _ := strings.Cut(rest, "/_")
 			repositories[name] = true
 			parts := strings.Split(what, "/")
@@ -357,6 +357,7 @@ func TestReconcileFindsDifferences(t *testing.T) {
 	b.behind(layout.Record("new/one"), []byte(`{"schema":1,"class":"mirrored","upstream":"quay.io"}`))
 	b.behind(layout.Pin("apps/web", "new", ""), []byte(`{"schema":1}`))
 	b.foreign("another/new", "x", content(21, 30))
+	b.behind(layout.LayerLink("apps/web", digest.FromBytes(content(1, 5000))), nil)
 
 	b.incomplete("test")
 	b.agrees(b.ready())

@@ -57,12 +57,16 @@ type upstream struct {
 	asked   []string
 	running atomic.Int64
 	most    atomic.Int64
+	gate    chan struct{} // none is answered before it is closed
 }
 
 func (u *upstream) heal(ctx context.Context, repository string, d digest.Digest, _ int64) error {
 	now := u.running.Add(1)
 	defer u.running.Add(-1)
 	for most := u.most.Load(); now > most && !u.most.CompareAndSwap(most, now); most = u.most.Load() {
+	}
+	if u.gate != nil {
+		<-u.gate
 	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -188,7 +192,7 @@ func TestScrub(t *testing.T) {
 func TestScrubHealsLater(t *testing.T) {
 	t.Parallel()
 	b := keep(t)
-	up := &upstream{b: b}
+	up := &upstream{b: b, gate: make(chan struct{})}
 	b.ready()
 	b.hooks.Heal = up.heal
 	b.repository("docker.io/a", "docker.io")
@@ -201,7 +205,13 @@ func TestScrubHealsLater(t *testing.T) {
 	for _, data := range all {
 		b.flip(digest.FromBytes(data))
 	}
-	if j := b.done(b.ScrubNow()); j.Removed != 6 || j.Healed != 0 {
+	begun, err := b.ScrubNow()
+	eventually(t, "two to be fetched, and the third to wait", until(func() bool {
+		now, _ := b.Job(begun.ID)
+		return now.Removed == 3 && up.running.Load() == 2
+	}))
+	close(up.gate)
+	if j := b.done(begun, err); j.Removed != 6 || j.Healed != 0 {
 		t.Errorf("job is %+v", j)
 	}
 	if b.holds(all[0]) || b.exists(layout.Blob(digest.FromBytes(all[0]))) {
