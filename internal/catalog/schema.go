@@ -22,6 +22,7 @@ var schemas embed.FS
 // sqlDialect is where databases differ.
 type sqlDialect struct {
 	begin  string // a transaction that writes
+	writer string // what makes a connection one that writes
 	tables string // how many there are, and how many of them are meta
 	// damaged are parts of errors that say so.
 	damaged []string

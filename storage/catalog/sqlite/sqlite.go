@@ -191,7 +191,7 @@ func connect(file string, lock *os.File) (*connector, error) {
 		"journal_mode(WAL)",
 		"synchronous(NORMAL)",
 		"foreign_keys(OFF)",
-		"cache_size(-16384)",
+		"cache_size(-8192)",
 		"temp_store(MEMORY)",
 		"journal_size_limit(67108864)",
 	}}
