@@ -29,9 +29,26 @@ import (
 	"github.com/caddy-registry/mirror/storage/disk"
 )
 
-// TestRegressions is what other mirrors have lost users by, one subtest each.
+// TestRegressions is what other mirrors have lost users by, one subtest each. The
+// rest of that list has tests elsewhere:
+//
+//   - shared layer expiring in one repository while live in another:
+//     retain.TestSharedLayer, retain.TestPeers21SharedLayerStays
+//   - index pulled before children, and what is kept of it:
+//     retain.TestIndexBeforeChildren
+//   - digest-only pulls, and eviction: retain.TestDigestOnly
+//   - restart in mid-fill: TestStopInMidFill, TestKillInMidFill
+//   - TTL changed across restart: retain.TestTTLAcrossRestart
+//   - leader of a fill that is too small to be seen: fill.TestEveryWaiterHears
+//   - client leaves at 90 %: TestAbort
+//   - upstream deletes a tag: TestTagFreshness, TestOnMissing, mirror.TestFreshness
+//   - catalog wiped: TestCatalogLost, retain.TestCatalogWiped
+//   - poisoned realm: TestRealm, upstream.TestGuardRealm
+//   - cross-host redirect with Authorization: TestCredentials,
+//     upstream.TestRedirectDropsCredentials
 func TestRegressions(t *testing.T) {
 	t.Run("index pulled before children", indexBeforeChildren)
+	t.Run("digest-only pulls followed by GC", digestOnlyGC)
 	t.Run("leader fails with 50 followers", leaderFails)
 	t.Run("upstream 429", func(t *testing.T) {
 		t.Run("on HEAD", func(t *testing.T) {
@@ -90,6 +107,48 @@ func indexBeforeChildren(t *testing.T) {
 	up.Up()
 	restart()
 	m.pull("library/x", "latest", index)
+}
+
+// digestOnlyGC: images pulled by digest alone are no garbage, however they are
+// named upstream.
+func digestOnlyGC(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	tagged, bare := regtest.NewImage("tagged", regtest.Random("t", 5000)), regtest.NewImage("bare", regtest.Random("b", 5000))
+	index := regtest.NewIndex(regtest.NewImage("child", regtest.Random("c", 5000)))
+	never := regtest.NewImage("never", regtest.Random("n", 5000))
+	for _, image := range []regtest.Image{tagged, bare, index, never} {
+		up.Push("library/x", image, "latest")
+	}
+	up.Push("library/x", tagged, "v1")
+	options := "gc @yearly 1ns\n" + upstreamFor("docker.io", up)
+	m := startAdmin(t, options)
+	m.want(200, "HEAD", "/v2/library/x/manifests/v1") // as a kubelet does
+	all := []regtest.Image{tagged, bare, index}
+	for _, image := range all {
+		m.pull("library/x", image.Digest.String(), image)
+	}
+	garbage := never.Blobs[1]
+	m.want(200, "GET", "/v2/library/x/blobs/"+garbage.Digest.String())
+	m.complete()
+	up.Down()
+	for range 2 {
+		eventually(t, "what nobody names to be deleted", func() bool { // once it is a second old
+			m.job(`{"kind": "gc"}`)
+			return len(kept(m.dir, garbage.Digest)) == 0
+		})
+		for _, image := range all {
+			m.pull("library/x", image.Digest.String(), image)
+		}
+		m.pull("library/x", "v1", tagged)
+		m.stop()
+		if err := m.load(options, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m.job(`{"kind": "gc"}`)
+	for _, image := range all {
+		m.pull("library/x", image.Digest.String(), image)
+	}
 }
 
 // leaderFails: what one client began to fetch, and fifty follow, cannot be had.
