@@ -13,14 +13,17 @@
 //
 //   - registry, the app: the store and the registries (package module)
 //   - http.handlers.registry_mirror: the mirror (package module)
-//   - admin.api.registry: refreshing over the admin API (package module), and
-//     the command `caddy registry`
+//   - admin.api.registry: looking at the store and keeping it, over the admin
+//     API (package module), and the command `caddy registry`
 //   - registry.storage.disk: content in a directory (package storage/disk)
+//   - registry.catalog.sqlite: what is in the store, in a file (package
+//     storage/catalog/sqlite)
 //   - the Caddyfile directive and the global option (package caddyfile)
 package registry
 
 import (
 	_ "github.com/caddy-registry/mirror/caddyfile"
 	_ "github.com/caddy-registry/mirror/module"
+	_ "github.com/caddy-registry/mirror/storage/catalog/sqlite"
 	_ "github.com/caddy-registry/mirror/storage/disk"
 )

@@ -30,7 +30,10 @@ func init() {
 //
 //	registry {
 //		storage <backend> ...
+//		catalog <backend> ...
 //		hot_cache <size>|off
+//		gc <cron>|off [<grace>]
+//		scrub <bytes/s>|off
 //		trust_networks <cidr...>
 //		upstream <host[:port]> {
 //			path_name         <name>
@@ -52,6 +55,8 @@ func init() {
 //			timeouts <connect> <header> <stall>
 //			connections <n>
 //			min_speed   <bytes/s> <duration>|off
+//			max_size <size>|off
+//			ttl      <duration>|off
 //		}
 //	}
 func parseApp(d *caddyfile.Dispenser, earlier any) (any, error) {
@@ -82,15 +87,28 @@ func parseApp(d *caddyfile.Dispenser, earlier any) (any, error) {
 				return nil, err
 			}
 			app.StorageRaw = caddyconfig.JSONModuleObject(unm, "backend", backend, nil)
-		case "hot_cache":
-			if !d.AllArgs(&app.HotCache) {
+		case "catalog":
+			if !d.NextArg() {
 				return nil, d.ArgErr()
 			}
-			if app.HotCache == "" {
-				return nil, d.Err(`hot_cache: "" is neither a size such as 64MiB nor off`)
+			backend := d.Val()
+			unm, err := caddyfile.UnmarshalModule(d, "registry.catalog."+backend)
+			if err != nil {
+				return nil, err
 			}
-			if err := app.Check(); err != nil {
-				return nil, d.WrapErr(err)
+			app.CatalogRaw = caddyconfig.JSONModuleObject(unm, "backend", backend, nil)
+		case "hot_cache":
+			if err := parseSize(d, &app.HotCache, app.Check); err != nil {
+				return nil, err
+			}
+		case "gc":
+			var err error
+			if app.GC, err = parseGC(d); err != nil {
+				return nil, err
+			}
+		case "scrub":
+			if err := parseSize(d, &app.Scrub, app.Check); err != nil {
+				return nil, err
 			}
 		case "trust_networks":
 			app.TrustNetworks = d.RemainingArgs()
@@ -191,6 +209,10 @@ func parseUpstream(d *caddyfile.Dispenser, hosts map[string]bool) (*module.Upstr
 			u.Connections, err = parseConnections(d)
 		case "min_speed":
 			u.MinSpeed, err = parseMinSpeed(d)
+		case "max_size":
+			err = parseSize(d, &u.MaxSize, u.Check)
+		case "ttl":
+			u.TTL, err = parseTTL(d)
 		default:
 			err = d.Errf("unrecognized option %q of upstream", d.Val())
 		}
@@ -342,6 +364,69 @@ func parseMinSpeed(d *caddyfile.Dispenser) (*module.MinSpeed, error) {
 		return nil, d.WrapErr(err)
 	}
 	return m, nil
+}
+
+// parseSize reads an option that is a size or off, and has it checked.
+func parseSize(d *caddyfile.Dispenser, into *string, check func() error) error {
+	option := d.Val()
+	if !d.AllArgs(into) {
+		return d.ArgErr()
+	}
+	if *into == "" {
+		return d.Errf(`%s: "" is neither a size such as 64MiB nor off`, option)
+	}
+	if err := check(); err != nil {
+		return d.WrapErr(err)
+	}
+	return nil
+}
+
+func parseGC(d *caddyfile.Dispenser) (*module.GC, error) {
+	gc := new(module.GC)
+	if !d.NextArg() {
+		return nil, d.ArgErr()
+	}
+	gc.Schedule = d.Val()
+	if gc.Schedule == "" {
+		return nil, d.Err(`gc: "" is neither a time such as @daily or "30 3 * * *" nor off`)
+	}
+	if d.NextArg() {
+		d.Prev()
+		if d.CountRemainingArgs() > 1 {
+			return nil, d.Errf(`gc has a time and a grace; a time with spaces is quoted: "30 3 * * *"`)
+		}
+		if err := parseDurations(d, &gc.Grace); err != nil {
+			return nil, err
+		}
+		if gc.Grace == 0 {
+			return nil, d.Err("gc: the grace cannot be 0; what has just come may not be linked yet")
+		}
+	}
+	if err := gc.Check(); err != nil {
+		return nil, d.WrapErr(err)
+	}
+	return gc, nil
+}
+
+func parseTTL(d *caddyfile.Dispenser) (caddy.Duration, error) {
+	if !d.NextArg() {
+		return 0, d.ArgErr()
+	}
+	if d.Val() == "off" {
+		if d.NextArg() {
+			return 0, d.ArgErr()
+		}
+		return 0, nil
+	}
+	d.Prev()
+	var ttl caddy.Duration
+	if err := parseDurations(d, &ttl); err != nil {
+		return 0, err
+	}
+	if ttl == 0 {
+		return 0, d.Err("ttl: nothing would be kept for 0; off keeps it for ever")
+	}
+	return ttl, nil
 }
 
 // parseMirror sets up the mirror handler.

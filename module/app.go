@@ -11,20 +11,25 @@
 package module
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
-	"math"
 	"net/netip"
+	"strings"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
-	"github.com/dustin/go-humanize"
+	"github.com/robfig/cron/v3"
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/mirror"
+	"github.com/caddy-registry/mirror/internal/retain"
 	"github.com/caddy-registry/mirror/internal/upstream"
 	"github.com/caddy-registry/mirror/storage"
+	"github.com/caddy-registry/mirror/storage/catalog"
 
 	_ "github.com/caddy-registry/mirror/storage/disk" // the default storage
 )
@@ -45,6 +50,11 @@ type App struct {
 	// Where content is kept. Default: `{"backend": "disk"}`.
 	StorageRaw json.RawMessage `json:"storage,omitempty" caddy:"namespace=registry.storage inline_key=backend"`
 
+	// Where it is written down what the store has, for listing it and for
+	// eviction. It can be made again from the store. Default:
+	// `{"backend": "sqlite"}`.
+	CatalogRaw json.RawMessage `json:"catalog,omitempty" caddy:"namespace=registry.catalog inline_key=backend"`
+
 	// Registries to add to the built-in ones, and changes to those.
 	Upstreams []*Upstream `json:"upstreams,omitempty"`
 
@@ -53,17 +63,68 @@ type App struct {
 	// `off`. Default: 64MiB.
 	HotCache string `json:"hot_cache,omitempty"`
 
+	// When what nothing refers to any more is deleted. Default: `{"schedule":
+	// "@daily", "grace": "24h"}`.
+	GC *GC `json:"gc,omitempty"`
+
+	// How much of the store is read again in a second, to find what the disk
+	// has damaged: a number of bytes (`10MiB`), or `off`. Default: 4MiB.
+	Scrub string `json:"scrub,omitempty"`
+
 	// Networks, in CIDR notation, that upstreams may send the mirror into by a
 	// redirect or a token realm, besides public addresses. Default: none.
 	TrustNetworks []string `json:"trust_networks,omitempty"`
 
 	log       *zap.Logger
 	backend   storage.Backend
+	catalog   catalog.Backend
 	hot       int64
+	keep      retain.Settings
 	emit      func(event string, data map[string]any)
 	state     *state
 	upstreams *mirror.Upstreams
 	sites     int // mirror sites of this configuration
+}
+
+// GC is when unreferenced content is deleted.
+type GC struct {
+	// A cron expression of five fields (`30 3 * * *`) or a word such as
+	// `@daily`, in the local time zone; or `off`, and then it is done when
+	// somebody asks for it. Default: @daily.
+	Schedule string `json:"schedule,omitempty"`
+
+	// How old unreferenced content must be. Default: 24h.
+	Grace caddy.Duration `json:"grace,omitempty"`
+}
+
+// Check reports what is wrong. A nil GC is right.
+func (g *GC) Check() error {
+	_, _, err := g.parse()
+	return err
+}
+
+// parse is what is meant; no schedule means never.
+func (g *GC) parse() (cron.Schedule, time.Duration, error) {
+	if g == nil {
+		g = new(GC)
+	}
+	text, grace := cmp.Or(g.Schedule, "@daily"), cmp.Or(time.Duration(g.Grace), 24*time.Hour)
+	switch {
+	case grace < 0:
+		return nil, 0, errors.New("gc: the grace cannot be negative")
+	case text == "off":
+		return nil, grace, nil
+	case strings.HasPrefix(text, "TZ=") || strings.HasPrefix(text, "CRON_TZ="):
+		return nil, 0, fmt.Errorf("gc: %q has a time zone; it is always that of the machine", text)
+	}
+	schedule, err := cron.ParseStandard(text)
+	if err != nil {
+		return nil, 0, fmt.Errorf("gc: %q is neither a time such as @daily or \"30 3 * * *\" nor off: %w", text, err)
+	}
+	if schedule.Next(time.Now()).IsZero() {
+		return nil, 0, fmt.Errorf("gc: %q never comes", text)
+	}
+	return schedule, grace, nil
 }
 
 // CaddyModule returns the Caddy module information.
@@ -90,7 +151,17 @@ func (a *App) Provision(ctx caddy.Context) error {
 		return fmt.Errorf("storage: %T is no storage backend", loaded)
 	}
 	a.backend = backend
-	if a.hot, err = parseHotCache(a.HotCache); err != nil {
+	if a.catalog, err = a.loadCatalog(ctx); err != nil {
+		return err
+	}
+	if a.hot, err = parseSize("hot_cache", a.HotCache, mirror.DefaultHot); err != nil {
+		return err
+	}
+	a.keep.MaxSize = backend.Limits().MaxSize
+	if a.keep.GC, a.keep.Grace, err = a.GC.parse(); err != nil {
+		return err
+	}
+	if a.keep.Scrub, err = parseSize("scrub", a.Scrub, 4<<20); err != nil {
 		return err
 	}
 	events, err := ctx.App("events")
@@ -98,6 +169,7 @@ func (a *App) Provision(ctx caddy.Context) error {
 		return fmt.Errorf("events app: %w", err)
 	}
 	a.emit = func(name string, data map[string]any) { events.(*caddyevents.App).Emit(ctx, name, data) }
+	a.keep.Emit = a.emit
 
 	var trusted []netip.Prefix
 	for i, cidr := range a.TrustNetworks {
@@ -107,7 +179,7 @@ func (a *App) Provision(ctx caddy.Context) error {
 		}
 		trusted = append(trusted, prefix)
 	}
-	if a.state, err = useState(backend, a.log); err != nil {
+	if a.state, err = useState(backend, a.catalog, a.log); err != nil {
 		return err
 	}
 	if err := registerMetrics(ctx.GetMetricsRegistry()); err != nil {
@@ -117,24 +189,32 @@ func (a *App) Provision(ctx caddy.Context) error {
 	return err
 }
 
-// Check reports what is wrong with the app's own options.
-func (a *App) Check() error {
-	_, err := parseHotCache(a.HotCache)
-	return err
+// loadCatalog loads the module that opens the catalog. The default one is
+// imported by the root package and not here: a program that needs no SQLite can
+// be built without.
+func (a *App) loadCatalog(ctx caddy.Context) (catalog.Backend, error) {
+	if a.CatalogRaw == nil {
+		if _, err := caddy.GetModule("registry.catalog.sqlite"); err != nil {
+			return nil, errors.New("catalog: this Caddy is built without registry.catalog.sqlite, the default; name another in the catalog option, or build with github.com/caddy-registry/mirror/storage/catalog/sqlite")
+		}
+		a.CatalogRaw = json.RawMessage(`{"backend":"sqlite"}`)
+	}
+	loaded, err := ctx.LoadModule(a, "CatalogRaw")
+	if err != nil {
+		return nil, fmt.Errorf("catalog: %w", err)
+	}
+	backend, ok := loaded.(catalog.Backend)
+	if !ok {
+		return nil, fmt.Errorf("catalog: %T is no catalog", loaded)
+	}
+	return backend, nil
 }
 
-func parseHotCache(s string) (int64, error) {
-	switch s {
-	case "":
-		return mirror.DefaultHot, nil
-	case "off":
-		return 0, nil
-	}
-	size, err := humanize.ParseBytes(s)
-	if err != nil || size > math.MaxInt64 {
-		return 0, fmt.Errorf("hot_cache: %q is neither a size such as 64MiB nor off", s)
-	}
-	return int64(size), nil
+// Check reports what is wrong with the app's own options.
+func (a *App) Check() error {
+	_, hot := parseSize("hot_cache", a.HotCache, 0)
+	_, scrub := parseSize("scrub", a.Scrub, 0)
+	return cmp.Or(hot, scrub, a.GC.Check())
 }
 
 // buildUpstreams makes the table of registries: the built-in ones, changed and
@@ -183,6 +263,12 @@ func (a *App) buildUpstreams(ctx caddy.Context, pool *upstream.Pool, trusted []n
 			return nil, fmt.Errorf("upstream %s: %w", u.Name, err)
 		}
 		list = append(list, up)
+		if u.limit != (retain.Limit{}) {
+			if a.keep.Limits == nil {
+				a.keep.Limits = map[string]retain.Limit{}
+			}
+			a.keep.Limits[up.Name] = u.limit
+		}
 		u.warn(a.log)
 	}
 	return mirror.NewUpstreams(list)
@@ -195,7 +281,14 @@ func (a *App) Start() error {
 	if _, err := a.state.open(context.Background()); err != nil {
 		return err
 	}
-	if err := a.state.tune(tuning{a.backend, a.log, mirror.Settings{Hot: a.hot, Emit: a.emit}}); err != nil {
+	if err := a.state.tune(tuning{
+		backend:   a.backend,
+		catalog:   a.catalog,
+		log:       a.log,
+		mirror:    mirror.Settings{Hot: a.hot, MaxBlob: a.backend.Limits().MaxBlobSize, Emit: a.emit},
+		keep:      a.keep,
+		upstreams: a.upstreams,
+	}); err != nil {
 		return err
 	}
 	if a.sites > 0 {

@@ -31,13 +31,22 @@ otherwise from the given config file; otherwise the default is assumed.
 			flags.String("address", "", "The address to use to reach the admin API endpoint, if not the default")
 			flags.StringP("config", "c", "", "Configuration file to use to parse the admin address, if --address is not used")
 			flags.StringP("adapter", "a", "", "Name of config adapter to apply (when --config is used)")
+			flags.Bool("json", false, "Print the admin API's answer rather than a table")
 			// With a RunE, a misspelt command is an error.
 			cmd.Args = cobra.NoArgs
 			cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
-			cmd.AddCommand(&cobra.Command{
-				Use:   "refresh <reference>...",
-				Short: "Checks now what tags mean upstream",
-				Long: `
+			cmd.AddCommand(refreshCmd())
+			cmd.AddCommand(storeCmds()...)
+			cmd.AddCommand(workCmds()...)
+		},
+	})
+}
+
+func refreshCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "refresh <reference>...",
+		Short: "Checks now what tags mean upstream",
+		Long: `
 Asks the upstream what each tag means now, however lately that was done, and
 fetches the manifests of those that have moved. Without a registry a reference
 means docker.io, and without a tag latest.
@@ -51,25 +60,29 @@ One line is printed for each:
 What fails is told of on stderr, the other references are refreshed all the
 same, and the exit status is 1.
 `,
-				Example: "  caddy registry refresh alpine:3.20 ghcr.io/org/app:v1",
-				Args:    cobra.MinimumNArgs(1),
-				RunE:    refreshCommand,
-			})
-		},
-	})
+		Example: "  caddy registry refresh alpine:3.20 ghcr.io/org/app:v1",
+		Args:    cobra.MinimumNArgs(1),
+		RunE:    refreshCommand,
+	}
 }
 
 func refreshCommand(cmd *cobra.Command, references []string) error {
-	address, err := adminAddress(cmd)
+	admin, err := adminAPI(cmd)
 	if err != nil {
 		return err
 	}
 	failed := 0
 	for _, reference := range references {
 		var done mirror.Refreshed
-		if err := adminPost(address, "/registry/refresh", map[string]string{"reference": reference}, &done); err != nil {
+		if err := admin.ask(http.MethodPost, "refresh", map[string]string{"reference": reference}, &done); err != nil {
 			fmt.Fprintf(cmd.ErrOrStderr(), "%s: %v\n", reference, err)
 			failed++
+			continue
+		}
+		if shown, err := printJSON(cmd, done); shown || err != nil {
+			if err != nil {
+				return err
+			}
 			continue
 		}
 		outcome := "unchanged"
@@ -88,7 +101,8 @@ func refreshCommand(cmd *cobra.Command, references []string) error {
 	return nil
 }
 
-func adminAddress(cmd *cobra.Command) (string, error) {
+// adminAPI finds the admin API that a command is for.
+func adminAPI(cmd *cobra.Command) (api, error) {
 	var values [3]string
 	for i, name := range [...]string{"address", "config", "adapter"} {
 		var err error
@@ -100,25 +114,45 @@ func adminAddress(cmd *cobra.Command) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("finding the admin API's address; give it by --address: %w", err)
 	}
-	return address, nil
+	return api(address), nil
 }
 
-// adminPost puts a question to the admin API. Its error is the server's
-// sentence, where it has one.
-func adminPost(address, path string, question, answer any) error {
-	body, err := json.Marshal(question)
-	if err != nil {
-		return err
+// maxReply bounds an answer of the admin API.
+const maxReply = 16 << 20
+
+// An api is the admin API at an address.
+type api string
+
+// ask puts a question to it, or none with nil, and reads the answer. Its error
+// is the server's sentence, where it has one.
+func (a api) ask(method, path string, question, answer any) error {
+	var body io.Reader = http.NoBody
+	if question != nil {
+		encoded, err := json.Marshal(question)
+		if err != nil {
+			return err
+		}
+		body = bytes.NewReader(encoded)
 	}
-	resp, err := caddycmd.AdminAPIRequest(address, http.MethodPost, path, nil, bytes.NewReader(body))
+	resp, err := caddycmd.AdminAPIRequest(string(a), method, "/registry/"+path, nil, body)
 	if err != nil {
 		return plain(err)
 	}
 	defer resp.Body.Close()
-	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(answer); err != nil {
-		return fmt.Errorf("the admin API at %s gives an answer that cannot be read: %w", address, err)
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxReply)).Decode(answer); err != nil {
+		return fmt.Errorf("the admin API at %s gives an answer that cannot be read: %w", string(a), err)
 	}
 	return nil
+}
+
+// printJSON prints an answer of the API as it is, if the command was asked to.
+func printJSON(cmd *cobra.Command, answer any) (done bool, err error) {
+	if as, err := cmd.Flags().GetBool("json"); err != nil || !as {
+		return false, err
+	}
+	encoder := json.NewEncoder(cmd.OutOrStdout())
+	encoder.SetIndent("", "  ")
+	return true, encoder.Encode(answer)
 }
 
 // plain takes the sentence out of the JSON that [caddycmd.AdminAPIRequest]

@@ -45,9 +45,16 @@ func (*collector) Describe(descs chan<- *prometheus.Desc) {
 	descs <- rateRemaining
 	descs <- rateWindow
 	descs <- rateExhausted
+	for _, desc := range []*prometheus.Desc{
+		storeAllocated, storeReserved, storePartial, storeMaxSize, storeComplete, storeDamaged,
+		evictedRoots, evictedBlobs, evictedBytes, upstreamBytes, upstreamLimit,
+	} {
+		descs <- desc
+	}
 }
 
 func (*collector) Collect(into chan<- prometheus.Metric) {
+	collectStores(into)
 	// One series may be told of twice: by two stores, or while a reload changes
 	// the settings of a connection. The latest word counts.
 	type series struct{ upstream, endpoint, account string }

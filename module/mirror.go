@@ -138,7 +138,7 @@ func (m *Mirror) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhtt
 		return nil
 	}
 	to := newSender(w, r)
-	report := m.site.ServeHTTP(open, to, r, route)
+	report := m.site.ServeHTTP(open.mirror, to, r, route)
 	if extra, ok := r.Context().Value(caddyhttp.ExtraLogFieldsCtxKey).(*caddyhttp.ExtraLogFields); ok {
 		line := zap.Inline(&logged{report})
 		line.Key = "registry" // is not written, but tells it from another handler's

@@ -9,11 +9,15 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/mirror"
+	"github.com/caddy-registry/mirror/internal/retain"
+	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/internal/upstream"
 	"github.com/caddy-registry/mirror/storage"
+	database "github.com/caddy-registry/mirror/storage/catalog"
 )
 
 // states are what outlives a reload, by the identity of their store.
@@ -38,17 +42,53 @@ type state struct {
 	store   storage.Store // guarded by opening
 	tuned   tuning        // guarded by opening
 	before  tuning        // guarded by opening: what tuned has replaced, until that has ended
-	mirror  atomic.Pointer[mirror.Mirror]
+	works   atomic.Pointer[opened]
+
+	// earlier is closed when the state is that had the store before.
+	earlier <-chan struct{}
+	// catalog and upstreams are those of the configuration that runs.
+	catalog   atomic.Pointer[database.Backend]
+	upstreams atomic.Pointer[mirror.Upstreams]
+}
+
+// opened is what works on a store that is open.
+type opened struct {
+	keeper *retain.Keeper
+	tree   *tree.Tree
+	mirror *mirror.Mirror
+}
+
+// lasting has every state that is not closed, by the identity of its store. It
+// is in the pool or serves its last requests: a reload that leaves a store and
+// another one that comes back find the same state, for two of them would not
+// know what the other one is about to need of what they delete.
+var lasting struct {
+	sync.Mutex
+	states map[string]*state
 }
 
 // useState takes a reference to the state of a store.
-func useState(backend storage.Backend, log *zap.Logger) (*state, error) {
+func useState(backend storage.Backend, catalog database.Backend, log *zap.Logger) (*state, error) {
 	identity := backend.Identity()
 	value, _, err := states.LoadOrNew(identity, func() (caddy.Destructor, error) {
+		lasting.Lock()
+		defer lasting.Unlock()
+		earlier := closedChannel
+		if s := lasting.states[identity]; s != nil {
+			if s.enter() {
+				return s, nil
+			}
+			earlier = s.closed
+		}
 		core := &logCore{current: new(atomic.Pointer[zap.Logger])}
 		core.current.Store(log)
-		s := &state{identity: identity, backend: backend, core: core, log: zap.New(core).Named("registry"), closed: make(chan struct{})}
+		s := &state{identity: identity, backend: backend, core: core, log: zap.New(core).Named("registry"), closed: make(chan struct{}), earlier: earlier}
+		s.catalog.Store(&catalog)
 		s.users.Store(1)
+		if lasting.states == nil {
+			lasting.states = map[string]*state{}
+		}
+		lasting.states[identity] = s
 		return s, nil
 	})
 	if err != nil {
@@ -104,10 +144,21 @@ func (s *state) Destruct() error {
 
 func (s *state) close() {
 	defer close(s.closed)
+	defer func() {
+		s.disclaim()
+		lasting.Lock()
+		defer lasting.Unlock()
+		if lasting.states[s.identity] == s {
+			delete(lasting.states, s.identity)
+		}
+	}()
 	s.opening.Lock()
 	defer s.opening.Unlock()
-	if m := s.mirror.Load(); m != nil {
-		m.Close()
+	if o := s.works.Load(); o != nil {
+		o.mirror.Close()
+		o.keeper.Stop()
+		o.tree.Close() // which writes links behind, and tells of them
+		o.keeper.Close()
 	}
 	if s.store != nil {
 		if err := s.store.Close(); err != nil {
@@ -116,15 +167,20 @@ func (s *state) close() {
 	}
 }
 
-// open returns the mirror, opening the store on first use.
-func (s *state) open(ctx context.Context) (*mirror.Mirror, error) {
-	if m := s.mirror.Load(); m != nil {
-		return m, nil
+// open returns what works on the store, opening it on first use.
+func (s *state) open(ctx context.Context) (*opened, error) {
+	if o := s.works.Load(); o != nil {
+		return o, nil
+	}
+	select {
+	case <-s.earlier:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("waiting for those who had the store before: %w", context.Cause(ctx))
 	}
 	s.opening.Lock()
 	defer s.opening.Unlock()
-	if m := s.mirror.Load(); m != nil {
-		return m, nil
+	if o := s.works.Load(); o != nil {
+		return o, nil
 	}
 	if s.users.Load() == 0 {
 		return nil, errClosed
@@ -134,18 +190,62 @@ func (s *state) open(ctx context.Context) (*mirror.Mirror, error) {
 		return nil, err
 	}
 	s.store = store
-	m := mirror.New(store, s.log)
-	s.mirror.Store(m)
-	return m, nil
+	o := &opened{keeper: retain.New(store, s.log)}
+	var m atomic.Pointer[mirror.Mirror]
+	o.tree = tree.New(o.keeper.Store(), func(c tree.Change) {
+		o.keeper.Note(c)
+		if m := m.Load(); m != nil {
+			m.Note(c)
+		}
+	})
+	o.mirror = mirror.New(mirror.Parts{Store: o.keeper.Store(), Tree: o.tree, Room: o.keeper.Room, Log: s.log})
+	m.Store(o.mirror)
+	o.keeper.Begin(o.tree, retain.Hooks{
+		Catalog: s.openCatalog,
+		Heal: func(ctx context.Context, repository string, d digest.Digest, size int64) error {
+			return s.heal(ctx, o, repository, d, size)
+		},
+		Partial: o.mirror.Partial,
+	})
+	s.works.Store(o)
+	return o, nil
 }
+
+// heal fetches a mirrored blob again, from where its repository comes from by the
+// configuration that runs.
+func (s *state) heal(ctx context.Context, o *opened, repository string, d digest.Digest, size int64) error {
+	ups := s.upstreams.Load()
+	if ups == nil {
+		return errors.New("no configuration has started yet")
+	}
+	record, err := o.tree.Record(ctx, repository)
+	if err != nil {
+		return err
+	}
+	target, ok := ups.Owner(repository, record)
+	if !ok {
+		return fmt.Errorf("%s is of no registry that is configured now", repository)
+	}
+	return o.mirror.Fetch(ctx, target, d, size)
+}
+
+// closedChannel is for what need not be waited for.
+var closedChannel = func() chan struct{} {
+	c := make(chan struct{})
+	close(c)
+	return c
+}()
 
 var errClosed = errors.New("the store is being closed; try again")
 
 // tuning is what a configuration changes in a state that is open.
 type tuning struct {
-	backend storage.Backend // nil: none yet
-	log     *zap.Logger
-	mirror  mirror.Settings
+	backend   storage.Backend // nil: none yet
+	catalog   database.Backend
+	log       *zap.Logger
+	mirror    mirror.Settings
+	keep      retain.Settings
+	upstreams *mirror.Upstreams
 }
 
 // tune gives the state the settings of a configuration that starts, and keeps
@@ -160,9 +260,19 @@ func (s *state) tune(to tuning) error {
 		return err
 	}
 	s.before, s.tuned = s.tuned, to
-	s.core.current.Store(to.log)
-	s.mirror.Load().Set(to.mirror)
+	s.set(to)
 	return nil
+}
+
+// set is called with opening held and the store open.
+func (s *state) set(to tuning) {
+	s.core.current.Store(to.log)
+	s.catalog.Store(&to.catalog)
+	s.upstreams.Store(to.upstreams)
+	o := s.works.Load()
+	o.mirror.Set(to.mirror)
+	o.keeper.Set(to.keep)
+	s.warnCatalog(to.catalog)
 }
 
 // untune is for a configuration that ends: if its settings are the latest, it
@@ -184,6 +294,5 @@ func (s *state) untune(ends storage.Backend) {
 		return
 	}
 	s.tuned = before
-	s.core.current.Store(before.log)
-	s.mirror.Load().Set(before.mirror)
+	s.set(before)
 }

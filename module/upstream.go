@@ -21,6 +21,7 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/mirror"
 	"github.com/caddy-registry/mirror/internal/oci"
+	"github.com/caddy-registry/mirror/internal/retain"
 	"github.com/caddy-registry/mirror/internal/upstream"
 )
 
@@ -85,8 +86,18 @@ type Upstream struct {
 	// likes. Default: `64KiB` over 30s.
 	MinSpeed *MinSpeed `json:"min_speed,omitempty"`
 
+	// How much this registry's repositories may take: a number of bytes
+	// (`100GiB`), or `off`. What they share with others counts in full. When it
+	// is nearly that much, what has not been pulled for longest is evicted.
+	// Default: off.
+	MaxSize string `json:"max_size,omitempty"`
+
+	// How long an image is kept that nobody pulls. Default: for ever.
+	TTL caddy.Duration `json:"ttl,omitempty"`
+
 	host   string // normalised
 	origin Endpoint
+	limit  retain.Limit
 }
 
 // Endpoint is one more address where a registry's content can be had: a
@@ -211,6 +222,13 @@ func (u *Upstream) Check() error {
 	case u.TagTTL != nil && *u.TagTTL < 0:
 		return errors.New("tag_ttl: it cannot be negative")
 	}
+	limit, err := u.retention()
+	switch {
+	case err != nil:
+		return err
+	case limit != (retain.Limit{}) && strings.HasPrefix(u.Name, "*."):
+		return errors.New("max_size and ttl are for one host; name those that it stands for")
+	}
 	if !strings.Contains(u.Name, "{") {
 		if err := checkHost(mirror.NormalizeHost(u.Name)); err != nil {
 			return err
@@ -228,6 +246,33 @@ func (u *Upstream) Check() error {
 		return fmt.Errorf("connections: %d is not from 1 to %d", u.Connections, upstream.MaxConnections)
 	}
 	return cmp.Or(u.OnMissing.Check(), u.MinSpeed.Check())
+}
+
+// retention is what its repositories may take, and how long.
+func (u *Upstream) retention() (retain.Limit, error) {
+	size, err := parseSize("max_size", u.MaxSize, 0)
+	if err != nil {
+		return retain.Limit{}, err
+	}
+	if u.TTL < 0 {
+		return retain.Limit{}, errors.New("ttl: it cannot be negative")
+	}
+	return retain.Limit{MaxSize: size, TTL: time.Duration(u.TTL)}, nil
+}
+
+// parseSize reads an option that is a number of bytes, or off.
+func parseSize(option, s string, byDefault int64) (int64, error) {
+	switch s {
+	case "":
+		return byDefault, nil
+	case "off":
+		return 0, nil
+	}
+	size, err := humanize.ParseBytes(s)
+	if err != nil || size == 0 || size > math.MaxInt64 {
+		return 0, fmt.Errorf("%s: %q is neither a size such as 64MiB nor off", option, s)
+	}
+	return int64(size), nil
 }
 
 // Check is like that of Upstream.
@@ -298,6 +343,12 @@ func (u *Upstream) provision(ctx caddy.Context, where string) error {
 				*o.into = time.Duration(o.value)
 			}
 		}
+	}
+	if u.limit, err = u.retention(); err != nil {
+		return fmt.Errorf("%s.%w", where, err)
+	}
+	if u.limit != (retain.Limit{}) && strings.HasPrefix(u.host, "*.") {
+		return fmt.Errorf("%s: max_size and ttl are for one host; name those that %s stands for", where, u.host)
 	}
 	u.Connections = cmp.Or(u.Connections, upstream.DefaultConnections)
 	speed, err := u.MinSpeed.speed()

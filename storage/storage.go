@@ -169,10 +169,20 @@ type Backend interface {
 	// configuration is only being checked.
 	Open(ctx context.Context) (Store, error)
 
+	// Limits are what this configuration lets the store take. The store itself
+	// does not know them: who fills it keeps to them.
+	Limits() Limits
+
 	// Configure gives the settings of this configuration to a store that a
 	// Backend of the same identity has opened. It is called once the whole
 	// configuration has loaded.
 	Configure(s Store) error
+}
+
+// Limits are what an operator lets a store take, in bytes; 0 is no limit.
+type Limits struct {
+	MaxSize     int64 // of everything in it
+	MaxBlobSize int64 // of one blob
 }
 
 // CheckKey reports what is wrong with a key: it must be a relative path of

@@ -3,9 +3,11 @@ package catalog
 import (
 	"context"
 	"fmt"
+	"slices"
 
-	"github.com/opencontainers/go-digest"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/tree"
 )
 
@@ -29,6 +31,9 @@ func (c *Catalog) Apply(ctx context.Context, changes []tree.Change) error {
 
 func (b *batch) apply(c tree.Change) {
 	at := seconds(c.At)
+	if c.Digest != "" && c.Canonical != "" {
+		b.alias(c.Digest, c.Canonical)
+	}
 	switch c.Kind {
 	case tree.Recorded:
 		b.recorded(c.Repository, c.Record)
@@ -98,8 +103,6 @@ func (b *batch) apply(c tree.Change) {
 		b.fail(fmt.Errorf("a change of the unknown kind %d", c.Kind))
 	}
 }
-
-func digestOf(b *row[blobRow]) digest.Digest { return unpack([]byte(b.v.digest)) }
 
 // present returns a repository of which there is something in the store.
 func (b *batch) present(name string) *row[repositoryRow] {
@@ -206,7 +209,7 @@ func (b *batch) unlinked(repo *row[repositoryRow], blob *row[blobRow]) {
 func (b *batch) manifested(repo *row[repositoryRow], blob *row[blobRow], c tree.Change, at int64) {
 	b.stored(blob, c.Size, at)
 	if c.Manifest != nil && !blob.v.parsed {
-		b.parse(blob, c)
+		b.parse(blob, c.Manifest)
 	}
 	m := b.manifest(repo.v.id, blob.v.id)
 	if !m.there {
@@ -223,9 +226,29 @@ const (
 )
 
 // parse writes down what a manifest refers to.
-func (b *batch) parse(blob *row[blobRow], c tree.Change) {
-	// Repositories may have it already, from a change that did not say what it
-	// refers to.
+func (b *batch) parse(blob *row[blobRow], m *oci.Manifest) {
+	r := &references{}
+	refer := func(to *[]int64, descriptors []v1.Descriptor) {
+		for _, d := range descriptors {
+			if blob := b.blob(d.Digest); blob != nil {
+				b.expect(blob, d.Size)
+				*to = append(*to, blob.v.id)
+			}
+		}
+	}
+	refer(&r.layers, m.Blobs)
+	refer(&r.children, m.Children)
+	if m.Subject != nil {
+		if to := b.blob(m.Subject.Digest); to != nil {
+			r.subject = to.v.id
+		}
+	}
+	b.rewrite(blob, r)
+}
+
+// rewrite changes what a manifest refers to. Repositories may have it already,
+// from a change that did not say what that is.
+func (b *batch) rewrite(blob *row[blobRow], r *references) {
 	var again []int64
 	rows := map[int64]manifestRow{}
 	if blob.v.manifests > 0 {
@@ -236,32 +259,17 @@ func (b *batch) parse(blob *row[blobRow], c tree.Change) {
 			b.leave(b.repositoryWithID(id), blob)
 		}
 	}
-	r := &references{}
 	var layers, edges []any
-	seen := map[int64]bool{}
-	for _, d := range c.Manifest.Blobs {
-		if to := b.blob(d.Digest); to != nil && !seen[to.v.id] {
-			seen[to.v.id] = true
-			b.expect(to, d.Size)
-			r.layers = append(r.layers, to.v.id)
-			layers = append(layers, blob.v.id, to.v.id)
-		}
+	r.layers, r.children = once(r.layers), once(r.children)
+	for _, id := range r.layers {
+		layers = append(layers, blob.v.id, id)
 	}
-	clear(seen)
-	for _, d := range c.Manifest.Children {
-		if to := b.blob(d.Digest); to != nil && !seen[to.v.id] && to != blob {
-			seen[to.v.id] = true
-			b.expect(to, d.Size)
-			r.children = append(r.children, to.v.id)
-			edges = append(edges, blob.v.id, isIndex, to.v.id)
-		}
+	for _, id := range r.children {
+		edges = append(edges, blob.v.id, isIndex, id)
 	}
-	if c.Manifest.Subject != nil {
-		if to := b.blob(c.Manifest.Subject.Digest); to != nil && to != blob {
-			r.subject = to.v.id
-			to.v.subjects++
-			edges = append(edges, to.v.id, isSubject, blob.v.id)
-		}
+	if r.subject != 0 {
+		b.blobWithID(r.subject).v.subjects++
+		edges = append(edges, r.subject, isSubject, blob.v.id)
 	}
 	b.insert("layers", 2, layers)
 	b.insert("edges", 3, edges)
@@ -270,6 +278,12 @@ func (b *batch) parse(blob *row[blobRow], c tree.Change) {
 	for _, id := range again {
 		b.enter(b.repositoryWithID(id), blob, rows[id])
 	}
+}
+
+// once are numbers, each of them once.
+func once(ids []int64) []int64 {
+	slices.Sort(ids)
+	return slices.Compact(ids)
 }
 
 // expect notes the size of bytes that are not there yet.
@@ -289,7 +303,7 @@ func (b *batch) enter(repo *row[repositoryRow], blob *row[blobRow], v manifestRo
 	member := b.member(id, blob.v.id)
 	b.change(repo, blob, member, func(v *memberRow) { v.manifest = true })
 	b.count(repo, counts{manifests: 1, extra: linkExtra})
-	m.v.pinned = b.pinned(repo, digestOf(blob).String())
+	b.repin(repo, blob, m)
 	if blob.v.tags > 0 {
 		m.v.tags = int64(len(b.tagsOf(id, blob.v.id)))
 	}
@@ -373,7 +387,7 @@ func (b *batch) tagged(repo *row[repositoryRow], name string, blob *row[blobRow]
 	}
 	t.v.blob, t.v.since, t.v.touched = blob.v.id, at, max(t.v.touched, at)
 	t.v.meanings++
-	t.v.kept = b.pinned(repo, digestOf(blob).String())
+	t.v.kept = b.keeps(repo, blob)
 	b.means(repo.v.id, blob.v.id, name)
 	b.mean(repo, t, 1)
 	b.count(repo, counts{extra: extra + tagExtra(t.v.meanings)})
@@ -395,45 +409,6 @@ func (b *batch) mean(repo *row[repositoryRow], t *row[tagRow], sign int64) {
 	if m := b.manifest(repo.v.id, t.v.blob); m.there {
 		m.v.tags += sign
 	}
-}
-
-func (b *batch) pin(c tree.Change, on bool) {
-	name := c.Tag
-	if name == "" {
-		name = c.Canonical.String()
-	}
-	repo := b.repository(c.Repository)
-	switch was := repo.there && b.pinned(repo, name); {
-	case was == on:
-		return
-	case on:
-		repo = b.known(c.Repository)
-		b.exec("INSERT INTO pins (repository, name) VALUES (?, ?)", repo.v.id, name)
-		repo.v.pins++
-	default:
-		b.exec("DELETE FROM pins WHERE repository = ? AND name = ?", repo.v.id, name)
-		repo.v.pins--
-		repo.there = repo.v.present || repo.v.pins > 0
-	}
-	if c.Tag != "" {
-		if t := b.tag(repo.v.id, name); t.there {
-			t.v.pinned = on
-		}
-		return
-	}
-	if blob := b.blob(c.Canonical); blob != nil {
-		if m := b.manifest(repo.v.id, blob.v.id); m.there {
-			m.v.pinned = on
-		}
-		for _, t := range b.tagsOf(repo.v.id, blob.v.id) {
-			t.v.kept = on
-		}
-	}
-}
-
-func (b *batch) pinned(repo *row[repositoryRow], name string) bool {
-	var n int
-	return repo.v.pins > 0 && b.scan("SELECT 1 FROM pins WHERE repository = ? AND name = ?", []any{repo.v.id, name}, &n)
 }
 
 func (b *batch) readTag(repo *row[repositoryRow], name string, at int64) {

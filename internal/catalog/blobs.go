@@ -46,7 +46,10 @@ func (c *Catalog) blobs(ctx context.Context, query string, args ...any) (blobs [
 func (c *Catalog) Referenced(ctx context.Context, d digest.Digest) (referenced bool, err error) {
 	err = c.read(ctx, func(r *reader) error {
 		var n int64
-		_, err := r.one("SELECT members + tags FROM blobs WHERE digest = ?", []any{[]byte(pack(d))}, &n)
+		raw, err := r.raw(d)
+		if err == nil {
+			_, err = r.one("SELECT members + tags FROM blobs WHERE digest = ?", []any{raw}, &n)
+		}
 		referenced = n > 0
 		return err
 	})

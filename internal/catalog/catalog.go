@@ -14,6 +14,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+
 	storage "github.com/caddy-registry/mirror/storage/catalog"
 )
 
@@ -76,10 +78,16 @@ func Open(ctx context.Context, db *sql.DB, dialect storage.Dialect, store string
 	if c.w, err = db.Conn(ctx); err != nil {
 		return nil, fmt.Errorf("opening the catalog: %w", err)
 	}
+	if _, err := c.w.ExecContext(ctx, c.dialect.writer); err != nil {
+		return nil, fmt.Errorf("opening the catalog: %w", c.dialect.explain(err))
+	}
 	if err := migrate(ctx, c.w, dialect, store); err != nil {
 		return nil, fmt.Errorf("opening the catalog: %w", c.dialect.explain(err))
 	}
 	if err := c.renumber(ctx); err != nil {
+		return nil, fmt.Errorf("opening the catalog: %w", c.dialect.explain(err))
+	}
+	if _, err := c.w.ExecContext(ctx, "DELETE FROM aliases WHERE NOT EXISTS (SELECT 1 FROM blobs WHERE blobs.digest = aliases.canonical)"); err != nil {
 		return nil, fmt.Errorf("opening the catalog: %w", c.dialect.explain(err))
 	}
 	return c, nil
@@ -248,6 +256,16 @@ func (r *reader) each(query string, args []any, row func(scan func(...any) error
 		}
 	}
 	return rows.Err()
+}
+
+// raw is the digest under which bytes lie.
+func (r *reader) raw(d digest.Digest) ([]byte, error) {
+	raw := []byte(pack(d))
+	if len(raw) > digest.SHA256.Size() {
+		_, err := r.one("SELECT canonical FROM aliases WHERE digest = ?", []any{raw}, &raw)
+		return raw, err
+	}
+	return raw, nil
 }
 
 // one reads one row, and reports whether there is one.

@@ -63,6 +63,7 @@ func TestModel(t *testing.T) {
 				if w.random.IntN(20) == 0 {
 					c.Close()
 					c = open(t, file)
+					m.restart()
 				}
 				if w.random.IntN(4) == 0 {
 					compare(t, w, m, c)
@@ -191,6 +192,8 @@ func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
 	for _, d := range slices.Concat(w.blobs, w.manifests) {
 		referenced, err := c.Referenced(ctx, d)
 		check("referenced "+d.String(), referenced, err, m.referenced(d))
+		referenced, err = c.Referenced(ctx, w.others[d])
+		check("referenced "+d.String()+" by its sha512", referenced, err, m.referenced(m.resolve(w.others[d])))
 		owners, err := c.Owners(ctx, d, 100)
 		var want []catalog.Repository
 		for _, class := range []tree.Class{tree.Hosted, tree.Mirrored} {
@@ -231,7 +234,7 @@ func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
 		if r := m.repositories[name]; r != nil {
 			for tag, v := range r.tags {
 				want.Tags[tag] = v.digest
-				tags = append(tags, catalog.Tag{Name: tag, Digest: v.digest, Since: v.since, Read: v.read, Pinned: r.pins[tag] || r.pins[v.digest.String()], Bytes: m.tagBytes(r, v.digest)})
+				tags = append(tags, catalog.Tag{Name: tag, Digest: v.digest, Since: v.since, Read: v.read, Pinned: r.pins[tag] || m.pinned(r, v.digest), Bytes: m.tagBytes(r, v.digest)})
 			}
 			for d := range r.manifests {
 				want.Manifests[d] = true

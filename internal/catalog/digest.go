@@ -5,11 +5,13 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+
+	"github.com/caddy-registry/mirror/internal/oci"
 )
 
 // pack makes a digest half as long, and "" of what is none.
 func pack(d digest.Digest) string {
-	if d.Validate() != nil {
+	if _, err := oci.ParseDigest(d.String()); err != nil {
 		return ""
 	}
 	raw, _ := hex.DecodeString(d.Encoded())

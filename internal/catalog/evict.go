@@ -89,19 +89,6 @@ type Removal struct {
 	Bytes int64
 }
 
-// A part is a blob that a removal may take along.
-type part struct {
-	digest               digest.Digest
-	size, stored         int64
-	rows                 int64 // of members, in the whole store
-	tags                 int64 // in the whole store
-	linked, manifest     bool  // in the repository
-	named, parents, mean int64 // in the repository: by manifests; those it goes with; tags
-	without              int64 // of named, those that go
-	left                 int64 // of parents and mean, those that stay
-	goes                 bool  // as a manifest
-}
-
 // Removal says what goes with a root: nothing, if it is not there.
 func (c *Catalog) Removal(ctx context.Context, root Root) (Removal, error) {
 	removal := Removal{Root: root}
@@ -109,129 +96,107 @@ func (c *Catalog) Removal(ctx context.Context, root Root) (Removal, error) {
 	return removal, err
 }
 
+// A part is a blob that a removal may take along.
+type part struct {
+	digest           digest.Digest
+	size, stored     int64
+	members, tags    int64 // in the whole store
+	linked, manifest bool  // in the repository
+	pinned           bool
+	named            int64 // by manifests of the repository that stay
+	parents          int64 // and tags that stay
+	lost             bool  // a manifest that goes names it
+	goes             bool  // as a manifest
+}
+
+// free says whether a manifest has nothing left that it belongs to.
+func (p *part) free() bool { return p.manifest && !p.pinned && p.parents == 0 && !p.goes }
+
+func (p *part) lose() { p.named, p.lost = p.named-1, true }
+
 func (r *reader) removal(removal *Removal) error {
-	var repository, pins, first int64
-	if ok, err := r.one("SELECT id, pins FROM repositories WHERE name = ?", []any{removal.Repository}, &repository, &pins); !ok {
-		return err
-	}
-	query, args := "SELECT id FROM blobs WHERE digest = ?", []any{[]byte(pack(removal.Digest))}
-	if removal.Tag != "" {
-		query = "SELECT b.id FROM blobs b JOIN tags t ON t.blob = b.id WHERE b.digest = ? AND t.repository = ? AND t.name = ?"
-		args = append(args, repository, removal.Tag)
-	}
-	if ok, err := r.one(query, args, &first); !ok {
+	var repository int64
+	if ok, err := r.one("SELECT id FROM repositories WHERE name = ?", []any{removal.Repository}, &repository); !ok {
 		return err
 	}
 	parts := map[int64]*part{}
-	load := func(id int64) (*part, error) {
-		if p := parts[id]; p != nil {
-			return p, nil
-		}
-		p, err := r.part(repository, id)
-		parts[id] = p
-		return p, err
+	var order []int64 // of parts
+	load := func(from, where string, args []any, each func(id, kind int64)) error {
+		return r.each("SELECT b.id, b.digest, b.size, b.stored, b.members, b.tags, COALESCE(m.linked, 0), COALESCE(m.manifest, 0), COALESCE(m.named, 0), COALESCE(x.parents + x.tags, 0), COALESCE(x.pinned, 0), "+
+			from+" LEFT JOIN members m ON m.repository = ? AND m.blob = b.id LEFT JOIN manifests x ON x.repository = ? AND x.blob = b.id WHERE "+where,
+			append([]any{repository, repository}, args...), func(scan func(...any) error) error {
+				p := &part{}
+				var id, kind int64
+				var raw []byte
+				if err := scan(&id, &raw, &p.size, &p.stored, &p.members, &p.tags, &p.linked, &p.manifest, &p.named, &p.parents, &p.pinned, &kind); err != nil {
+					return err
+				}
+				if p.digest = unpack(raw); parts[id] == nil {
+					parts[id], order = p, append(order, id)
+				}
+				each(id, kind)
+				return nil
+			})
 	}
-	goes := func(p *part) (bool, error) {
-		if !p.manifest || p.left > 0 || p.goes {
-			return false, nil
-		}
-		if pins > 0 {
-			var n int
-			pinned, err := r.one("SELECT 1 FROM pins WHERE repository = ? AND name = ?", []any{repository, p.digest.String()}, &n)
-			if pinned || err != nil {
-				return false, err
-			}
-		}
-		p.goes = true
-		return true, nil
-	}
-	top, err := load(first)
+	var queue []int64
+	raw, err := r.raw(removal.Digest)
 	if err != nil {
 		return err
 	}
-	if removal.Tag != "" {
-		top.left--
-		top.tags--
-	}
-	var order []int64 // what may go, some more than once
-	var queue []int64
-	if ok, err := goes(top); err != nil {
+	if err := load("0 FROM blobs b", "b.digest = ?", []any{raw}, func(id, _ int64) { queue = append(queue, id) }); err != nil || len(queue) == 0 {
 		return err
-	} else if ok {
-		queue = append(queue, first)
 	}
+	top := parts[queue[0]]
+	if removal.Tag != "" {
+		var n int
+		if ok, err := r.one("SELECT 1 FROM tags WHERE repository = ? AND name = ? AND blob = ?", []any{repository, removal.Tag, queue[0]}, &n); !ok {
+			return err
+		}
+		top.tags--
+		if top.manifest {
+			top.parents--
+		}
+	}
+	if !top.free() {
+		return nil
+	}
+	top.goes = true
 	for len(queue) > 0 {
 		id := queue[0]
 		queue = queue[1:]
-		p := parts[id]
-		order = append(order, id)
-		removal.Manifests = append(removal.Manifests, p.digest)
-		children, err := r.ids("SELECT child FROM edges WHERE parent = ? ORDER BY kind, child", id)
+		removal.Manifests = append(removal.Manifests, parts[id].digest)
+		err := load("e.kind FROM edges e JOIN blobs b ON b.id = e.child", "e.parent = ? ORDER BY e.kind, e.child", []any{id}, func(child, kind int64) {
+			p := parts[child]
+			if kind == isIndex {
+				p.lose()
+			}
+			if p.parents--; p.free() {
+				p.goes = true
+				queue = append(queue, child)
+			}
+		})
+		if err == nil {
+			err = load("0 FROM layers l JOIN blobs b ON b.id = l.blob", "l.manifest = ?", []any{id}, func(layer, _ int64) { parts[layer].lose() })
+		}
 		if err != nil {
 			return err
-		}
-		for _, id := range children {
-			child, err := load(id)
-			if err != nil {
-				return err
-			}
-			child.left--
-			if ok, err := goes(child); err != nil {
-				return err
-			} else if ok {
-				queue = append(queue, id)
-			}
-		}
-		names, err := r.ids("SELECT blob FROM layers WHERE manifest = ? UNION SELECT child FROM edges WHERE parent = ? AND kind = 1", id, id)
-		if err != nil {
-			return err
-		}
-		for _, id := range names {
-			named, err := load(id)
-			if err != nil {
-				return err
-			}
-			named.without++
-			order = append(order, id)
 		}
 	}
-	done := map[int64]bool{}
 	for _, id := range order {
 		p := parts[id]
-		if done[id] {
-			continue
-		}
-		done[id] = true
-		if p.named > p.without {
+		if p.named > 0 || !p.lost && !p.goes {
 			continue
 		}
 		if p.linked {
 			removal.Links = append(removal.Links, p.digest)
 		}
-		if p.stored > 0 && p.rows == 1 && p.tags == 0 && (p.goes || !p.manifest && p.linked) {
+		// Nothing is left of it here; and it had but one row, which is here.
+		if p.stored > 0 && p.members == 1 && p.tags == 0 && (p.goes || !p.manifest && p.linked) {
 			removal.Blobs = append(removal.Blobs, p.digest)
 			removal.Bytes += p.size
 		}
 	}
 	return nil
-}
-
-func (r *reader) part(repository, id int64) (*part, error) {
-	p := &part{}
-	var raw []byte
-	_, err := r.one("SELECT digest, size, stored, members, tags FROM blobs WHERE id = ?", []any{id}, &raw, &p.size, &p.stored, &p.rows, &p.tags)
-	if err != nil {
-		return nil, err
-	}
-	p.digest = unpack(raw)
-	if _, err = r.one("SELECT linked, manifest, named FROM members WHERE repository = ? AND blob = ?", []any{repository, id}, &p.linked, &p.manifest, &p.named); err != nil {
-		return nil, err
-	}
-	if p.manifest {
-		_, err = r.one("SELECT parents, tags FROM manifests WHERE repository = ? AND blob = ?", []any{repository, id}, &p.parents, &p.mean)
-		p.left = p.parents + p.mean
-	}
-	return p, err
 }
 
 func (r *reader) ids(query string, args ...any) (ids []int64, err error) {

@@ -21,18 +21,13 @@ type Repository struct {
 // Repositories returns up to n repositories in the order of their names, after
 // a name, whose name contains a text.
 func (c *Catalog) Repositories(ctx context.Context, containing, after string, n int) (repositories []Repository, err error) {
-	query, args := "", []any{after}
+	query, args := listRepositories+"AND r.name > ? ", []any{after}
 	if containing != "" {
-		query, args = " AND INSTR(r.name, ?) > 0", append(args, containing)
+		query, args = query+"AND INSTR(r.name, ?) > 0 ", append(args, containing)
 	}
-	query = "SELECT r.name, r.class, u.name, r.created, r.tags, r.manifests, r.blobs, r.bytes, r.blocks, r.extra FROM repositories r JOIN upstreams u ON u.id = r.upstream WHERE r.name > ? AND r.present = 1" + query + " ORDER BY r.name LIMIT ?"
 	err = c.read(ctx, func(r *reader) error {
-		return r.each(query, append(args, n), func(scan func(...any) error) error {
-			v := counts{repositories: 1}
-			var repository Repository
-			var created int64
-			err := scan(&repository.Name, &repository.Class, &repository.Upstream, &created, &v.tags, &v.manifests, &v.blobs, &v.bytes, &v.blocks, &v.extra)
-			repository.Created, repository.Usage = fromSeconds(created), v.usage()
+		return r.each(query+"ORDER BY r.name LIMIT ?", append(args, n), func(scan func(...any) error) error {
+			repository, err := scanRepository(scan)
 			repositories = append(repositories, repository)
 			return err
 		})
@@ -40,12 +35,26 @@ func (c *Catalog) Repositories(ctx context.Context, containing, after string, n 
 	return repositories, err
 }
 
+const listRepositories = "SELECT r.name, r.class, u.name, r.created, r.tags, r.manifests, r.blobs, r.bytes, r.blocks, r.extra FROM repositories r JOIN upstreams u ON u.id = r.upstream WHERE r.present = 1 "
+
+func scanRepository(scan func(...any) error) (repository Repository, err error) {
+	v := counts{repositories: 1}
+	var created int64
+	err = scan(&repository.Name, &repository.Class, &repository.Upstream, &created, &v.tags, &v.manifests, &v.blobs, &v.bytes, &v.blocks, &v.extra)
+	repository.Created, repository.Usage = fromSeconds(created), v.usage()
+	return repository, err
+}
+
 // Owners returns the repositories that a blob belongs to, up to n of them,
 // hosted ones first.
 func (c *Catalog) Owners(ctx context.Context, d digest.Digest, n int) (repositories []Repository, err error) {
 	err = c.read(ctx, func(r *reader) error {
+		raw, err := r.raw(d)
+		if err != nil {
+			return err
+		}
 		return r.each("SELECT r.name, r.class, u.name, r.created FROM blobs b JOIN members m ON m.blob = b.id JOIN repositories r ON r.id = m.repository JOIN upstreams u ON u.id = r.upstream WHERE b.digest = ? ORDER BY r.class, r.name LIMIT ?",
-			[]any{[]byte(pack(d)), n}, func(scan func(...any) error) error {
+			[]any{raw, n}, func(scan func(...any) error) error {
 				var repository Repository
 				var created int64
 				err := scan(&repository.Name, &repository.Class, &repository.Upstream, &created)
@@ -94,8 +103,7 @@ func (c *Catalog) Tags(ctx context.Context, repository, after string, n int) (ta
 		for i, blob := range blobs {
 			size, ok := sizes[blob]
 			if !ok {
-				if _, err := r.one(below+`SELECT COALESCE(SUM(size), 0) FROM blobs WHERE stored > 0 AND id IN (
-					SELECT blob FROM below UNION SELECT l.blob FROM below JOIN layers l ON l.manifest = below.blob)`, []any{id, blob, id}, &size); err != nil {
+				if _, err := r.one(below+bytesBelow, []any{id, blob, id}, &size); err != nil {
 					return err
 				}
 				sizes[blob] = size
@@ -106,6 +114,10 @@ func (c *Catalog) Tags(ctx context.Context, repository, after string, n int) (ta
 	})
 	return tags, err
 }
+
+// bytesBelow are those of the manifests below, and of what they name.
+const bytesBelow = `SELECT COALESCE(SUM(size), 0) FROM blobs WHERE stored > 0 AND id IN (
+	SELECT blob FROM below UNION SELECT l.blob FROM below JOIN layers l ON l.manifest = below.blob)`
 
 // Names are what is known of a repository, for comparing with the store.
 type Names struct {

@@ -21,6 +21,7 @@ type model struct {
 	repositories map[string]*modelRepository
 	blobs        map[digest.Digest]*modelBlob // that are stored
 	parsed       map[digest.Digest]*oci.Manifest
+	aliases      map[digest.Digest]digest.Digest // by what is no sha256
 }
 
 type modelRepository struct {
@@ -48,7 +49,7 @@ type modelBlob struct {
 }
 
 func newModel() *model {
-	return &model{map[string]*modelRepository{}, map[digest.Digest]*modelBlob{}, map[digest.Digest]*oci.Manifest{}}
+	return &model{map[string]*modelRepository{}, map[digest.Digest]*modelBlob{}, map[digest.Digest]*oci.Manifest{}, map[digest.Digest]digest.Digest{}}
 }
 
 func later(a, b time.Time) time.Time {
@@ -90,6 +91,9 @@ func (m *model) store(d digest.Digest, size int64, at time.Time, always bool) *m
 
 func (m *model) apply(c tree.Change) {
 	d := c.Canonical
+	if d != "" && c.Digest != "" {
+		m.aliases[c.Digest] = d
+	}
 	switch c.Kind {
 	case tree.Recorded:
 		r := m.present(c.Repository)
@@ -139,7 +143,7 @@ func (m *model) apply(c tree.Change) {
 		delete(m.blobs, d)
 		return
 	case tree.Pinned:
-		m.known(c.Repository).pins[cmp.Or(c.Tag, d.String())] = true
+		m.known(c.Repository).pins[cmp.Or(c.Tag, c.Digest.String(), d.String())] = true
 		return
 	}
 	r := m.repositories[c.Repository]
@@ -148,7 +152,7 @@ func (m *model) apply(c tree.Change) {
 	}
 	switch c.Kind {
 	case tree.Unpinned:
-		delete(r.pins, cmp.Or(c.Tag, d.String()))
+		delete(r.pins, cmp.Or(c.Tag, c.Digest.String(), d.String()))
 	case tree.Read:
 		if c.Tag == "" {
 			m.read(r, d, c.At)
@@ -208,14 +212,41 @@ func (m *model) read(r *modelRepository, d digest.Digest, at time.Time) {
 	}
 }
 
-func has(descriptors []v1.Descriptor, d digest.Digest) bool {
-	return slices.ContainsFunc(descriptors, func(v v1.Descriptor) bool { return v.Digest == d })
+func (m *model) resolve(d digest.Digest) digest.Digest { return cmp.Or(m.aliases[d], d) }
+
+func (m *model) has(descriptors []v1.Descriptor, d digest.Digest) bool {
+	return slices.ContainsFunc(descriptors, func(v v1.Descriptor) bool { return m.resolve(v.Digest) == d })
+}
+
+// pinned says whether a manifest is pinned, by whatever digest.
+func (m *model) pinned(r *modelRepository, d digest.Digest) bool {
+	for pin := range r.pins {
+		if m.resolve(digest.Digest(pin)) == d {
+			return true
+		}
+	}
+	return false
+}
+
+// restart forgets the digests of what is not there any more.
+func (m *model) restart() {
+	maps.DeleteFunc(m.aliases, func(_, d digest.Digest) bool {
+		if m.blobs[d] != nil || m.referenced(d) {
+			return false
+		}
+		for _, p := range m.parsed {
+			if p.Subject != nil && m.resolve(p.Subject.Digest) == d {
+				return false
+			}
+		}
+		return true
+	})
 }
 
 // namers are the manifests of a repository that name a blob.
 func (m *model) namers(r *modelRepository, d digest.Digest) (namers []digest.Digest) {
 	for by := range r.manifests {
-		if p := m.parsed[by]; p != nil && (has(p.Blobs, d) || has(p.Children, d)) {
+		if p := m.parsed[by]; p != nil && (m.has(p.Blobs, d) || m.has(p.Children, d)) {
 			namers = append(namers, by)
 		}
 	}
@@ -225,12 +256,12 @@ func (m *model) namers(r *modelRepository, d digest.Digest) (namers []digest.Dig
 // parents are the manifests of a repository that a manifest goes with.
 func (m *model) parents(r *modelRepository, d digest.Digest) (parents []digest.Digest) {
 	for by := range r.manifests {
-		if p := m.parsed[by]; p != nil && has(p.Children, d) {
+		if p := m.parsed[by]; p != nil && m.has(p.Children, d) {
 			parents = append(parents, by)
 		}
 	}
-	if p := m.parsed[d]; p != nil && p.Subject != nil && r.manifests[p.Subject.Digest] != nil {
-		parents = append(parents, p.Subject.Digest)
+	if p := m.parsed[d]; p != nil && p.Subject != nil && r.manifests[m.resolve(p.Subject.Digest)] != nil {
+		parents = append(parents, m.resolve(p.Subject.Digest))
 	}
 	return parents
 }
@@ -314,12 +345,12 @@ func (m *model) coldest(upstream string, before time.Time) (roots []catalog.Root
 		tagged := map[digest.Digest]bool{}
 		for tag, t := range r.tags {
 			tagged[t.digest] = true
-			if !r.pins[tag] && !r.pins[t.digest.String()] {
+			if !r.pins[tag] && !m.pinned(r, t.digest) {
 				add(catalog.Root{Repository: name, Tag: tag, Digest: t.digest, Read: t.read})
 			}
 		}
 		for d, man := range r.manifests {
-			if !tagged[d] && !r.pins[d.String()] && len(m.parents(r, d)) == 0 {
+			if !tagged[d] && !m.pinned(r, d) && len(m.parents(r, d)) == 0 {
 				add(catalog.Root{Repository: name, Digest: d, Read: man.read})
 			}
 		}
@@ -340,7 +371,7 @@ func (m *model) removal(root catalog.Root) catalog.Removal {
 	}
 	gone := map[digest.Digest]bool{}
 	free := func(d digest.Digest) bool {
-		if r.manifests[d] == nil || r.pins[d.String()] {
+		if r.manifests[d] == nil || m.pinned(r, d) {
 			return false
 		}
 		for tag, t := range r.tags {
@@ -368,7 +399,7 @@ func (m *model) removal(root catalog.Root) catalog.Removal {
 		copied.links, copied.manifests, copied.tags = maps.Clone(r.links), maps.Clone(r.manifests), maps.Clone(r.tags)
 		without.repositories[name] = &copied
 	}
-	without.parsed = m.parsed
+	without.parsed, without.aliases = m.parsed, m.aliases
 	own := without.repositories[root.Repository]
 	delete(own.tags, root.Tag)
 	named := map[digest.Digest]bool{}
@@ -378,7 +409,7 @@ func (m *model) removal(root catalog.Root) catalog.Removal {
 		named[d] = named[d] || len(m.namers(r, d)) > 0 || r.links[d]
 		if p := m.parsed[d]; p != nil {
 			for _, v := range slices.Concat(p.Blobs, p.Children) {
-				named[v.Digest] = true
+				named[m.resolve(v.Digest)] = true
 			}
 		}
 	}
@@ -404,10 +435,10 @@ func (m *model) coldestBlobs(upstream string) (found []catalog.Blob) {
 		walk = func(d digest.Digest) {
 			if p := m.parsed[d]; r.manifests[d] != nil && p != nil {
 				for _, v := range p.Blobs {
-					pinned[v.Digest] = true
+					pinned[m.resolve(v.Digest)] = true
 				}
 				for _, v := range p.Children {
-					walk(v.Digest)
+					walk(m.resolve(v.Digest))
 				}
 			}
 		}
@@ -415,7 +446,7 @@ func (m *model) coldestBlobs(upstream string) (found []catalog.Blob) {
 			if t := r.tags[pin]; t != nil {
 				walk(t.digest)
 			}
-			walk(digest.Digest(pin))
+			walk(m.resolve(digest.Digest(pin)))
 		}
 	}
 	for d, b := range m.blobs {
@@ -467,10 +498,10 @@ func (m *model) tagBytes(r *modelRepository, d digest.Digest) (n int64) {
 		add(d)
 		if p := m.parsed[d]; p != nil {
 			for _, v := range p.Blobs {
-				add(v.Digest)
+				add(m.resolve(v.Digest))
 			}
 			for _, v := range p.Children {
-				walk(v.Digest)
+				walk(m.resolve(v.Digest))
 			}
 		}
 	}
@@ -487,23 +518,24 @@ type world struct {
 	manifests    []digest.Digest
 	content      map[digest.Digest]*oci.Manifest
 	sizes        map[digest.Digest]int64
+	others       map[digest.Digest]digest.Digest // the sha512 of all
 }
 
 func newWorld(seed uint64) *world {
-	w := &world{random: rand.New(rand.NewPCG(seed, 1)), now: 1000, content: map[digest.Digest]*oci.Manifest{}, sizes: map[digest.Digest]int64{}}
+	w := &world{random: rand.New(rand.NewPCG(seed, 1)), now: 1000, content: map[digest.Digest]*oci.Manifest{}, sizes: map[digest.Digest]int64{}, others: map[digest.Digest]digest.Digest{}}
 	w.repositories = []string{"docker.io/library/a", "docker.io/b", "quay.io/c", "quay.io/a/d", "apps/web", "apps/old"}
 	for range 16 {
-		d := digest.FromString("blob " + strings.Repeat("b", len(w.blobs)))
+		d := w.digest("blob " + strings.Repeat("b", len(w.blobs)))
 		w.blobs = append(w.blobs, d)
 		w.sizes[d] = w.random.Int64N(3) * w.random.Int64N(9000)
 	}
 	// A manifest names only those before it, as hashes have it.
 	for i := range 20 {
-		d := digest.FromString("manifest " + strings.Repeat("m", i))
+		d := w.digest("manifest " + strings.Repeat("m", i))
 		m := &oci.Manifest{}
 		if i > 6 && w.random.IntN(3) == 0 {
 			for range 1 + w.random.IntN(3) {
-				m.Children = append(m.Children, v1.Descriptor{Digest: w.manifests[w.random.IntN(i)], Size: 100})
+				m.Children = append(m.Children, w.descriptor(w.manifests[w.random.IntN(i)]))
 			}
 		} else {
 			for range w.random.IntN(5) { // the same twice at times
@@ -511,7 +543,7 @@ func newWorld(seed uint64) *world {
 			}
 		}
 		if i > 2 && w.random.IntN(4) == 0 {
-			s := v1.Descriptor{Digest: w.manifests[w.random.IntN(i)]}
+			s := w.descriptor(w.manifests[w.random.IntN(i)])
 			m.Subject = &s
 		}
 		w.manifests, w.content[d], w.sizes[d] = append(w.manifests, d), m, int64(100+i)
@@ -520,7 +552,16 @@ func newWorld(seed uint64) *world {
 }
 
 func (w *world) descriptor(d digest.Digest) v1.Descriptor {
+	if w.random.IntN(6) == 0 {
+		return v1.Descriptor{Digest: w.others[d], Size: w.sizes[d]}
+	}
 	return v1.Descriptor{Digest: d, Size: w.sizes[d]}
+}
+
+func (w *world) digest(content string) digest.Digest {
+	d := digest.FromString(content)
+	w.others[d] = digest.SHA512.FromString(content)
+	return d
 }
 
 func (w *world) time() time.Time {
@@ -544,6 +585,11 @@ func (w *world) change() tree.Change {
 		c.Kind, c.Canonical = kind, manifest
 		if w.random.IntN(2) == 0 {
 			c.Tag, c.Canonical = tag, ""
+		} else if kind != tree.Read && w.random.IntN(3) == 0 {
+			c.Digest = w.others[manifest]
+			if w.random.IntN(2) == 0 {
+				c.Canonical = "" // it is not held, as far as the tree knows
+			}
 		}
 		return c
 	}
@@ -594,6 +640,12 @@ func (w *world) change() tree.Change {
 		c.Kind, c.Canonical = tree.Removed, pick(w, []digest.Digest{blob, manifest})
 	default:
 		c.Kind = tree.Forgotten
+	}
+	switch c.Kind {
+	case tree.Manifested, tree.Linked, tree.Tagged:
+		if w.random.IntN(12) == 0 {
+			c.Digest = w.others[c.Canonical]
+		}
 	}
 	return c
 }

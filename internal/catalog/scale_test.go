@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"testing"
 	"time"
 
@@ -126,12 +127,13 @@ func BenchmarkScale(b *testing.B) {
 	})
 
 	rate := func(what string, changes []tree.Change) {
+		before := used()
 		took()
 		for batch := range slices.Chunk(changes, 10_000) {
 			must(c.Apply(ctx, batch))
 		}
-		d := took()
-		say("%s: %.0f changes/s (%d in %v)", what, float64(len(changes))/d.Seconds(), len(changes), d)
+		d, cpu := took(), used()-before
+		say("%s: %d in %v, %.0f/s; %v of CPU, %.0f/s", what, len(changes), d, float64(len(changes))/d.Seconds(), cpu, float64(len(changes))/cpu.Seconds())
 	}
 	var changes []tree.Change
 	for range 50_000 {
@@ -149,6 +151,13 @@ func BenchmarkScale(b *testing.B) {
 		changes = append(changes, removed(removal)...)
 	}
 	rate("evictions", changes)
+}
+
+// used is what the process has had of the processors, which others use, too.
+func used() time.Duration {
+	var u syscall.Rusage
+	syscall.Getrusage(syscall.RUSAGE_SELF, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // newImages is what the pulls of images say: the manifest, a tag, its config and

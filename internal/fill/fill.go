@@ -84,6 +84,7 @@ import (
 	"io/fs"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -247,6 +248,7 @@ type Fill struct {
 	started    time.Time
 	before     <-chan struct{} // closed when the fill before it has put its files away
 	gone       chan struct{}   // closed when this one has
+	ended      error           // why it did not commit, once gone is closed
 	ctx        context.Context // of all fetching
 	cancel     context.CancelCauseFunc
 
@@ -266,6 +268,8 @@ type Fill struct {
 
 	rooms sync.Mutex
 	room  storage.Reservation // for the whole, or nil; guarded by rooms
+	// covered is how many bytes of the spool room is set aside for.
+	covered atomic.Int64
 
 	from    string
 	fetched int64
@@ -374,6 +378,7 @@ func (f *Fill) run() {
 		f.fail(err) // unless it has failed already, or its content is free
 	}
 	f.cancel(nil)
+	f.ended = err
 	if !held && f.table.done != nil {
 		f.mu.Lock()
 		summary := Summary{

@@ -29,6 +29,7 @@ type table struct {
 	dir    string
 	parks  bool // files may be left in the spool
 	closed bool
+	room   atomic.Pointer[func(context.Context, int64) bool] // nil: nobody makes any
 
 	mu    sync.Mutex
 	links map[string]digest.Digest // repository@asked → canonical
@@ -49,6 +50,11 @@ func openTable(t *testing.T, dir string) *table {
 		x.mu.Lock()
 		defer x.mu.Unlock()
 		x.ended = append(x.ended, s)
+	}, func(ctx context.Context, n int64) bool {
+		if room := x.room.Load(); room != nil {
+			return (*room)(ctx, n)
+		}
+		return false
 	})
 	t.Cleanup(func() {
 		x.close()

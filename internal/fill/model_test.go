@@ -150,7 +150,7 @@ func (m *model) open() {
 		}
 		m.links[repository] = true
 		return nil
-	}, nil)
+	}, nil, m.makeRoom)
 	fill.Tune(m.table, m.tuning[0], m.tuning[1], m.tuning[2], m.tuning[3], m.tuning[4])
 	fill.Boot(m.table, m.boot)
 }
@@ -449,6 +449,19 @@ func (r *modelReservation) Release() {
 	defer r.s.m.mu.Unlock()
 	r.s.reserved -= r.left
 	r.left = 0
+}
+
+// makeRoom makes some, or enough, or none.
+func (m *model) makeRoom(ctx context.Context, n int64) bool {
+	m.pause(ctx, time.Millisecond)
+	if m.chance(3) {
+		return false
+	}
+	more := n * int64(m.n(3)) / 2
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.store.room += more
+	return true
 }
 
 // modelSource is a source with its own troubles.

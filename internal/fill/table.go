@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -42,6 +43,7 @@ type Table struct {
 	store  storage.Store
 	link   func(ctx context.Context, repository string, asked, canonical digest.Digest) error
 	done   func(Summary)
+	room   func(ctx context.Context, n int64) bool
 	limits limits
 	boot   string
 	spool  string // "": there is none, for the reason in broken
@@ -62,13 +64,15 @@ type Table struct {
 // NewTable returns a table that commits to the given store. link makes
 // committed content a member of a repository: asked is the digest it was asked
 // for by, canonical the sha256 it lies under. done, which may be nil, is
-// called at the end of each fill that asked a source.
+// called at the end of each fill that asked a source. room, which may be nil, is
+// asked to make room for n bytes where there is none, and reports whether it is
+// worth trying again.
 //
 // The directory fills in the store's spool is the table's own. What an earlier
 // one left there is used when it is asked for again, within a week.
-func NewTable(store storage.Store, link func(ctx context.Context, repository string, asked, canonical digest.Digest) error, done func(Summary)) *Table {
+func NewTable(store storage.Store, link func(ctx context.Context, repository string, asked, canonical digest.Digest) error, done func(Summary), room func(ctx context.Context, n int64) bool) *Table {
 	t := &Table{
-		store: store, link: link, done: done, limits: standard, boot: storage.Boot(),
+		store: store, link: link, done: done, room: room, limits: standard, boot: storage.Boot(),
 		live: map[key]*Fill{}, ending: map[key]*Fill{},
 	}
 	t.ctx, t.cancel = context.WithCancelCause(context.Background())
@@ -91,6 +95,26 @@ func (t *Table) Ahead(want Want) {
 	t.mu.Unlock()
 	if !busy {
 		t.join(want, false) // closed, or busy after all
+	}
+}
+
+// Fetch fetches content as Ahead does, and waits until it is stored and linked,
+// or why it is not.
+func (t *Table) Fetch(ctx context.Context, want Want) error {
+	for {
+		f, err := t.join(want, false)
+		if err != nil {
+			return err
+		}
+		select {
+		case <-f.gone:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		// Somebody had come for it, left, and let it be put away.
+		if !errors.Is(f.ended, ErrPaused) {
+			return f.ended
+		}
 	}
 }
 
@@ -263,26 +287,67 @@ func (t *Table) tidy() {
 	}
 }
 
+// Partial is how many bytes on the disk are of content that is not whole yet, less
+// what fills under way have set aside and not given back.
+func (t *Table) Partial() int64 {
+	entries, err := os.ReadDir(t.spool)
+	if err != nil {
+		return 0
+	}
+	covered := map[string]int64{}
+	t.mu.Lock()
+	for _, fills := range []map[key]*Fill{t.live, t.ending} {
+		for k, f := range fills {
+			covered[k.name()] = f.covered.Load()
+		}
+	}
+	t.mu.Unlock()
+	var sum int64
+	for _, entry := range entries {
+		info, err := entry.Info()
+		if err != nil {
+			continue // committed or removed since
+		}
+		allocated := info.Size()
+		if stat, ok := info.Sys().(*syscall.Stat_t); ok {
+			allocated = stat.Blocks * 512
+		}
+		sum += max(0, allocated-covered[entry.Name()])
+	}
+	return sum
+}
+
 // reserve sets room aside, and if there is none, gives up parked fills for it,
-// those longest untouched first.
-func (t *Table) reserve(n int64) (storage.Reservation, error) {
+// those longest untouched first, and then asks for room.
+func (t *Table) reserve(ctx context.Context, n int64) (storage.Reservation, error) {
 	r, err := t.store.Reserve(n)
 	if !errors.Is(err, storage.ErrFull) {
 		return r, err
 	}
+	if r, err = t.reserveParked(n, err); !errors.Is(err, storage.ErrFull) || t.room == nil || !t.room(ctx, n) {
+		return r, err
+	}
+	return t.store.Reserve(n)
+}
+
+// reserveParked gives up parked fills until there is room. full is why there is
+// none.
+func (t *Table) reserveParked(n int64, full error) (storage.Reservation, error) {
 	t.parking.Lock()
 	defer t.parking.Unlock()
-	names, listErr := t.parked()
-	if listErr != nil {
-		return nil, err
+	names, err := t.parked()
+	if err != nil {
+		return nil, full
 	}
 	for _, name := range names {
 		if t.discard(name) != nil {
 			continue
 		}
-		if r, err = t.store.Reserve(n); !errors.Is(err, storage.ErrFull) {
+		r, err := t.store.Reserve(n)
+		if !errors.Is(err, storage.ErrFull) {
 			return r, err
 		}
+		full = err
 	}
-	return nil, err
+	return nil, full
 }

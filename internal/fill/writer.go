@@ -26,7 +26,15 @@ type complete struct {
 }
 
 // shared is the reservation of a whole fill, as one span uses it.
-type shared struct{ storage.Reservation }
+type shared struct {
+	storage.Reservation
+	fill *Fill
+}
+
+func (s shared) Use(n int64) {
+	s.Reservation.Use(n)
+	s.fill.covered.Add(n)
+}
 
 func (shared) Release() {}
 
@@ -54,6 +62,7 @@ func (f *Fill) unreserve() {
 	f.rooms.Lock()
 	defer f.rooms.Unlock()
 	if f.room != nil {
+		f.covered.Store(0)
 		f.room.Release()
 		f.room = nil
 	}
@@ -67,18 +76,18 @@ func (f *Fill) reserve(s *span) (storage.Reservation, error) {
 	}
 	f.mu.Unlock()
 	if !whole {
-		return f.table.reserve(need)
+		return f.table.reserve(f.ctx, need)
 	}
 	f.rooms.Lock()
 	defer f.rooms.Unlock()
 	if f.room == nil {
 		var err error
-		if f.room, err = f.table.reserve(need); err != nil {
+		if f.room, err = f.table.reserve(f.ctx, need); err != nil {
 			f.room = nil
 			return nil, err
 		}
 	}
-	return shared{f.room}, nil
+	return shared{f.room, f}, nil
 }
 
 // write takes the next run of the span's bytes, which begins at an offset.

@@ -25,11 +25,11 @@ func (x *exchange) warm(ref oci.Reference, head bool) (bool, error) {
 	}
 	switch {
 	case x.route.Kind == oci.KindManifest && !(ref.Tag != "" && x.forced()):
-		if answer := x.mirror.warmManifest(x.target, ref); answer != nil {
+		if answer := x.mirror.warmManifest(x.target, ref, x.began); answer != nil {
 			return true, x.sendManifest(answer, ref, head)
 		}
 	case x.route.Kind == oci.KindBlob && x.r.Header["Range"] == nil && x.r.Header["If-None-Match"] == nil:
-		if body, ok := x.mirror.tree.WarmBlob(x.target.Repository, ref.Digest, time.Time{}); ok {
+		if body, ok := x.mirror.tree.WarmBlob(x.target.Repository, ref.Digest, x.began); ok {
 			x.cached(hit)
 			x.blobHeaders(ref.Digest)
 			set(x.w.Header(), "Content-Length", strconv.Itoa(len(body)))
@@ -62,6 +62,9 @@ func (x *exchange) manifest(ctx context.Context, ref oci.Reference, head bool) e
 	if err != nil {
 		return err
 	}
+	if answer.held != nil {
+		x.mirror.asked(x.target, ref, x.began)
+	}
 	return x.sendManifest(answer, ref, head)
 }
 
@@ -69,6 +72,9 @@ func (x *exchange) sendManifest(answer *manifestAnswer, ref oci.Reference, head 
 	d, mediaType := answer.digest, answer.mediaType
 	var etag, length string
 	if answer.held != nil {
+		if err := x.mirror.withinLimits(x.r.Context(), x.target, answer.held); err != nil {
+			return err
+		}
 		if err := x.mirror.obtainable(x.r.Context(), x.target, answer.held); err != nil {
 			return err
 		}

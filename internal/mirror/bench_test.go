@@ -2,6 +2,7 @@ package mirror
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/regtest"
+	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/internal/upstream"
 	"github.com/caddy-registry/mirror/storage"
 	"github.com/caddy-registry/mirror/storage/disk/disktest"
@@ -50,6 +52,9 @@ type bench struct {
 	site     *Site
 	mirror   *Mirror
 	store    storage.Store
+	tree     *tree.Tree
+	notes    func(tree.Change) // nil: nobody is told but the mirror
+	room     func(context.Context, int64) bool
 	logs     *observer.ObservedLogs
 	agent    string // User-Agent of the requests
 	events   chan string
@@ -100,7 +105,15 @@ func (b *bench) open() {
 func (b *bench) start() {
 	core, logs := observer.New(zap.InfoLevel)
 	b.logs = logs
-	b.mirror = New(b.store, zap.New(core))
+	b.tree = tree.New(b.store, func(c tree.Change) {
+		if m := b.mirror; m != nil {
+			m.Note(c)
+		}
+		if b.notes != nil {
+			b.notes(c)
+		}
+	})
+	b.mirror = New(Parts{Store: b.store, Tree: b.tree, Room: b.room, Log: zap.New(core)})
 	b.mirror.now = b.now
 	b.mirror.Set(Settings{Hot: DefaultHot, Emit: func(event string, _ map[string]any) {
 		select {
@@ -112,6 +125,8 @@ func (b *bench) start() {
 
 func (b *bench) close() {
 	b.mirror.Close()
+	b.tree.Close()
+	b.mirror = nil
 	b.store.Close()
 }
 

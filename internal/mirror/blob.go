@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 
+	"github.com/dustin/go-humanize"
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
 
@@ -45,12 +46,13 @@ func (m *Mirror) blob(ctx context.Context, t Target, d digest.Digest) (content, 
 			err = m.damaged(t, d, known, info.Size)
 		}
 		if err == nil {
+			m.tree.AskedBlob(t.Repository, known, m.now())
 			if !known.Linked && t.Upstream != nil {
 				if err := m.claim(ctx, t); err != nil {
 					r.Close()
 					return nil, miss, err
 				}
-				if err := m.tree.LinkBlob(ctx, t.Repository, d, known.Canonical); err != nil {
+				if err := m.tree.LinkBlob(ctx, t.Repository, d, known.Canonical); err != nil && !errors.Is(err, fs.ErrNotExist) { // evicted since
 					m.diskTrouble("linking a blob", t.Repository+"@"+d.String(), err)
 				}
 			}
@@ -60,7 +62,13 @@ func (m *Mirror) blob(ctx context.Context, t Target, d digest.Digest) (content, 
 			return nil, miss, err
 		}
 		if errors.Is(err, tree.ErrDamaged) {
-			m.log.Warn("a stored blob was damaged by a loss of power", zap.String("reference", t.Repository+"@"+d.String()), zap.Error(err))
+			m.log.Warn("a stored blob is damaged", zap.String("reference", t.Repository+"@"+d.String()), zap.Error(err))
+			if t.Upstream != nil {
+				// If it is still there: what is fetched now would be taken from it.
+				if err := m.tree.Prove(ctx, known.Canonical); err != nil && !errors.Is(err, fs.ErrNotExist) {
+					return nil, miss, err
+				}
+			}
 		}
 	}
 	if t.Upstream == nil {
@@ -92,6 +100,9 @@ func (m *Mirror) want(ctx context.Context, t Target, d digest.Digest, size int64
 	if size == 0 && d != d.Algorithm().FromBytes(nil) {
 		return fill.Want{}, fail(noUpstream, "the blob is said to be empty, and its digest says that it is not")
 	}
+	if err := m.small(d, size); err != nil {
+		return fill.Want{}, err
+	}
 	if err := m.claim(ctx, t); err != nil {
 		return fill.Want{}, err
 	}
@@ -102,6 +113,42 @@ func (m *Mirror) want(ctx context.Context, t Target, d digest.Digest, size int64
 		Sources:     t.Upstream.Client.Blob(t.Name, d),
 		Connections: t.Upstream.Connections,
 	}, nil
+}
+
+// small fails for a blob that is larger than the store takes.
+func (m *Mirror) small(d digest.Digest, size int64) error {
+	if most := m.maxBlob.Load(); most > 0 && size > most {
+		return fail(tooLarge, "its blob %s has %s, and max_blob_size of this mirror's store is %s", d, humanize.IBytes(uint64(size)), humanize.IBytes(uint64(most)))
+	}
+	return nil
+}
+
+// withinLimits fails for a mirrored manifest that names a blob which is larger
+// than the store takes, unless it is held: a client that had the manifest from
+// here would have to take the blob from here, too.
+func (m *Mirror) withinLimits(ctx context.Context, t Target, manifest *tree.Manifest) error {
+	if m.maxBlob.Load() <= 0 || t.Upstream == nil {
+		return nil
+	}
+	for _, blob := range manifest.Blobs {
+		if err := m.small(blob.Digest, blob.Size); err != nil && !m.holds(ctx, t, blob.Digest) {
+			return err
+		}
+	}
+	return nil
+}
+
+// Fetch fetches a mirrored blob that is not held, behind everything that somebody
+// waits for, and waits until it is stored. A size below 0 is asked for first.
+func (m *Mirror) Fetch(ctx context.Context, t Target, d digest.Digest, size int64) error {
+	if err := m.admit(ctx, t); err != nil {
+		return err
+	}
+	want, err := m.want(ctx, t, d, size)
+	if err != nil {
+		return err
+	}
+	return m.fills.Fetch(ctx, want)
 }
 
 // upstreamSize asks the upstream how long a blob is, once for all who ask.
@@ -120,10 +167,21 @@ func intact(known tree.Member, size int64) bool {
 	return size > 0 || known.Canonical == known.Canonical.Algorithm().FromBytes(nil)
 }
 
-// damaged makes a mirrored blob that is not intact count as absent, so that it
-// is fetched again.
+// damaged makes a blob that is not intact count as absent, so that a mirrored one
+// is fetched again. It may be that the manifest lies about its length, and what is
+// stored is right and somebody else's; so a mirrored one is hashed, and deleted if
+// it is wrong. Nobody waits for that: what is fetched takes its place.
 func (m *Mirror) damaged(t Target, d digest.Digest, known tree.Member, size int64) error {
 	m.log.Warn("a stored blob has the wrong length", zap.String("reference", t.Repository+"@"+d.String()), zap.Int64("bytes", size), zap.Int64("expected", known.Size))
+	if t.Upstream != nil && !m.proven.Contains(known.Canonical) && m.begin() {
+		m.proven.Add(known.Canonical, struct{}{})
+		go func() {
+			defer m.wg.Done()
+			if err := m.tree.Prove(m.ctx, known.Canonical); err != nil {
+				m.proven.Remove(known.Canonical) // wrong, and it may be so again
+			}
+		}()
+	}
 	return fmt.Errorf("%w: the stored bytes of %s are damaged", fs.ErrNotExist, d)
 }
 
@@ -160,6 +218,7 @@ func (m *Mirror) describeBlob(ctx context.Context, t Target, d digest.Digest) (i
 			err = m.damaged(t, d, known, info.Size)
 		}
 		if err == nil {
+			m.tree.AskedBlob(t.Repository, known, m.now())
 			return info.Size, hit, nil
 		}
 		if !errors.Is(err, fs.ErrNotExist) {

@@ -27,6 +27,7 @@ const (
 	unknownName // registry or repository
 	unknownContent
 	unobtainable   // a manifest whose blobs are not there
+	tooLarge       // a manifest with a blob beyond max_blob_size, or that blob
 	deniedUpstream // our credentials were refused
 	privateName
 	readOnly
@@ -64,6 +65,7 @@ var codes = map[situation]struct {
 	unknownName:     {manifest: cell{http.StatusNotFound, oci.CodeNameUnknown}},
 	unknownContent:  {manifest: cell{http.StatusNotFound, oci.CodeManifestUnknown}, blob: cell{http.StatusNotFound, oci.CodeBlobUnknown}},
 	unobtainable:    {manifest: cell{http.StatusForbidden, oci.CodeDenied}, remedy: "pull from another source, or another tag"},
+	tooLarge:        {manifest: cell{http.StatusForbidden, oci.CodeDenied}, remedy: "raise max_blob_size in the mirror's configuration, or pull from another source"},
 	deniedUpstream:  {manifest: cell{http.StatusForbidden, oci.CodeDenied}, remedy: "check the credentials in the mirror's configuration"},
 	privateName:     {manifest: cell{http.StatusForbidden, oci.CodeDenied}},
 	readOnly:        {manifest: cell{http.StatusMethodNotAllowed, oci.CodeUnsupported}},

@@ -34,6 +34,7 @@ func TestCodes(t *testing.T) {
 		unknownName:     {"404 NAME_UNKNOWN", "404 NAME_UNKNOWN", "404 NAME_UNKNOWN"},
 		unknownContent:  {"404 MANIFEST_UNKNOWN", "404 BLOB_UNKNOWN", "404 BLOB_UNKNOWN"},
 		unobtainable:    {"403 DENIED", "403 DENIED", "403 DENIED"},
+		tooLarge:        {"403 DENIED", "403 DENIED", "403 DENIED"},
 		deniedUpstream:  {"403 DENIED", "403 DENIED", "403 DENIED"},
 		privateName:     {"403 DENIED", "403 DENIED", "403 DENIED"},
 		readOnly:        {"405 UNSUPPORTED", "405 UNSUPPORTED", "405 UNSUPPORTED"},

@@ -14,6 +14,7 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/regtest"
+	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/internal/upstream"
 	"github.com/caddy-registry/mirror/storage"
 	"github.com/caddy-registry/mirror/storage/disk/disktest"
@@ -59,7 +60,9 @@ func TestOvertaken(t *testing.T) {
 			defer client.Close()
 			store := &overtaken{Store: disktest.Open(t, t.TempDir())}
 			defer store.Close()
-			m := New(store, zap.NewNop())
+			held := tree.New(store, nil)
+			defer held.Close()
+			m := New(Parts{Store: store, Tree: held, Log: zap.NewNop()})
 			defer m.Close()
 			target := Target{
 				Upstream:   &Upstream{Name: "reg.example", Prefix: "reg.example", TagTTL: time.Minute, Client: client},

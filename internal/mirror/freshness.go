@@ -5,6 +5,8 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+
+	"github.com/caddy-registry/mirror/internal/tree"
 )
 
 const (
@@ -25,6 +27,7 @@ type tagState struct {
 	checked   time.Time // when the origin was asked that said what it means, or that it is gone
 	gone      time.Time // since when the origin says 404; zero: it is there
 	use       *use
+	read      *tree.LastRead // that the tree was told of; as old as the tag in memory
 }
 
 // use is how a tag has been used since it was checked.

@@ -32,9 +32,10 @@ type manifestAnswer struct {
 
 func held(m *tree.Manifest, c cache) *manifestAnswer { return &manifestAnswer{held: m, cache: c} }
 
-// warmManifest answers from memory alone, or returns nil.
-func (m *Mirror) warmManifest(t Target, ref oci.Reference) *manifestAnswer {
-	d := ref.Digest
+// warmManifest answers a client that asks at the given time from memory alone, or
+// returns nil.
+func (m *Mirror) warmManifest(t Target, ref oci.Reference, at time.Time) *manifestAnswer {
+	d, byDigest := ref.Digest, at
 	var state tagState
 	if ref.Tag != "" {
 		if t.Upstream == nil {
@@ -44,16 +45,26 @@ func (m *Mirror) warmManifest(t Target, ref oci.Reference) *manifestAnswer {
 		if state, ok = m.tags.Get(tagKey{t.Repository, ref.Tag}); !ok || state.standing(m.now(), t.Upstream) != fresh {
 			return nil
 		}
-		d = state.digest
+		d, byDigest = state.digest, time.Time{}
 	}
-	had, ok := m.tree.Warm(t.Repository, d, time.Time{})
+	had, ok := m.tree.Warm(t.Repository, d, byDigest)
 	switch {
 	case !ok:
 		return nil
 	case ref.Tag != "":
+		m.tree.Asked(t.Repository, ref.Tag, state.read, at)
 		return m.freshAnswer(t, ref.Tag, state, had)
 	}
 	return held(had, hit)
+}
+
+// asked notes that a client has been answered with what is held.
+func (m *Mirror) asked(t Target, ref oci.Reference, at time.Time) {
+	if ref.Tag == "" {
+		m.tree.AskedManifest(t.Repository, ref.Digest, at)
+	} else if state, ok := m.tags.Peek(tagKey{t.Repository, ref.Tag}); ok {
+		m.tree.Asked(t.Repository, ref.Tag, state.read, at)
+	}
 }
 
 // manifest answers for a tag or a digest. With head, what is not held is not

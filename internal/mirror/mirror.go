@@ -66,6 +66,9 @@ type Mirror struct {
 	told     *lru.Cache[trouble, time.Time]   // when it was last told of
 	emit     atomic.Pointer[func(string, map[string]any)]
 	coming   *lru.Cache[member, *layers] // of manifests that have just come
+	untagged atomic.Uint64               // tags that were removed
+	maxBlob  atomic.Int64
+	proven   *lru.Cache[digest.Digest, struct{}] // blobs that were hashed on suspicion
 }
 
 type tagKey struct{ repository, tag string }
@@ -75,9 +78,19 @@ type manifestKey struct {
 	digest     digest.Digest
 }
 
-// New returns a mirror on an open store, which it does not close.
-func New(store storage.Store, log *zap.Logger) *Mirror {
-	m := &Mirror{tree: tree.New(store, nil), log: log, now: time.Now, patience: blobPatience, aheads: make(chan struct{}, checksAhead)}
+// Parts are what a mirror works with. It closes none of them, and they outlive it.
+type Parts struct {
+	Store storage.Store
+	Tree  *tree.Tree // in the store
+	// Room makes room for n bytes where there is none, and reports whether it is
+	// worth trying again; nil: nobody does.
+	Room func(ctx context.Context, n int64) bool
+	Log  *zap.Logger
+}
+
+// New returns a mirror.
+func New(p Parts) *Mirror {
+	m := &Mirror{tree: p.Tree, log: p.Log, now: time.Now, patience: blobPatience, aheads: make(chan struct{}, checksAhead)}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	// lru.New fails only for a size below 1.
 	m.tags, _ = lru.New[tagKey, tagState](maxTags)
@@ -88,7 +101,8 @@ func New(store storage.Store, log *zap.Logger) *Mirror {
 	m.probes, _ = lru.New[string, tree.Verdict](10_000)
 	m.told, _ = lru.New[trouble, time.Time](1_000)
 	m.coming, _ = lru.New[member, *layers](10_000)
-	m.fills = fill.NewTable(store, m.tree.LinkBlob, m.filled)
+	m.proven, _ = lru.New[digest.Digest, struct{}](1_000)
+	m.fills = fill.NewTable(p.Store, m.tree.LinkBlob, m.filled, p.Room)
 	return m
 }
 
@@ -100,8 +114,20 @@ func (m *Mirror) Close() {
 	m.cancel()
 	m.fills.Close()
 	m.wg.Wait()
-	m.tree.Close()
 }
+
+// Note is told of every change of the tree. It forgets what a tag has meant that
+// is removed.
+func (m *Mirror) Note(c tree.Change) {
+	if c.Kind == tree.Untagged {
+		m.untagged.Add(1)
+		m.tags.Remove(tagKey{c.Repository, c.Tag})
+	}
+}
+
+// Partial is how many bytes on the disk are of blobs that are not whole yet, but
+// for those that fills under way have set aside.
+func (m *Mirror) Partial() int64 { return m.fills.Partial() }
 
 // begin keeps the mirror open for something that no request waits for, until
 // wg.Done. It fails when the mirror is being closed.
@@ -122,6 +148,9 @@ const DefaultHot = tree.DefaultHot
 type Settings struct {
 	// Hot is how many bytes of memory there are for small content.
 	Hot int64
+	// MaxBlob is how large a blob may be that is not held already, in bytes; 0:
+	// as large as any. A manifest that names a larger one is refused.
+	MaxBlob int64
 	// Emit is told what an operator may want to act on; nil: nobody is. Its
 	// events have `reference` and `error`: upstream_down, upstream_denied and
 	// rate_limited besides `upstream`, digest_mismatch `endpoint`, and
@@ -133,6 +162,7 @@ type Settings struct {
 // Set replaces the settings.
 func (m *Mirror) Set(s Settings) {
 	m.tree.Heat(s.Hot)
+	m.maxBlob.Store(s.MaxBlob)
 	m.emit.Store(&s.Emit)
 }
 
@@ -189,7 +219,8 @@ func (m *Mirror) filled(s fill.Summary) {
 	case s.Err == nil:
 		fields = append(fields, zap.Float64("mb_per_s", float64(s.Fetched)/1e6/max(s.Duration.Seconds(), 1e-6)))
 		m.log.Info("filled", fields...)
-	case errors.Is(s.Err, fill.ErrClosed), errors.Is(s.Err, fill.ErrPaused):
+	case errors.Is(s.Err, fill.ErrClosed), errors.Is(s.Err, fill.ErrPaused),
+		errors.Is(s.Err, fill.ErrCommit) && errors.Is(s.Err, fs.ErrNotExist): // evicted before it was linked
 		m.log.Info("fill put away", append(fields, zap.String("reason", s.Err.Error()))...)
 	case errors.Is(s.Err, fill.ErrSpool), errors.Is(s.Err, fill.ErrPassed), errors.Is(s.Err, fill.ErrCommit):
 		m.diskTrouble("keeping a blob", s.Repository+"@"+s.Digest.String(), s.Err)

@@ -11,6 +11,7 @@ import (
 	lru "github.com/hashicorp/golang-lru/v2"
 
 	"github.com/caddy-registry/mirror/internal/oci"
+	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/internal/upstream"
 )
 
@@ -274,6 +275,30 @@ func (u *Upstreams) owner(repository string) *Upstream {
 		}
 	}
 	return nil
+}
+
+// Owner is what a stored repository stands for that has the given record, if it is
+// mirrored from a registry of this configuration.
+func (u *Upstreams) Owner(repository string, r tree.Record) (Target, bool) {
+	if r.Class != tree.Mirrored {
+		return Target{}, false
+	}
+	name := repository
+	if r.Prefix != "" {
+		var ok bool
+		if name, ok = strings.CutPrefix(repository, r.Prefix+"/"); !ok {
+			return Target{}, false
+		}
+	}
+	entry := u.named(r.Upstream)
+	if entry == nil {
+		return Target{}, false
+	}
+	up, err := u.concrete(entry, r.Upstream)
+	if err != nil {
+		return Target{}, false
+	}
+	return Target{Upstream: up, Name: name, Repository: repository}, true
 }
 
 // Close closes the clients of all registries.

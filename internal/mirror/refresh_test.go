@@ -20,6 +20,7 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/regtest"
+	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/internal/upstream"
 	"github.com/caddy-registry/mirror/storage"
 	"github.com/caddy-registry/mirror/storage/disk/disktest"
@@ -180,7 +181,9 @@ func newRefreshing(t *testing.T, opts regtest.Options, repository string, store 
 	}
 	t.Cleanup(client.Close)
 	t.Cleanup(func() { store.Close() })
-	m := New(store, zap.NewNop())
+	held := tree.New(store, nil)
+	t.Cleanup(held.Close)
+	m := New(Parts{Store: store, Tree: held, Log: zap.NewNop()})
 	t.Cleanup(m.Close)
 	r.Mirror, r.t, r.registry, r.url = m, t, registry, between.URL
 	r.target = Target{

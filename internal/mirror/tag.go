@@ -19,24 +19,37 @@ import (
 // known returns what is known of a tag.
 func (m *Mirror) known(ctx context.Context, t Target, tag string) (tagState, bool, error) {
 	key := tagKey{t.Repository, tag}
-	if state, ok := m.tags.Get(key); ok {
-		return state, true, nil
+	for {
+		if state, ok := m.tags.Get(key); ok {
+			return state, true, nil
+		}
+		untagged := m.untagged.Load()
+		d, err := m.tree.Tag(ctx, t.Repository, tag)
+		if errors.Is(err, fs.ErrNotExist) {
+			return tagState{}, false, nil
+		}
+		if err != nil {
+			return tagState{}, false, err
+		}
+		record, err := m.tree.TagRecord(ctx, t.Repository, tag)
+		if errors.Is(err, fs.ErrNotExist) { // removed since
+			return tagState{}, false, nil
+		}
+		if err != nil {
+			return tagState{}, false, err
+		}
+		state := tagState{digest: d, gone: record.Gone, use: new(use), read: new(tree.LastRead)}
+		// Unless more has become known since.
+		known, _ := m.tags.ContainsOrAdd(key, state)
+		if m.untagged.Load() == untagged {
+			return state, true, nil
+		}
+		// It may have been removed before it was added, by one who has not seen it
+		// here.
+		if !known {
+			m.tags.Remove(key)
+		}
 	}
-	d, err := m.tree.Tag(ctx, t.Repository, tag)
-	if errors.Is(err, fs.ErrNotExist) {
-		return tagState{}, false, nil
-	}
-	if err != nil {
-		return tagState{}, false, err
-	}
-	record, err := m.tree.TagRecord(ctx, t.Repository, tag)
-	if err != nil {
-		return tagState{}, false, err
-	}
-	state := tagState{digest: d, gone: record.Gone, use: new(use)}
-	// Unless more has become known since.
-	m.tags.ContainsOrAdd(key, state)
-	return state, true, nil
 }
 
 // tag answers for a mirrored tag, as its standing says. With force, a fresh one
@@ -290,6 +303,9 @@ func (m *Mirror) note(ctx context.Context, t Target, tag string, state *tagState
 		return false
 	}
 	state.use = new(use)
+	if state.read = before.read; state.read == nil {
+		state.read = new(tree.LastRead)
+	}
 	m.tags.Add(key, *state)
 	if !before.gone.IsZero() {
 		if err := m.tree.SetGone(ctx, t.Repository, tag, time.Time{}); err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -138,6 +138,7 @@ func (f *full) Put(ctx context.Context, key string, data []byte, d storage.Durab
 // through puts a store of that kind before the mirror's own.
 func (b *bench) through() *full {
 	b.mirror.Close()
+	b.tree.Close()
 	f := &full{Store: b.store}
 	b.store = f
 	b.start()

@@ -119,24 +119,28 @@ func (b budgeted) Reserve(n int64) (storage.Reservation, error) {
 
 // reserve sets n bytes aside, if ahead bytes would fit besides.
 func (k *Keeper) reserve(n, ahead int64) (*reservation, error) {
-	limit, partial := k.settings().MaxSize, k.partial()
+	limit, partial := k.settings().MaxSize, int64(0)
+	if limit > 0 {
+		partial = k.partial()
+	}
 	a := &k.account
+	size := onDisk(n)
 	a.mu.Lock()
-	if used := a.total(partial); limit > 0 && a.known && n > limit-used-ahead {
+	if used := a.total(partial); limit > 0 && a.known && size > limit-used-ahead {
 		a.mu.Unlock()
 		return nil, fmt.Errorf("storage: %w for %s: %s of max_size %s are used; raise max_size, or wait until something is evicted",
 			storage.ErrFull, humanize.IBytes(uint64(n)), humanize.IBytes(uint64(max(used, 0))), humanize.IBytes(uint64(limit)))
 	}
-	a.reserved += n
+	a.reserved += size
 	a.mu.Unlock()
 	r, err := k.store.Reserve(n)
 	if err != nil {
 		a.mu.Lock()
-		a.reserved -= n
+		a.reserved -= size
 		a.mu.Unlock()
 		return nil, err
 	}
-	return &reservation{Reservation: r, keeper: k, size: n}, nil
+	return &reservation{Reservation: r, keeper: k, asked: n, size: size}, nil
 }
 
 // reservation counts as a whole until it is released.
@@ -144,17 +148,25 @@ type reservation struct {
 	storage.Reservation
 	keeper *Keeper
 
+	asked int64
+
 	// Guarded by keeper.account.mu.
 	size, used int64
 	released   bool
 }
+
+const block = 4 << 10
+
+// onDisk is about what n bytes take on a disk, with their directory and a link
+// to them, as the catalog counts them.
+func onDisk(n int64) int64 { return (n+block-1)/block*block + 3*block }
 
 func (r *reservation) Use(n int64) {
 	r.Reservation.Use(n)
 	a := &r.keeper.account
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	r.used = min(r.used+n, r.size)
+	r.used = min(r.used+n, r.asked)
 }
 
 func (r *reservation) Release() {
@@ -172,8 +184,8 @@ func (r *reservation) Release() {
 	r.released = true
 	a.reserved -= r.size
 	if r.used > 0 && (head > written || a.doubtful) {
-		a.settling = append(a.settling, settling{head, r.used})
-		a.settled += r.used
+		a.settling = append(a.settling, settling{head, onDisk(r.used)})
+		a.settled += onDisk(r.used)
 	}
 	if k.eviction.waiting() > 0 {
 		signal(k.eviction.kick)

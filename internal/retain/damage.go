@@ -55,7 +55,6 @@ type bad struct {
 type heal struct {
 	repository string
 	digest     digest.Digest
-	size       int64
 }
 
 func (s *damage) init() {
@@ -229,7 +228,7 @@ func (s *scrubber) wrong(ctx context.Context, c *catalog.Catalog, d digest.Diges
 	s.log.Warn("a stored blob was damaged and has been deleted", zap.String("digest", d.String()), zap.Int64("size", info.Size),
 		zap.Strings("repositories", namesOf(owners)))
 	if len(owners) > 0 {
-		s.heal(ctx, heal{owners[0].Name, d, info.Size})
+		s.heal(ctx, heal{owners[0].Name, d})
 	}
 	return nil
 }
@@ -265,7 +264,8 @@ func (s *scrubber) heal(ctx context.Context, h heal) {
 	}
 	s.heals.Go(func() {
 		defer func() { <-s.damage.heals }()
-		err := s.hooks.Heal(ctx, h.repository, h.digest, h.size)
+		// Nobody knows its size: what was stored may have been too short.
+		err := s.hooks.Heal(ctx, h.repository, h.digest, -1)
 		if err == nil {
 			s.job.update(func(now *Job) { now.Healed++ })
 			s.log.Info("a damaged blob has been fetched again", zap.String("repository", h.repository), zap.String("digest", h.digest.String()))

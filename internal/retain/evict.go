@@ -51,6 +51,8 @@ func (k *Keeper) evict(ctx context.Context) {
 
 // relieve looks at all budgets once.
 func (k *Keeper) relieve(ctx context.Context, expire bool) {
+	k.eviction.running.Lock()
+	defer k.eviction.running.Unlock()
 	k.serve()
 	c, err := k.mayDelete()
 	if err != nil {

@@ -2,6 +2,7 @@ package retain
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -9,9 +10,14 @@ import (
 	"go.uber.org/zap"
 )
 
-// gcBatch is how many are removed before the catalog hears of it, and before a
-// rest.
-const gcBatch = 100
+const (
+	// gcBatch is how many are removed before the catalog hears of it, and before
+	// a rest.
+	gcBatch = 100
+	// gcAgain is how often the comparison is made again if something has gone
+	// past the catalog.
+	gcAgain = 2
+)
 
 // GC begins to compare the catalog with the store and to delete what nothing
 // refers to, or with dry to say what that is. One that is under way is
@@ -22,7 +28,13 @@ func (k *Keeper) GC(dry bool) (Job, error) {
 			return err
 		}
 		defer func() { <-k.jobs.turn }()
-		if err := k.reconcileNow(ctx, j, false, !dry); err != nil {
+		err := k.reconcileNow(ctx, j, false, !dry)
+		for range gcAgain {
+			if errors.Is(err, errDoubt) {
+				err = k.reconcileNow(ctx, j, false, !dry)
+			}
+		}
+		if err != nil {
 			return err
 		}
 		return k.collect(ctx, j, dry)

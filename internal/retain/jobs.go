@@ -100,6 +100,7 @@ func take(ctx context.Context, turn chan struct{}) error {
 // A job is a Job under way.
 type job struct {
 	cancel context.CancelCauseFunc
+	over   chan struct{} // closed when it has ended, and another may begin
 	mu     sync.Mutex
 	Job    // guarded by mu, but for what it was begun with
 }
@@ -137,34 +138,43 @@ func (j *job) snapshot() Job {
 	return now
 }
 
-// start begins a job, unless one of the same kind, and the same pattern, is
-// under way, which is returned then.
 func (k *Keeper) start(as Job, work func(context.Context, *job) error) (Job, error) {
+	j, err := k.begin(as, work)
+	if err != nil {
+		return Job{}, err
+	}
+	return j.snapshot(), nil
+}
+
+// begin begins a job, unless one of the same kind, and the same pattern, is
+// under way, which is returned then.
+func (k *Keeper) begin(as Job, work func(context.Context, *job) error) (*job, error) {
 	if k.tree == nil {
-		return Job{}, errNotBegun
+		return nil, errNotBegun
 	}
 	js := &k.jobs
 	js.init()
 	js.mu.Lock()
 	defer js.mu.Unlock()
 	if js.closed {
-		return Job{}, errClosed
+		return nil, errClosed
 	}
 	for _, other := range js.running {
 		if other.Kind == as.Kind && other.Pattern == as.Pattern && (as.Kind != kindPurge || other.DryRun == as.DryRun) {
-			return other.snapshot(), nil
+			return other, nil
 		}
 	}
 	if len(js.running) >= maxRunning {
-		return Job{}, fmt.Errorf("%d jobs are under way; wait for one of them, or cancel it", maxRunning)
+		return nil, fmt.Errorf("%d jobs are under way; wait for one of them, or cancel it", maxRunning)
 	}
 	js.begun++
 	as.Begun = k.now().UTC()
 	as.ID = fmt.Sprintf("%s-%s-%d", as.Kind, as.Begun.Format("20060102t150405"), js.begun)
 	ctx, cancel := context.WithCancelCause(context.Background())
-	j := &job{cancel: cancel, Job: as}
+	j := &job{cancel: cancel, over: make(chan struct{}), Job: as}
 	js.running = slices.Insert(js.running, 0, j)
 	js.wg.Go(func() {
+		defer close(j.over)
 		err := work(ctx, j)
 		if err != nil && ctx.Err() != nil {
 			err = context.Cause(ctx) // and not how it has shown
@@ -183,7 +193,7 @@ func (k *Keeper) start(as Job, work func(context.Context, *job) error) (Job, err
 		js.ended = slices.Insert(js.ended, 0, j)
 		js.ended = js.ended[:min(len(js.ended), maxEnded)]
 	})
-	return j.snapshot(), nil
+	return j, nil
 }
 
 func (k *Keeper) logJob(j Job) {

@@ -468,12 +468,13 @@ func (k *Keeper) writeBatch(ctx context.Context, c *catalog.Catalog) (left int, 
 	return len(j.noted), len(j.noted) >= maxBatch || j.wanted > j.written, nil
 }
 
-// patiently does something again while it fails, for a minute at most.
+// patiently does something again while it fails, for a minute at most. A catalog
+// that somebody has closed stays closed.
 func (k *Keeper) patiently(ctx context.Context, do func() error) error {
 	begun, pause := time.Now(), 50*time.Millisecond
 	for {
 		err := do()
-		if err == nil || ctx.Err() != nil || time.Since(begun) > k.paces.giveUp {
+		if err == nil || ctx.Err() != nil || errors.Is(err, catalog.ErrClosed) || time.Since(begun) > k.paces.giveUp {
 			return err
 		}
 		again := time.NewTimer(pause/2 + rand.N(pause))

@@ -90,7 +90,7 @@ func (b *kept) start() {
 	b.logged = logged
 	b.Keeper = New(seen, zap.New(core))
 	b.Keeper.now, b.Keeper.paces = b.clock.time, b.paces
-	b.tree = tree.New(b.store, func(c tree.Change) {
+	b.tree = tree.New(seen, func(c tree.Change) {
 		if !c.At.IsZero() {
 			c.At = b.clock.time()
 		}
@@ -141,6 +141,7 @@ func (b *kept) stop() {
 		return
 	}
 	b.open = false
+	b.Stop()
 	b.tree.Close()
 	b.Keeper.Close()
 	if err := b.store.Close(); err != nil {

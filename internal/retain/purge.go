@@ -16,6 +16,9 @@ import (
 	"github.com/caddy-registry/mirror/internal/tree"
 )
 
+// ErrPattern is wrapped by the error of a Purge of what is no pattern.
+var ErrPattern = errors.New("no pattern")
+
 // Purge begins to remove every mirrored tag and manifest that the pattern
 // matches: a repository in which "*" stands for part of a name and "**" for any
 // names, and ":" with a tag in which "*" stands for part of it, or "@" with a
@@ -50,7 +53,7 @@ type pattern struct {
 
 func parsePattern(s string) (pattern, error) {
 	wrong := func(what string) (pattern, error) {
-		return pattern{}, fmt.Errorf("%q is no pattern: %s; write a repository as it is stored, such as docker.io/library/nginx, with * for part of a name and ** for any names, and after it :tag or @digest if it is not about all of it", s, what)
+		return pattern{}, fmt.Errorf("%q is %w: %s; write a repository as it is stored, such as docker.io/library/nginx, with * for part of a name and ** for any names, and after it :tag or @digest if it is not about all of it", s, ErrPattern, what)
 	}
 	var p pattern
 	name := s
@@ -127,6 +130,9 @@ type purge struct {
 }
 
 func (p *purge) run(ctx context.Context) error {
+	if err := p.Flush(ctx); err != nil {
+		return err
+	}
 	return pages(ctx, p.catalog.Mirrored, func(name string) error {
 		if !p.pattern.matches(name) {
 			return nil

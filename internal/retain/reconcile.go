@@ -43,7 +43,8 @@ type reconcile struct {
 	// anew tells of everything, whatever the catalog says.
 	anew bool
 	// mend links the blobs of mirrored manifests that are stored and not linked.
-	mend bool
+	mend       bool
+	unlinkable bool // and said so
 
 	told int
 	pace pace
@@ -101,18 +102,19 @@ func (k *Keeper) compare(ctx context.Context) {
 
 // compareOnce is a reconcile as a job, so that it can be watched.
 func (k *Keeper) compareOnce(ctx context.Context) error {
-	result := make(chan error, 1)
-	_, err := k.start(Job{Kind: kindCompare, Unit: "repositories"}, func(ctx context.Context, j *job) error {
+	j, err := k.begin(Job{Kind: kindCompare, Unit: "repositories"}, func(ctx context.Context, j *job) error {
 		_, err := k.whole(ctx, j)
-		result <- err
 		return err
 	})
 	if err != nil {
 		return err
 	}
 	select {
-	case err := <-result:
-		return err
+	case <-j.over:
+		if why := j.snapshot().Error; why != "" {
+			return errors.New(why)
+		}
+		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
@@ -236,10 +238,17 @@ func (r *reconcile) links(ctx context.Context) error {
 			for _, d := range blobs {
 				after = d
 				err := r.tree.LinkBlob(ctx, name, d, d)
-				if errors.Is(err, fs.ErrNotExist) {
-					err = nil // removed meanwhile
+				switch {
+				case ctx.Err() != nil:
+					return context.Cause(ctx)
+				case err == nil, errors.Is(err, fs.ErrNotExist): // removed meanwhile
+				case !r.unlinkable:
+					// As on a full disk, where nothing could be evicted if this
+					// were the end.
+					r.unlinkable = true
+					r.log.Warn("blobs could not be linked, which is tried again with the next gc", zap.String("repository", name), zap.Error(err))
 				}
-				if err := r.tell(ctx, err); err != nil {
+				if err := r.tell(ctx, nil); err != nil {
 					return err
 				}
 			}
@@ -282,6 +291,9 @@ func (r *reconcile) blobs(ctx context.Context, digits string) error {
 			r.damage.doubt(found.Digest)
 		}
 		size, ok := known[found.Digest]
+		if ok && size != found.Size {
+			r.Suspect(found.Digest) // what a digest names does not change
+		}
 		delete(known, found.Digest)
 		if r.anew || !ok || size != found.Size {
 			err = r.tell(ctx, r.tree.TellBlob(ctx, found.Digest))

@@ -13,11 +13,9 @@ var errLarge = errors.New("larger than the limit")
 
 // removeRoot removes a root, and what nothing else in the store refers to
 // without it; or nothing, if that takes more than a limit that is not 0. What
-// has come meanwhile stays. It is for one caller at a time to be sure that two
-// roots that share something do not leave it behind.
+// has come meanwhile stays. It is in the catalog then, so that two roots that
+// share something do not leave it behind. k.eviction.running is held.
 func (k *Keeper) removeRoot(ctx context.Context, c *catalog.Catalog, root catalog.Root, limit int64) (gone Evicted, err error) {
-	k.removing.Lock()
-	defer k.removing.Unlock()
 	// What has been noted is in the catalog now; what is noted from now on is
 	// pending, or has been written, when RemoveBlob asks.
 	if err := k.Flush(ctx); err != nil {
@@ -55,9 +53,6 @@ func (k *Keeper) removeRoot(ctx context.Context, c *catalog.Catalog, root catalo
 			return gone, err
 		}
 	}
-	if len(removal.Blobs) == 0 {
-		return gone, nil
-	}
 	// Or the catalog would say that what has been removed refers to them.
 	if err := k.Flush(ctx); err != nil {
 		return gone, err
@@ -71,18 +66,17 @@ func (k *Keeper) removeRoot(ctx context.Context, c *catalog.Catalog, root catalo
 			gone.Blobs++
 		}
 	}
-	gone.Bytes = removal.Bytes / int64(len(removal.Blobs)) * gone.Blobs
-	if gone.Blobs == int64(len(removal.Blobs)) {
+	if all := int64(len(removal.Blobs)); gone.Blobs == all {
 		gone.Bytes = removal.Bytes
+	} else {
+		gone.Bytes = removal.Bytes / all * gone.Blobs
 	}
-	return gone, nil
+	return gone, k.Flush(ctx)
 }
 
 // evictBlob deletes the bytes of a blob, which manifests of mirrored repositories
 // may go on naming: it is fetched again when it is asked for.
 func (k *Keeper) evictBlob(ctx context.Context, c *catalog.Catalog, s *scope, blob catalog.Blob) error {
-	k.removing.Lock()
-	defer k.removing.Unlock()
 	owners, err := c.Owners(ctx, blob.Digest, maxOwners)
 	if err != nil {
 		return err

@@ -38,7 +38,6 @@ type Keeper struct {
 	damage   damage
 	set      atomic.Pointer[Settings]
 	parts    atomic.Pointer[func() int64]
-	removing sync.Mutex // of whoever removes a root, or a blob by itself
 
 	// Since Begin.
 	tree   *tree.Tree
@@ -60,7 +59,8 @@ type Hooks struct {
 	// Catalog opens the catalog, an empty one if there is none. It is called in
 	// the background, and again after a minute when it fails.
 	Catalog func(context.Context) (*catalog.Catalog, error)
-	// Heal fetches a mirrored blob again that has been deleted as damaged.
+	// Heal fetches a blob or a manifest of a mirrored repository again that has
+	// been deleted as damaged. Its size is -1 if it is not known.
 	Heal func(ctx context.Context, repository string, d digest.Digest, size int64) error
 	// Partial is how many bytes of blobs that are not whole yet are on the disk,
 	// but for those that a reservation covers which is not released. It is
@@ -122,16 +122,25 @@ func (k *Keeper) Begin(t *tree.Tree, hooks Hooks) {
 	k.wg.Go(func() { k.work(k.ctx) })
 }
 
-// Close ends everything that is under way, writes down what has been noted, and
-// closes the catalog. The tree may not change any more, and the store is still
-// open.
-func (k *Keeper) Close() {
+// Stop ends everything that is under way, so that the tree may be closed. What is
+// noted is still written until Close.
+func (k *Keeper) Stop() {
 	if k.cancel == nil {
 		return
 	}
 	k.cancel()
 	k.wg.Wait()
 	k.eviction.close()
+}
+
+// Close does what Stop does, writes down what has been noted, and closes the
+// catalog. The tree may not change any more: a change that comes later is not in
+// the catalog of the next process. The store is still open.
+func (k *Keeper) Close() {
+	if k.cancel == nil {
+		return
+	}
+	k.Stop()
 	k.end()
 	<-k.ended
 	if !k.closed.IsZero() {

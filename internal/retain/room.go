@@ -19,6 +19,8 @@ type eviction struct {
 	kick   chan struct{} // signalled when there may be something to evict
 	wanted atomic.Int64  // bytes that those in waiters want
 
+	running sync.Mutex // of whoever evicts; taken before mu
+
 	mu      sync.Mutex
 	waiters []*waiter // those who came first first
 	gifts   []*gift
@@ -54,7 +56,7 @@ func (e *eviction) gift(n int64) storage.Reservation {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for i, g := range e.gifts {
-		if g.size == n {
+		if g.asked == n {
 			g.timer.Stop()
 			e.gifts = slices.Delete(e.gifts, i, i+1)
 			return g.reservation
@@ -103,7 +105,7 @@ func (k *Keeper) Room(ctx context.Context, n int64) bool {
 		return true
 	}
 	limit := k.settings().MaxSize
-	if err != nil || e.closed || limit > 0 && n > limit || time.Now().Before(e.barren[""]) {
+	if err != nil || e.closed || limit > 0 && onDisk(n) > limit || time.Now().Before(e.barren[""]) {
 		e.mu.Unlock()
 		return false
 	}

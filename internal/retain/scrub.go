@@ -79,6 +79,15 @@ func (s *scrubber) paced(ctx context.Context, n int64) error {
 	return sleep(ctx, s.due.Sub(now))
 }
 
+// chunk is how many bytes are read at once: at a low rate few, or a change of it
+// would come late.
+func (s *scrubber) chunk() int64 {
+	if rate := s.settings().Scrub; rate > 0 {
+		return min(scrubChunk, max(rate/4, 4<<10))
+	}
+	return scrubChunk
+}
+
 // some reads suspects, and a batch of the others. It returns when to go on.
 func (s *scrubber) some(ctx context.Context) time.Duration {
 	c, err := s.mayDelete()
@@ -102,7 +111,6 @@ func (s *scrubber) some(ctx context.Context) time.Duration {
 	if s.jobs.under(kindScrub) {
 		return scrubSoon
 	}
-	s.retry(ctx)
 	if d, ok := s.damage.doubtful(); ok {
 		if err := s.look(ctx, c, catalog.Blob{Digest: d}, s.now()); err != nil {
 			return s.failed(ctx, err)
@@ -118,6 +126,7 @@ func (s *scrubber) some(ctx context.Context) time.Duration {
 		return 0
 	}
 	s.damage.allRead(s.now())
+	s.retry(ctx)
 	return scrubIdle
 }
 
@@ -235,7 +244,7 @@ func (s *scrubber) look(ctx context.Context, c *catalog.Catalog, blob catalog.Bl
 			return err
 		}
 	}
-	s.job.update(func(now *Job) { now.Done += info.Size })
+	s.job.update(func(now *Job) { now.Done += max(info.Size, blob.Size) })
 	return nil
 }
 
@@ -248,7 +257,7 @@ func (s *scrubber) hash(ctx context.Context, blob catalog.Blob) (storage.Info, b
 	defer r.Close()
 	file, _ := r.(*os.File)
 	cold := file != nil && s.now().Sub(blob.Read) > hotFor
-	chunk := make([]byte, min(scrubChunk, max(info.Size, 1)))
+	chunk := make([]byte, min(s.chunk(), max(info.Size, 1)))
 	verifier := blob.Digest.Verifier()
 	for at := int64(0); ; {
 		n, err := r.Read(chunk)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -40,6 +41,15 @@ type Disk struct {
 	// passed through from the upstream. Default: 10%.
 	MinFree string `json:"min_free,omitempty"`
 
+	// How much the store may take: a number of bytes (`500GiB`), or `off`. When
+	// it is nearly that much, what has not been pulled for longest is evicted.
+	// Default: off.
+	MaxSize string `json:"max_size,omitempty"`
+
+	// The largest blob that is mirrored: a number of bytes (`20GiB`), or `off`.
+	// An image with a larger one is refused at its manifest. Default: off.
+	MaxBlobSize string `json:"max_blob_size,omitempty"`
+
 	// Permissions of new files, in octal, less the umask. Default: 0640.
 	FileMode string `json:"file_mode,omitempty"`
 
@@ -47,6 +57,7 @@ type Disk struct {
 	DirectoryMode string `json:"directory_mode,omitempty"`
 
 	settings settings
+	limits   storage.Limits
 }
 
 // settings are what Configure may change in a store that is open.
@@ -97,6 +108,12 @@ func (d *Disk) Provision(caddy.Context) error {
 		return err
 	}
 	if d.settings.minFree, err = parseMinFree(d.MinFree); err != nil {
+		return err
+	}
+	if d.limits.MaxSize, err = parseLimit("max_size", d.MaxSize); err != nil {
+		return err
+	}
+	if d.limits.MaxBlobSize, err = parseLimit("max_blob_size", d.MaxBlobSize); err != nil {
 		return err
 	}
 	if d.settings.fileMode, err = parseMode("file_mode", d.FileMode, 0o640); err != nil {
@@ -152,6 +169,18 @@ func parseMinFree(s string) (minFree, error) {
 	return minFree{text: s, bytes: bytes}, nil
 }
 
+// parseLimit reads a size, or none.
+func parseLimit(option, s string) (int64, error) {
+	if s == "" || s == "off" {
+		return 0, nil
+	}
+	bytes, err := humanize.ParseBytes(s)
+	if err != nil || bytes == 0 || bytes > math.MaxInt64 {
+		return 0, fmt.Errorf("%s: %q is neither a size such as 500GiB nor off", option, s)
+	}
+	return int64(bytes), nil
+}
+
 func parseMode(option, s string, byDefault fs.FileMode) (fs.FileMode, error) {
 	if s == "" {
 		return byDefault, nil
@@ -166,8 +195,10 @@ func parseMode(option, s string, byDefault fs.FileMode) (fs.FileMode, error) {
 // UnmarshalCaddyfile sets up the store from Caddyfile tokens:
 //
 //	storage disk [<directory>] {
-//		min_free <size>|<percent>
-//		mode     <file> <directory>
+//		max_size      <size>|off
+//		min_free      <size>|<percent>
+//		max_blob_size <size>|off
+//		mode          <file> <directory>
 //	}
 func (d *Disk) UnmarshalCaddyfile(tok *caddyfile.Dispenser) error {
 	tok.Next() // the module's name
@@ -192,6 +223,14 @@ func (d *Disk) UnmarshalCaddyfile(tok *caddyfile.Dispenser) error {
 			if _, err := parseMinFree(d.MinFree); err != nil {
 				return tok.WrapErr(err)
 			}
+		case "max_size":
+			if err := unmarshalLimit(tok, &d.MaxSize); err != nil {
+				return err
+			}
+		case "max_blob_size":
+			if err := unmarshalLimit(tok, &d.MaxBlobSize); err != nil {
+				return err
+			}
 		case "mode":
 			if !tok.AllArgs(&d.FileMode, &d.DirectoryMode) {
 				return tok.ArgErr()
@@ -203,8 +242,22 @@ func (d *Disk) UnmarshalCaddyfile(tok *caddyfile.Dispenser) error {
 				return tok.WrapErr(err)
 			}
 		default:
-			return tok.Errf("unrecognized option %q of disk storage; it has min_free and mode", option)
+			return tok.Errf("unrecognized option %q of disk storage; it has max_size, min_free, max_blob_size and mode", option)
 		}
+	}
+	return nil
+}
+
+func unmarshalLimit(tok *caddyfile.Dispenser, into *string) error {
+	option := tok.Val()
+	if !tok.AllArgs(into) {
+		return tok.ArgErr()
+	}
+	if *into == "" {
+		return tok.Errf(`%s: "" is neither a size such as 500GiB nor off`, option)
+	}
+	if _, err := parseLimit(option, *into); err != nil {
+		return tok.WrapErr(err)
 	}
 	return nil
 }
@@ -217,6 +270,9 @@ func (d *Disk) Identity() string { return "disk:" + d.Directory }
 func (d *Disk) Open(context.Context) (storage.Store, error) {
 	return open(d.Directory, d.settings, thisHost())
 }
+
+// Limits implements [storage.Backend].
+func (d *Disk) Limits() storage.Limits { return d.limits }
 
 // Configure implements [storage.Backend].
 func (d *Disk) Configure(s storage.Store) error {

@@ -1,0 +1,83 @@
+package module
+
+import (
+	"flag"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caddy-registry/mirror/internal/retain"
+	"github.com/caddy-registry/mirror/internal/tree"
+)
+
+var update = flag.Bool("update", false, "rewrite what testdata expects")
+
+// TestTables: what people see of the API's answers.
+func TestTables(t *testing.T) {
+	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	const gib = 1 << 30
+	gc := retain.Job{
+		ID: "gc-20260301t033000-3", Kind: "gc", Begun: now.Add(-9 * time.Hour), Ended: now.Add(-9*time.Hour + 12300*time.Millisecond),
+		Done: 300, Total: 300, Unit: "repositories", Removed: 12, Bytes: gib, Found: []string{"sha256:1", "sha256:2"},
+	}
+	running := retain.Job{ID: "scrub-20260301t110000-4", Kind: "scrub", Begun: now.Add(-time.Hour), Done: 4 * gib, Total: 9 * gib, Unit: "bytes"}
+	failed := retain.Job{ID: "purge-20260301t100000-2", Kind: "purge", DryRun: true, Begun: now.Add(-2 * time.Hour), Ended: now.Add(-2*time.Hour + time.Second), Unit: "repositories", Error: "canceled"}
+	use := usage{Repositories: 1, Tags: 2204, Manifests: 9120, Blobs: 31877, Bytes: 411 * gib, Allocated: 412 * gib}
+	for name, print := range map[string]func(w *strings.Builder) error{
+		"status": func(w *strings.Builder) error {
+			return storeStatus{
+				Store: "disk:/srv/registry", Usage: use, MaxSize: 500 * gib, Partial: gib, Reserved: 2 * gib,
+				Upstreams: []upstreamUsed{{"docker.io", 180 * gib, 200 * gib, 0}, {"ghcr.io", 95 * gib, 0, (30 * 24 * time.Hour).Seconds()}, {"quay.io", 0, 0, 5400}},
+				Catalog:   "ready", Complete: now.Add(-time.Hour), Evicted: evicted{41, 388, 19 * gib}, LastGC: &gc, LastScrub: now.Add(-72 * time.Hour),
+				Damaged: []retain.Damage{{Digest: "sha256:77ab", Repositories: []string{"apps/web", "apps/db"}, Found: now}},
+			}.print(w, now)
+		},
+		"status_rebuilding": func(w *strings.Builder) error {
+			return storeStatus{Store: "disk:/srv/registry", Catalog: "rebuilding"}.print(w, now)
+		},
+		"tags": func(w *strings.Builder) error {
+			return tagPage{Tags: []tagLine{
+				{"3.19", "sha256:1e42bbe2508d0c91aa", now.Add(-15 * 24 * time.Hour), now.Add(-9 * 24 * time.Hour), false, 7_500_000},
+				{"3.20", "sha256:77ab31c0ffee0c91aa", now.Add(-24 * time.Hour), now.Add(-12 * time.Minute), true, 7_700_000},
+				{"edge", "sha256:0badcafe", now.Add(-time.Minute), time.Time{}, false, 0},
+			}}.print(w, now)
+		},
+		"du": func(w *strings.Builder) error {
+			return usageReport{
+				Store: use, MaxSize: 500 * gib,
+				Upstreams:    []upstreamUsage{{"", use, 0}, {"docker.io", use, 200 * gib}},
+				Repositories: []repositoryLine{{"docker.io/library/alpine", tree.Mirrored, "docker.io", now, use}, {"apps/web", tree.Hosted, "", now, usage{}}},
+			}.print(w)
+		},
+		"jobs": func(w *strings.Builder) error { return jobList{[]retain.Job{running, failed, gc}}.print(w, now) },
+		"job": func(w *strings.Builder) error {
+			printEnd(w, gc)
+			printEnd(w, failed)
+			none := failed
+			none.Error, none.DryRun = "", false
+			printEnd(w, none)
+			w.WriteString(progress(running) + "\n")
+			return nil
+		},
+	} {
+		var got strings.Builder
+		if err := print(&got); err != nil {
+			t.Fatal(err)
+		}
+		file := filepath.Join("testdata", name+".txt")
+		if *update {
+			if err := os.WriteFile(file, []byte(got.String()), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got.String() != string(want) {
+			t.Errorf("%s:\n%s\nwant\n%s", name, got.String(), want)
+		}
+	}
+}

@@ -1,0 +1,78 @@
+package module
+
+import (
+	"context"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// storeSeries describes a series for each store, which are configured.
+func storeSeries(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc("caddy_registry_"+name, help, append([]string{"store"}, labels...), nil)
+}
+
+var (
+	storeAllocated = storeSeries("store_allocated_bytes", "Bytes that the store takes on its disk, as far as the catalog knows.")
+	storeReserved  = storeSeries("store_reserved_bytes", "Bytes set aside for blobs that are on their way.")
+	storePartial   = storeSeries("store_partial_bytes", "Bytes of blobs that are not whole yet.")
+	storeMaxSize   = storeSeries("store_max_size_bytes", "The option max_size of the store. Absent without one.")
+	storeComplete  = storeSeries("store_catalog_complete", "1 if the catalog has everything in the store; 0 while it is made again, and nothing is evicted.")
+	storeDamaged   = storeSeries("store_damaged_blobs", "Blobs found damaged that cannot be fetched again.")
+	evictedRoots   = storeSeries("evicted_images_total", "Tags and untagged manifests evicted.")
+	evictedBlobs   = storeSeries("evicted_blobs_total", "Blobs evicted.")
+	evictedBytes   = storeSeries("evicted_bytes_total", "Bytes freed by eviction.")
+	upstreamBytes  = storeSeries("upstream_allocated_bytes", "Bytes that the repositories of an upstream take. Only of upstreams with a max_size or a ttl.", "upstream")
+	upstreamLimit  = storeSeries("upstream_max_size_bytes", "The option max_size of an upstream. Absent without one.", "upstream")
+)
+
+// statusPatience bounds what a scrape waits for a catalog.
+const statusPatience = 5 * time.Second
+
+func collectStores(into chan<- prometheus.Metric) {
+	// Outside Range, which would hold up whoever loads a configuration.
+	var open []*state
+	states.Range(func(_, value any) bool {
+		if s := value.(*state); s.works.Load() != nil && s.enter() {
+			open = append(open, s)
+		}
+		return true
+	})
+	for _, s := range open {
+		s.collect(into)
+		s.leave()
+	}
+}
+
+func (s *state) collect(into chan<- prometheus.Metric) {
+	ctx, cancel := context.WithTimeout(context.Background(), statusPatience)
+	defer cancel()
+	kept, err := s.works.Load().keeper.Status(ctx)
+	if err != nil {
+		return // the log tells of a catalog that fails
+	}
+	send := func(desc *prometheus.Desc, kind prometheus.ValueType, value int64, labels ...string) {
+		into <- prometheus.MustNewConstMetric(desc, kind, float64(value), append([]string{label(s.identity)}, labels...)...)
+	}
+	complete := int64(0)
+	if !kept.Complete.IsZero() {
+		complete = 1
+	}
+	send(storeAllocated, prometheus.GaugeValue, kept.Usage.Allocated)
+	send(storeReserved, prometheus.GaugeValue, kept.Reserved)
+	send(storePartial, prometheus.GaugeValue, kept.Partial)
+	send(storeComplete, prometheus.GaugeValue, complete)
+	send(storeDamaged, prometheus.GaugeValue, int64(len(kept.Damaged)))
+	send(evictedRoots, prometheus.CounterValue, kept.Evicted.Roots)
+	send(evictedBlobs, prometheus.CounterValue, kept.Evicted.Blobs)
+	send(evictedBytes, prometheus.CounterValue, kept.Evicted.Bytes)
+	if kept.MaxSize > 0 {
+		send(storeMaxSize, prometheus.GaugeValue, kept.MaxSize)
+	}
+	for name, used := range kept.Upstreams {
+		send(upstreamBytes, prometheus.GaugeValue, used.Bytes, label(name))
+		if used.MaxSize > 0 {
+			send(upstreamLimit, prometheus.GaugeValue, used.MaxSize, label(name))
+		}
+	}
+}

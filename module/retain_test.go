@@ -1,0 +1,760 @@
+package module_test
+
+import (
+	"bytes"
+	"context"
+	"database/sql"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/caddyserver/caddy/v2"
+
+	"github.com/caddy-registry/mirror/internal/regtest"
+	"github.com/caddy-registry/mirror/module"
+	"github.com/caddy-registry/mirror/storage/catalog"
+	"github.com/caddy-registry/mirror/storage/catalog/sqlite"
+)
+
+// object is JSON that has been read.
+type object = map[string]any
+
+// admins asks the admin API for something that must be had, and reads it.
+func (m *mirror) admins(method, path string, body ...string) object {
+	m.t.Helper()
+	a := m.adminDo(method, path, body...)
+	var got object
+	if err := json.Unmarshal(a.body, &got); err != nil || a.StatusCode/100 != 2 {
+		m.t.Fatalf("%s %s %s: %d %s", method, path, body, a.StatusCode, a.body)
+	}
+	return got
+}
+
+func (m *mirror) adminDo(method, path string, body ...string) *answer {
+	m.t.Helper()
+	return m.ask(func() (*http.Response, error) {
+		req, err := http.NewRequest(method, "http://"+m.admin+"/registry/"+path, strings.NewReader(strings.Join(body, "")))
+		if err != nil {
+			return nil, err
+		}
+		return client.Do(req)
+	})
+}
+
+// complete waits until the catalog has everything, and returns the status.
+func (m *mirror) complete() (status object) {
+	m.t.Helper()
+	eventually(m.t, "the catalog to be complete", func() bool {
+		status = m.admins("GET", "status")
+		return status["complete"] != nil
+	})
+	return status
+}
+
+// names are those of the objects in a list.
+func names(list any) (names []string) {
+	for _, entry := range list.([]any) {
+		names = append(names, entry.(object)["name"].(string))
+	}
+	return names
+}
+
+// job begins a job and waits for its end.
+func (m *mirror) job(body string) (job object) {
+	m.t.Helper()
+	job = m.admins("POST", "jobs", body)
+	eventually(m.t, "the end of "+body, func() bool {
+		job = m.admins("GET", "jobs/"+job["id"].(string))
+		return job["ended"] != nil
+	})
+	return job
+}
+
+// TestAdminStore: what was pulled is listed, by the API and by the command.
+func TestAdminStore(t *testing.T) {
+	up, other := regtest.New(t, regtest.Options{}), regtest.New(t, regtest.Options{})
+	base := regtest.Random("base", 2<<20)
+	one, two, three := regtest.NewImage("one", base), regtest.NewImage("two", base), regtest.NewImage("three", regtest.Random("3", 5000))
+	up.Push("library/x", one, "1")
+	up.Push("library/x", two, "2")
+	up.Push("org/y", three, "latest")
+	other.Push("org/z", two, "v1")
+	m := startAdmin(t, upstreamFor("docker.io", up, "max_size 1GiB")+upstreamFor("ghcr.io", other))
+	m.pull("library/x", "1", one)
+	m.pull("library/x", "2", two)
+	m.pull("org/y", "latest", three)
+	m.pull("ghcr.io/org/z", "v1", two)
+
+	status := m.complete()
+	use := status["usage"].(object)
+	if use["repositories"] != 3.0 || use["tags"] != 4.0 || use["manifests"] != 4.0 || use["allocated"].(float64) < 2<<20 || use["allocated"].(float64) > 3<<20 {
+		t.Errorf("status %v", status)
+	}
+	if status["store"] != "disk:"+m.dir || status["catalog"] != "ready" {
+		t.Errorf("status %v", status)
+	}
+
+	// Lists, by pages.
+	var all []string
+	for query := "repositories?n=2"; ; {
+		page := m.admins("GET", query)
+		all = append(all, names(page["repositories"])...)
+		next, more := page["next"]
+		if !more {
+			break
+		}
+		query = "repositories?n=2&after=" + url.QueryEscape(next.(string))
+	}
+	if want := []string{"docker.io/library/x", "docker.io/org/y", "ghcr.io/org/z"}; !slices.Equal(all, want) {
+		t.Errorf("%q, want %q", all, want)
+	}
+	if got := names(m.admins("GET", "repositories?containing=org/")["repositories"]); !slices.Equal(got, []string{"docker.io/org/y", "ghcr.io/org/z"}) {
+		t.Errorf("%q", got)
+	}
+	for _, name := range []string{"x", "docker.io/x", "docker.io/library/x"} {
+		page := m.admins("GET", "tags?repository="+name)
+		if got := names(page["tags"]); !slices.Equal(got, []string{"1", "2"}) || page["repository"] != "docker.io/library/x" {
+			t.Errorf("tags of %s: %v", name, page)
+		}
+	}
+	page := m.admins("GET", "tags?n=1&repository=x")
+	if next := m.admins("GET", "tags?n=1&repository=x&after="+page["next"].(string)); !slices.Equal(names(next["tags"]), []string{"2"}) {
+		t.Errorf("second page %v", next)
+	}
+
+	// What takes how much: the base counts once in each upstream, and once in all.
+	report := m.admins("GET", "usage?n=1")
+	sizes := map[string]float64{"": report["store"].(object)["bytes"].(float64)}
+	for _, u := range report["upstreams"].([]any) {
+		sizes[u.(object)["name"].(string)] = u.(object)["usage"].(object)["bytes"].(float64)
+	}
+	for name, bytes := range sizes {
+		if bytes < 2<<20 || bytes > 2<<20+64<<10 {
+			t.Errorf("%q takes %v: %v", name, bytes, report)
+		}
+	}
+	if got := names(report["repositories"]); !slices.Equal(got, []string{"docker.io/library/x"}) {
+		t.Errorf("largest: %q", got)
+	}
+
+	// The same by commands.
+	say := func(args ...string) string {
+		t.Helper()
+		status, out, errs := command(t, append([]string{"registry", "--address", m.admin}, args...)...)
+		if status != 0 || errs != "" {
+			t.Errorf("%q: %d %q", args, status, errs)
+		}
+		return out
+	}
+	for _, c := range []struct {
+		args []string
+		want []string
+	}{
+		{[]string{"status"}, []string{"disk:" + m.dir, "3 repositories, 4 tags", "docker.io", "1.0 GiB", "ready"}},
+		{[]string{"ls"}, []string{"docker.io/library/x", "docker.io/org/y", "ghcr.io/org/z", "mirrored"}},
+		{[]string{"ls", "/y"}, []string{"docker.io/org/y"}},
+		{[]string{"tags", "x"}, []string{one.Digest.String()[:19], two.Digest.String()[:19], "2.0 MiB"}},
+		{[]string{"du"}, []string{"docker.io", "ghcr.io", "the store"}},
+		{[]string{"why", "x:1"}, []string{"docker.io/library/x:1", one.Digest.String()}},
+		{[]string{"jobs"}, []string{"ID"}},
+	} {
+		out := say(c.args...)
+		for _, part := range c.want {
+			if !strings.Contains(out, part) {
+				t.Errorf("%q does not say %q:\n%s", c.args, part, out)
+			}
+		}
+	}
+	if out := say("ls", "/y"); strings.Contains(out, "library") {
+		t.Errorf("ls /y:\n%s", out)
+	}
+	var listed object
+	if err := json.Unmarshal([]byte(say("ls", "--json")), &listed); err != nil || len(names(listed["repositories"])) != 3 {
+		t.Errorf("ls --json: %v %v", listed, err)
+	}
+	if status, out, errs := command(t, "registry", "--address", m.admin, "tags", "nobody/has/it"); status != 1 || out != "" || !strings.Contains(errs, "nobody/has/it") || strings.Count(errs, "\n") != 1 {
+		t.Errorf("%d %q %q", status, out, errs)
+	}
+
+	// Bad questions.
+	for path, says := range map[string]string{
+		"repositories?n=0":               "1000",
+		"repositories?n=1001":            "1000",
+		"repositories?n=x":               "n:",
+		"repositories?what=1":            "what",
+		"repositories?n=1&n=2":           "twice",
+		"repositories?after=%zz":         "query",
+		"tags":                           "repository",
+		"tags?repository=evil.example/x": "evil.example",
+		"why":                            "reference",
+		"why?reference=X":                "X",
+		"status?x=1":                     "x",
+		"jobs?x=1":                       "x",
+		"jobs/gc-1":                      "gc-1",
+	} {
+		a := m.adminDo("GET", path)
+		if a.StatusCode != 400 && a.StatusCode != 404 {
+			t.Errorf("%s: %d", path, a.StatusCode)
+		}
+		checkRefusal(t, a, a.StatusCode, says)
+	}
+	for _, path := range []string{"status", "usage", "repositories", "tags", "why", "pins", "jobs", "jobs/x"} {
+		if a := m.adminDo("PUT", path); a.StatusCode != 405 || a.Header.Get("Allow") == "" {
+			t.Errorf("PUT %s: %d %v", path, a.StatusCode, a.Header)
+		}
+	}
+}
+
+// TestPins: what is pinned is not purged, and pins are listed.
+func TestPins(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	one, two, other := regtest.NewImage("one", regtest.Random("1", 5000)), regtest.NewImage("two", regtest.Random("2", 5000)), regtest.NewImage("other", regtest.Random("o", 5000))
+	up.Push("library/x", one, "1", "same")
+	up.Push("library/x", two, "2")
+	up.Push("library/y", other, "latest")
+	m := startAdmin(t, upstreamFor("docker.io", up, "tag_ttl 1h"))
+	m.pull("library/x", "1", one)
+	m.pull("library/x", "2", two)
+	m.pull("library/y", "latest", other)
+	m.complete()
+	run := func(status int, want string, args ...string) {
+		t.Helper()
+		got, out, errs := command(t, append([]string{"registry", "--address", m.admin}, args...)...)
+		if got != status || !strings.Contains(out+errs, want) {
+			t.Errorf("%q: %d %q %q, want %q", args, got, out, errs, want)
+		}
+	}
+	run(0, "docker.io/library/x:1 pinned\n", "pin", "x:1")
+	run(0, "docker.io/library/y@"+other.Digest.String()+" pinned\n", "pin", "y@"+other.Digest.String())
+	run(0, "docker.io/library/x:1 ", "pin")
+	run(1, "evil.example", "pin", "evil.example/x")
+	run(1, "docker.io/library/x:2 is not pinned", "unpin", "x:2")
+	page := m.admins("GET", "pins?n=1")
+	pins := page["pins"].([]any)
+	if next := m.admins("GET", "pins?after="+url.QueryEscape(page["next"].(string)))["pins"].([]any); len(pins) != 1 || len(next) != 1 || next[0].(object)["reference"] != other.Digest.String() {
+		t.Errorf("pins %v, then %v", pins, next)
+	}
+	run(0, "pinned", "tags", "x")
+
+	// A dry run takes nothing.
+	run(0, "would remove 1 ", "purge", "--dry-run", "docker.io/library/*")
+	m.pull("library/x", "2", two)
+	up.Down()
+	m.pull("library/x", "2", two)
+	run(0, "docker.io/library/x:2", "purge", "docker.io/library/**")
+	m.pull("library/x", "1", one)
+	m.pull("library/y", other.Digest.String(), other)
+	if a := m.do("GET", "/v2/library/x/manifests/2"); a.StatusCode == 200 {
+		t.Error("what was purged is still served")
+	}
+	if files := kept(m.dir, two.Blobs[1].Digest); len(files) > 0 {
+		t.Errorf("purged and still there: %q", files)
+	}
+	up.Up()
+	m.pull("library/x", "2", two)
+
+	// Pins are in the store, and survive it all but unpinning.
+	m.stop()
+	if err := m.load(upstreamFor("docker.io", up, "tag_ttl 1h"), ""); err != nil {
+		t.Fatal(err)
+	}
+	m.complete()
+	run(0, "docker.io/library/x:1 ", "pin")
+	run(0, "docker.io/library/x:1 unpinned\n", "unpin", "x:1")
+	if job := m.job(`{"kind": "purge", "pattern": "docker.io/library/x"}`); job["removed"].(float64) < 2 {
+		t.Errorf("%v", job)
+	}
+	if files := kept(m.dir, one.Blobs[1].Digest); len(files) > 0 {
+		t.Errorf("purged and still there: %q", files)
+	}
+	run(0, "names are as", "purge", "nothing/of/this")
+	run(1, "", "purge", "a b")
+}
+
+// TestPurgeHosted: what is hosted is never purged.
+func TestPurgeHosted(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	image := regtest.NewImage("x", regtest.Random("x", 5000))
+	up.Push("library/x", image, "latest")
+	m := startAdmin(t, upstreamFor("docker.io", up))
+	m.pull("library/x", "latest", image)
+	m.stop()
+	forgetRecords(t, m.dir) // as registry:2 has it: it may have been pushed
+	if err := m.load(upstreamFor("docker.io", up), ""); err != nil {
+		t.Fatal(err)
+	}
+	m.complete()
+	if job := m.job(`{"kind": "purge", "pattern": "**"}`); job["removed"] != 0.0 {
+		t.Errorf("%v", job)
+	}
+	up.Down()
+	m.pull("library/x", "latest", image)
+}
+
+// layered is an image with one layer of 3 MiB.
+func layered(name string) regtest.Image {
+	return regtest.NewImage(name, regtest.Random(name+" layer", 3<<20))
+}
+
+// TestBudget: a new image takes the place of the one not pulled for longest,
+// which comes again from its upstream.
+func TestBudget(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	images := map[string]regtest.Image{}
+	for _, name := range []string{"a", "b", "c"} {
+		images[name] = layered(name)
+		up.Push("library/"+name, images[name], "latest")
+	}
+	m := &mirror{t: t, URL: "http://" + regtest.FreeAddress(t), admin: regtest.FreeAddress(t), dir: t.TempDir(), logs: captureLogs(t)}
+	t.Cleanup(func() {
+		if err := m.loadJSON([]byte(`{"admin": {"disabled": true}}`)); err != nil {
+			t.Error(err)
+		}
+	})
+	load := func(max string, more ...string) {
+		t.Helper()
+		if err := m.load(fmt.Sprintf("storage disk %s {\n min_free 1MB\n max_size %s\n}\n", m.dir, max)+upstreamFor("docker.io", up, more...), ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() { m.stop() })
+	load("8MiB")
+	m.complete()
+	layer := func(name string) bool { return len(kept(m.dir, images[name].Blobs[1].Digest)) > 0 }
+	for _, name := range []string{"a", "b", "c"} {
+		m.pull("library/"+name, "latest", images[name])
+	}
+	eventually(t, "something to be evicted", func() bool { return !layer("a") || !layer("b") })
+	settled := func(limit float64) func() bool {
+		return func() bool {
+			use := m.admins("GET", "status")["usage"].(object)
+			return use["allocated"].(float64) <= limit
+		}
+	}
+	eventually(t, "the budget to be kept", settled(8<<20))
+	for name, image := range images {
+		m.pull("library/"+name, "latest", image)
+	}
+	eventually(t, "the budget to be kept again", settled(8<<20))
+
+	// A reload with a smaller budget holds at once; one that is rejected does not.
+	rejected := fmt.Sprintf("storage disk %s {\n min_free 1MB\n max_size 1MiB\n}\n", m.dir)
+	if err := m.load(rejected+upstreamFor("docker.io", up, "credentials a {env.SURELY_NOT_SET}"), ""); err == nil {
+		t.Fatal("it was loaded")
+	}
+	if got := m.admins("GET", "status")["max_size"]; got != float64(8<<20) {
+		t.Errorf("max_size %v after a rejected reload", got)
+	}
+	load("4MiB")
+	eventually(t, "the smaller budget to be kept", settled(4<<20))
+	load("off", "max_size 2MiB")
+	eventually(t, "the upstream's budget to be kept", settled(2<<20))
+	if got := m.admins("GET", "status")["evicted"].(object)["blobs"].(float64); got < 2 {
+		t.Errorf("%v blobs evicted", got)
+	}
+	for name, image := range images {
+		m.pull("library/"+name, "latest", image)
+	}
+}
+
+// TestMaxBlobSize: an image with a larger blob is refused by its manifest.
+func TestMaxBlobSize(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	large, small := layered("large"), regtest.NewImage("small", regtest.Random("s", 5000))
+	up.Push("library/x", large, "large")
+	up.Push("library/x", small, "small")
+	m := start(t, "", "")
+	load := func(size string) {
+		t.Helper()
+		if err := m.load(fmt.Sprintf("storage disk %s {\n min_free 1MB\n max_blob_size %s\n}\n", m.dir, size)+upstreamFor("docker.io", up), ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	load("1MiB")
+	m.wantError(403, "DENIED", "GET", "/v2/library/x/manifests/large", "max_blob_size")
+	m.pull("library/x", "small", small)
+	load("3MiB")
+	m.pull("library/x", "large", large)
+}
+
+// catalogFile has the catalog in a file that the test knows.
+func catalogFile(t *testing.T) (file, option string) {
+	file = filepath.Join(t.TempDir(), "catalog.db")
+	return file, "catalog sqlite " + file + "\n"
+}
+
+// TestCatalogLost: whatever has become of the catalog, what is held is served at
+// once, and the catalog is made again.
+func TestCatalogLost(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	image := regtest.NewImage("x", regtest.Random("x", 5000))
+	up.Push("library/x", image, "latest")
+	file, option := catalogFile(t)
+	m := startAdmin(t, option+upstreamFor("docker.io", up, "tag_ttl 1h"))
+	m.pull("library/x", "latest", image)
+	m.complete()
+	for _, loss := range []struct {
+		name  string
+		aside bool
+		harm  func() error
+	}{
+		{"deleted", false, func() error { return os.Remove(file) }},
+		{"truncated", true, func() error { return os.Truncate(file, 5000) }},
+		{"garbage", true, func() error { return os.WriteFile(file, bytes.Repeat([]byte("no database "), 1000), 0o600) }},
+		{"newer", true, func() error { return change(file, "UPDATE meta SET value = '999' WHERE name = 'schema'") }},
+		{"another store's", true, func() error { return change(file, "UPDATE meta SET value = 'disk:/elsewhere' WHERE name = 'store'") }},
+	} {
+		m.stop()
+		for _, journal := range []string{"-wal", "-shm"} {
+			if _, err := os.Stat(file + journal); err == nil {
+				t.Errorf("%s: %s was left behind", loss.name, journal)
+			}
+		}
+		if err := loss.harm(); err != nil {
+			t.Fatal(err)
+		}
+		up.Down()
+		warned := len(m.logs.with(putAway))
+		if err := m.load(option+upstreamFor("docker.io", up, "tag_ttl 1h"), ""); err != nil {
+			t.Fatal(err)
+		}
+		m.pull("library/x", "latest", image)
+		if use := m.complete()["usage"].(object); use["tags"] != 1.0 || use["manifests"] != 1.0 {
+			t.Errorf("%s: made again as %v", loss.name, use)
+		}
+		warnings := m.logs.with(putAway)[warned:]
+		if (len(warnings) == 1) != loss.aside || len(warnings) > 1 {
+			t.Errorf("%s: warnings %v", loss.name, warnings)
+		}
+		for _, w := range warnings {
+			if w["level"] != "warn" || w["store"] != "disk:"+m.dir {
+				t.Errorf("%s: %v", loss.name, w)
+			}
+		}
+		up.Up()
+	}
+}
+
+const putAway = "the catalog was of no use and has been put away; it is made again from the store, and nothing is evicted until then"
+
+// change runs a statement in a catalog that nobody uses.
+func change(file, statement string) error {
+	db, err := sql.Open("sqlite", file)
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	_, err = db.Exec(statement)
+	return err
+}
+
+// TestCatalogClosed: no pull needs the database.
+func TestCatalogClosed(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	image, other := regtest.NewImage("x", regtest.Random("x", 2<<20)), regtest.NewImage("y", regtest.Random("y", 2<<20))
+	up.Push("library/x", image, "latest")
+	up.Push("library/y", other, "latest")
+	m := startAdmin(t, upstreamFor("docker.io", up, "tag_ttl 1h"))
+	m.pull("library/x", "latest", image)
+	m.complete()
+	if n := module.CloseCatalogs(); n != 1 {
+		t.Fatalf("%d catalogs were closed", n)
+	}
+	m.pull("library/y", "latest", other)
+	up.Down()
+	for range 3 {
+		m.pull("library/x", "latest", image)
+		m.pull("library/y", "latest", other)
+	}
+}
+
+// slow is a catalog that opens when it is told to.
+type slow struct {
+	sqlite.SQLite
+}
+
+var opens chan struct{}
+
+func init() { caddy.RegisterModule(new(slow)) }
+
+func (*slow) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "registry.catalog.slow", New: func() caddy.Module { return new(slow) }}
+}
+
+func (s *slow) Open(ctx context.Context, store string) (*sql.DB, error) {
+	select {
+	case <-opens:
+		return s.SQLite.Open(ctx, store)
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+var _ catalog.Backend = (*slow)(nil)
+
+// TestSlowCatalog: nobody waits for a catalog that takes its time; lists say that
+// there is none yet.
+func TestSlowCatalog(t *testing.T) {
+	opens = make(chan struct{})
+	up := regtest.New(t, regtest.Options{})
+	image := regtest.NewImage("x", regtest.Random("x", 2<<20))
+	up.Push("library/x", image, "latest")
+	file, _ := catalogFile(t)
+	m := startAdmin(t, "catalog slow "+file+"\n"+upstreamFor("docker.io", up))
+	m.pull("library/x", "latest", image)
+	if status := m.admins("GET", "status"); status["complete"] != nil || status["catalog"] == "ready" {
+		t.Errorf("status %v", status)
+	}
+	checkRefusal(t, m.adminDo("GET", "repositories"), 503, "nothing can be listed now")
+	status, out, errs := command(t, "registry", "--address", m.admin, "status")
+	if status != 0 || !strings.Contains(out, "partial") || errs != "" {
+		t.Errorf("%d %q %q", status, out, errs)
+	}
+	close(opens)
+	m.complete()
+	if got := names(m.admins("GET", "repositories")["repositories"]); !slices.Equal(got, []string{"docker.io/library/x"}) {
+		t.Errorf("%q", got)
+	}
+	// And one that never opens does not keep Caddy from stopping.
+	m.stop()
+	opens = make(chan struct{})
+	if err := m.load("catalog slow "+file+"\n"+upstreamFor("docker.io", up), ""); err != nil {
+		t.Fatal(err)
+	}
+	m.pull("library/x", "latest", image)
+	m.stop()
+}
+
+// TestValidateBesideCatalog: a configuration that is checked makes no catalog and
+// touches none.
+func TestValidateBesideCatalog(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	image := regtest.NewImage("x", regtest.Random("x", 5000))
+	up.Push("library/x", image, "latest")
+	file, option := catalogFile(t)
+	m := startAdmin(t, option+upstreamFor("docker.io", up))
+	m.pull("library/x", "latest", image)
+	m.complete()
+	before, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, option := range []string{option, "catalog sqlite " + filepath.Join(filepath.Dir(file), "other", "c.db") + "\n"} {
+		adapted, err := m.adapt(option+upstreamFor("docker.io", up), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var config caddy.Config
+		if err := json.Unmarshal(adapted, &config); err != nil {
+			t.Fatal(err)
+		}
+		config.Admin.Listen = regtest.FreeAddress(t)
+		if err := caddy.Validate(&config); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if after, err := os.ReadFile(file); err != nil || !bytes.Equal(before, after) {
+		t.Errorf("the catalog was written to: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(filepath.Dir(file), "other")); err == nil {
+		t.Error("a catalog was made")
+	}
+	m.pull("library/x", "latest", image)
+	if got := names(m.admins("GET", "repositories")["repositories"]); len(got) != 1 {
+		t.Errorf("%q", got)
+	}
+}
+
+// TestCatalogOfTwoStores: a file that is named for one store after another is
+// each one's in turn, and never both's at once.
+func TestCatalogOfTwoStores(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	one, two := bigImage(t), regtest.NewImage("two", regtest.Random("2", 5000))
+	up.Push("library/x", one, "latest")
+	up.Push("library/y", two, "latest")
+	_, option := catalogFile(t)
+	m := startAdmin(t, option+upstreamFor("docker.io", up))
+	m.complete()
+	rest, hold := halfPulled(t, m, up, "library/x", one)
+	old := m.dir
+	m.dir = t.TempDir()
+	if err := m.load(option+upstreamFor("docker.io", up), ""); err != nil {
+		t.Fatal(err)
+	}
+	// The first store is still being read, and has its catalog.
+	m.pull("library/y", "latest", two)
+	if status := m.admins("GET", "status"); status["catalog"] == "ready" || status["complete"] != nil {
+		t.Errorf("status %v", status)
+	}
+	close(hold)
+	if err := rest(); err != nil {
+		t.Error(err)
+	}
+	unlocked(t, old)
+	m.complete()
+	if got := names(m.admins("GET", "repositories")["repositories"]); !slices.Equal(got, []string{"docker.io/library/y"}) {
+		t.Errorf("%q", got)
+	}
+}
+
+// TestBackToStore: a store that is left by one reload and taken up by the next,
+// while somebody still reads from it, has been one store all the time.
+func TestBackToStore(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	one := bigImage(t)
+	up.Push("library/x", one, "latest")
+	m := startAdmin(t, upstreamFor("docker.io", up))
+	m.complete()
+	rest, hold := halfPulled(t, m, up, "library/x", one)
+	first, second := m.dir, t.TempDir()
+	job := m.job(`{"kind": "reindex"}`)["id"].(string)
+	for _, dir := range []string{second, first} {
+		m.dir = dir
+		if err := m.load(upstreamFor("docker.io", up), ""); err != nil {
+			t.Fatal(err)
+		}
+		m.complete()
+	}
+	// It remembers what only a state in memory can.
+	if got := m.admins("GET", "jobs/"+job); got["id"] != job {
+		t.Errorf("%v", got)
+	}
+	close(hold)
+	if err := rest(); err != nil {
+		t.Error(err)
+	}
+	m.pull("library/x", "latest", one)
+	unlocked(t, second)
+	if files := kept(m.dir, one.Blobs[1].Digest); len(files) == 0 {
+		t.Error("the layer is not in the store")
+	}
+}
+
+// TestTwoSitesCountOnce: what two sites pull is in one store, and counts once.
+func TestTwoSitesCountOnce(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	image := regtest.NewImage("x", regtest.Random("x", 2<<20))
+	up.Push("library/x", image, "latest")
+	up.Push("library/y", image, "latest")
+	m := startAdmin(t, upstreamFor("docker.io", up))
+	other := *m
+	other.URL = "http://" + regtest.FreeAddress(t)
+	adapted, err := m.adapt(upstreamFor("docker.io", up), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	listen := func(m *mirror) string { return `":` + m.URL[strings.LastIndexByte(m.URL, ':')+1:] + `"` }
+	adapted = bytes.Replace(adapted, []byte(`"listen":[`+listen(m)), []byte(`"listen":[`+listen(m)+`,`+listen(&other)), 1)
+	if err := m.loadJSON(adapted); err != nil {
+		t.Fatal(err)
+	}
+	m.pull("library/x", "latest", image)
+	other.pull("library/y", "latest", image)
+	use := m.complete()["usage"].(object)
+	if use["repositories"] != 2.0 || use["bytes"].(float64) > 2<<20+32<<10 {
+		t.Errorf("%v", use)
+	}
+	if got := len(m.admins("GET", "repositories")["repositories"].([]any)); got != 2 {
+		t.Errorf("%d repositories", got)
+	}
+}
+
+// TestStoreMetrics: what Caddy exposes of stores.
+func TestStoreMetrics(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	image := regtest.NewImage("x", regtest.Random("x", 2<<20))
+	up.Push("library/x", image, "latest")
+	m := startAdmin(t, upstreamFor("docker.io", up, "max_size 1GiB"))
+	m.pull("library/x", "latest", image)
+	m.complete()
+	a := m.ask(func() (*http.Response, error) { return client.Get("http://" + m.admin + "/metrics") })
+	for _, series := range []string{
+		fmt.Sprintf("caddy_registry_store_catalog_complete{store=%q} 1\n", "disk:"+m.dir),
+		fmt.Sprintf("caddy_registry_store_damaged_blobs{store=%q} 0\n", "disk:"+m.dir),
+		fmt.Sprintf("caddy_registry_evicted_bytes_total{store=%q} 0\n", "disk:"+m.dir),
+		fmt.Sprintf("caddy_registry_upstream_max_size_bytes{store=%q,upstream=\"docker.io\"} 1.073741824e+09\n", "disk:"+m.dir),
+		fmt.Sprintf("caddy_registry_store_allocated_bytes{store=%q} 2.", "disk:"+m.dir),
+	} {
+		if !strings.Contains(string(a.body), series) {
+			t.Errorf("no %s:\n%s", series, regexp.MustCompile(`(?m)^caddy_registry_store.*$`).FindAll(a.body, -1))
+		}
+	}
+	if strings.Contains(string(a.body), "caddy_registry_store_max_size_bytes{") {
+		t.Error("a max_size that is off")
+	}
+}
+
+// TestJobs: work is begun, followed and listed.
+func TestJobs(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	image := regtest.NewImage("x", regtest.Random("x", 2<<20))
+	up.Push("library/x", image, "latest")
+	m := startAdmin(t, upstreamFor("docker.io", up))
+	m.pull("library/x", "latest", image)
+	m.complete()
+	for _, kind := range []string{"gc", "scrub", "reindex"} {
+		status, out, errs := command(t, "registry", kind, "--address", m.admin)
+		if status != 0 || !strings.HasPrefix(out, kind+": ") || errs != "" {
+			t.Errorf("%s: %d %q %q", kind, status, out, errs)
+		}
+	}
+	status, out, _ := command(t, "registry", "gc", "--address", m.admin, "--dry-run", "--detach")
+	id := strings.TrimSpace(out)
+	if status != 0 || !strings.HasPrefix(id, "gc-") {
+		t.Fatalf("%d %q", status, out)
+	}
+	status, out, errs := command(t, "registry", "jobs", "--address", m.admin, "--wait", id)
+	if status != 0 || !strings.HasPrefix(out, "gc: would remove 0 ") || errs != "" {
+		t.Errorf("%d %q %q", status, out, errs)
+	}
+	status, out, errs = command(t, "registry", "jobs", "--address", m.admin, "--cancel", id)
+	if status != 1 || !strings.Contains(errs, "ended already") {
+		t.Errorf("%d %q %q", status, out, errs)
+	}
+	var list struct{ Jobs []struct{ ID, Kind string } }
+	if err := json.Unmarshal(m.adminDo("GET", "jobs").body, &list); err != nil || len(list.Jobs) < 4 || list.Jobs[0].ID != id {
+		t.Errorf("%+v %v", list, err)
+	}
+	for body, says := range map[string]string{
+		`{"kind": "mow"}`:                    "mow",
+		`{}`:                                 "none of",
+		`{"kind": "scrub", "dry_run": true}`: "dry_run",
+		`{"kind": "purge"}`:                  "pattern",
+		`{"kind": "gc", "pattern": "x"}`:     "pattern",
+		`{"kind": "gc", "x": 1}`:             "unknown field",
+		`x`:                                  "not like",
+	} {
+		checkRefusal(t, m.adminDo("POST", "jobs", body), 400, says)
+	}
+}
+
+// TestScrubHeals: what the disk has damaged is fetched again.
+func TestScrubHeals(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	image := regtest.NewImage("x", regtest.Random("x", 2<<20))
+	up.Push("library/x", image, "latest")
+	m := startAdmin(t, upstreamFor("docker.io", up, "tag_ttl 1h"))
+	m.pull("library/x", "latest", image)
+	m.complete()
+	layer := image.Blobs[1]
+	file := kept(m.dir, layer.Digest)[0]
+	damaged := bytes.Clone(layer.Data)
+	damaged[1<<20] ^= 1
+	if err := os.WriteFile(file, damaged, 0o640); err != nil {
+		t.Fatal(err)
+	}
+	m.job(`{"kind": "scrub"}`)
+	eventually(t, "the layer to be whole", func() bool {
+		data, err := os.ReadFile(file)
+		return err == nil && bytes.Equal(data, layer.Data)
+	})
+	up.Down()
+	m.pull("library/x", "latest", image)
+}
