@@ -2,6 +2,7 @@ package catalog_test
 
 import (
 	"context"
+	"database/sql"
 	"fmt"
 	"path/filepath"
 	"reflect"
@@ -11,9 +12,11 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 	"go.uber.org/goleak"
 
 	"github.com/caddy-registry/mirror/internal/catalog"
+	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/storage/catalog/sqlite"
 )
@@ -73,6 +76,7 @@ func TestModel(t *testing.T) {
 					last = nil
 				}
 			}
+			empty(t, m, c, file)
 			if t.Failed() {
 				for _, change := range last {
 					t.Logf("%+v", change)
@@ -273,5 +277,64 @@ func compare(t *testing.T, w *world, m *model, c *catalog.Catalog, everything bo
 			after = page[len(page)-1].Name
 		}
 		check("tags of "+name, got, nil, tags)
+	}
+}
+
+// empty takes everything out of a catalog, of which no row may be left.
+func empty(t *testing.T, m *model, c *catalog.Catalog, file string) {
+	t.Helper()
+	var changes []tree.Change
+	for name, r := range m.repositories {
+		changes = append(changes, tree.Change{Kind: tree.Forgotten, Repository: name})
+		for pin := range r.pins {
+			change := tree.Change{Kind: tree.Unpinned, Repository: name, Tag: pin}
+			if strings.Contains(pin, ":") {
+				change.Tag, change.Digest = "", digest.Digest(pin)
+			}
+			changes = append(changes, change)
+		}
+	}
+	for d := range m.blobs {
+		changes = append(changes, tree.Change{Kind: tree.Removed, Canonical: d})
+	}
+	if err := c.Apply(context.Background(), changes); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	open(t, file).Close() // drops what is known of digests
+	db, err := sql.Open("sqlite", file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	for _, table := range []string{"repositories", "blobs", "members", "uses", "manifests", "tags", "pins", "layers", "edges", "loose", "aliases"} {
+		var n int
+		if err := db.QueryRow("SELECT COUNT(*) FROM " + table).Scan(&n); err != nil || n > 0 {
+			t.Errorf("%d left of %s, %v", n, table, err)
+		}
+	}
+}
+
+// Whoever reads a manifest reads its index and that one's tag, also when all of
+// them are new.
+func TestReadOfWhatIsNew(t *testing.T) {
+	c, w := open(t, filepath.Join(t.TempDir(), "catalog.db")), newWorld(1)
+	at := func(n int64) time.Time { return time.Unix(1000+n, 0).UTC() }
+	image, index := w.manifests[0], w.manifests[1]
+	err := c.Apply(context.Background(), []tree.Change{
+		{Kind: tree.Recorded, Repository: "a", Record: &tree.Record{Class: tree.Mirrored, Upstream: "docker.io"}},
+		{Kind: tree.Manifested, Repository: "a", Canonical: image, Manifest: &oci.Manifest{}, At: at(1)},
+		{Kind: tree.Manifested, Repository: "a", Canonical: index, Manifest: &oci.Manifest{Children: []v1.Descriptor{{Digest: image}}}, At: at(2)},
+		{Kind: tree.Tagged, Repository: "a", Tag: "x", Canonical: index, At: at(3)},
+		{Kind: tree.Read, Repository: "a", Canonical: image, At: at(100)},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots, err := c.Coldest(context.Background(), "", time.Time{}, 10)
+	if want := []catalog.Root{{Repository: "a", Tag: "x", Digest: index, Read: at(100)}}; err != nil || !reflect.DeepEqual(roots, want) {
+		t.Errorf("%v, %v; want %v", roots, err, want)
 	}
 }
