@@ -119,7 +119,10 @@ func (b budgeted) Reserve(n int64) (storage.Reservation, error) {
 
 // reserve sets n bytes aside, if ahead bytes would fit besides.
 func (k *Keeper) reserve(n, ahead int64) (*reservation, error) {
-	limit, partial := k.settings().MaxSize, k.partial()
+	limit, partial := k.settings().MaxSize, int64(0)
+	if limit > 0 {
+		partial = k.partial()
+	}
 	a := &k.account
 	size := onDisk(n)
 	a.mu.Lock()

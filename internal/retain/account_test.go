@@ -116,7 +116,7 @@ func TestReserveWithoutCatalog(t *testing.T) {
 
 // TestManyReserve: max_size holds for a herd.
 func TestManyReserve(t *testing.T) {
-	b := keep(t, func(b *kept) { b.settings.MaxSize = 10 * mib })
+	b := keep(t, func(b *kept) { b.settings.MaxSize = 10 * onDisk(mib) })
 	b.ready()
 	var wg sync.WaitGroup
 	got := make(chan storage.Reservation, 100)
@@ -184,7 +184,7 @@ func TestRoomInOrder(t *testing.T) {
 	b := keep(t)
 	b.ready()
 	e := &b.eviction
-	b.Set(Settings{MaxSize: 10 * mib})
+	b.Set(Settings{MaxSize: 10*mib + 30*block})
 	r, err := b.Store().Reserve(10 * mib)
 	if err != nil {
 		t.Fatal(err)
