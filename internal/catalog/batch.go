@@ -4,6 +4,8 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -266,35 +268,49 @@ func (b *batch) upstreamWithID(id int64) *row[upstreamRow] {
 
 const repositoryColumns = "id, name, present, class, upstream, created, pins, tags, manifests, blobs, bytes, blocks, extra"
 
-func (b *batch) loadRepository(where string, arg any) *row[repositoryRow] {
-	r := &row[repositoryRow]{}
-	v := &r.v
-	r.there = b.scan("SELECT "+repositoryColumns+" FROM repositories WHERE "+where, []any{arg},
-		&v.id, &v.name, &v.present, &v.class, &v.upstream, &v.created, &v.pins,
-		&v.tags, &v.manifests, &v.blobs, &v.bytes, &v.blocks, &v.extra)
-	if r.there {
+func (b *batch) loadRepositories(where string, args ...any) {
+	b.each("SELECT "+repositoryColumns+" FROM repositories WHERE "+where, args, func(scan func(...any) error) error {
+		r := &row[repositoryRow]{there: true}
+		v := &r.v
+		err := scan(&v.id, &v.name, &v.present, &v.class, &v.upstream, &v.created, &v.pins,
+			&v.tags, &v.manifests, &v.blobs, &v.bytes, &v.blocks, &v.extra)
 		r.written()
-		b.repositories[v.name], b.repoByID[v.id] = r, r
-	}
-	return r
+		if b.repositories[v.name] == nil {
+			b.repositories[v.name], b.repoByID[v.id] = r, r
+		}
+		return err
+	})
 }
 
 // repository returns a repository; not there if it is not known.
 func (b *batch) repository(name string) *row[repositoryRow] {
+	if b.repositories[name] == nil {
+		b.loadRepositories("name = ?", name)
+	}
+	return b.noRepository(name)
+}
+
+// noRepository returns the copy of a repository, which is not in the database if
+// there is no copy yet.
+func (b *batch) noRepository(name string) *row[repositoryRow] {
 	r := b.repositories[name]
 	if r == nil {
-		r = b.loadRepository("name = ?", name)
-		r.v.name = name
+		r = &row[repositoryRow]{v: repositoryRow{name: name}}
 		b.repositories[name] = r
 	}
 	return r
 }
 
 func (b *batch) repositoryWithID(id int64) *row[repositoryRow] {
-	if r := b.repoByID[id]; r != nil {
-		return r
+	if b.repoByID[id] == nil {
+		b.loadRepositories("id = ?", id)
 	}
-	return b.loadRepository("id = ?", id)
+	r := b.repoByID[id]
+	if r == nil {
+		b.fail(fmt.Errorf("repository %d is named and not there: %w", id, errInconsistent))
+		return &row[repositoryRow]{}
+	}
+	return r
 }
 
 const blobColumns = "id, digest, size, stored, touched, COALESCE(hashed, 0), members, holders, manifests, hosted, tags, subjects, parsed"
@@ -316,28 +332,23 @@ func (b *batch) loadBlobs(where string, args ...any) {
 	})
 }
 
-// atOnce is how many blobs are asked for with one query.
+// atOnce is how many rows are asked for with one query.
 const atOnce = 64
 
-var anyOf = "digest IN (?" + strings.Repeat(", ?", atOnce-1) + ")"
+var anyOf = " IN (?" + strings.Repeat(", ?", atOnce-1) + ")"
 
-// prefetch copies the blobs that changes name.
+// prefetch copies the repositories and the blobs that changes name.
 func (b *batch) prefetch(changes []tree.Change) {
-	var args []any
-	seen := map[digest.Digest]bool{}
+	names, digests := map[string]bool{}, map[string]bool{}
 	want := func(d digest.Digest) {
-		if d == "" || seen[d] {
-			return
-		}
-		seen[d] = true
-		if raw := pack(d); raw != "" && b.blobs[raw] == nil {
-			if args = append(args, []byte(raw)); len(args) == atOnce {
-				b.loadBlobs(anyOf, args...)
-				args = nil
-			}
+		if raw := pack(d); raw != "" {
+			digests[b.canonical(raw)] = true
 		}
 	}
 	for _, c := range changes {
+		if c.Repository != "" {
+			names[c.Repository] = true
+		}
 		want(c.Canonical)
 		if c.Manifest == nil {
 			continue
@@ -349,16 +360,25 @@ func (b *batch) prefetch(changes []tree.Change) {
 			want(d.Digest)
 		}
 	}
-	if len(args) > 0 {
-		for len(args) < atOnce {
-			args = append(args, args[0])
-		}
-		b.loadBlobs(anyOf, args...)
+	inChunks(names, func(name string) any { return name }, func(args []any) { b.loadRepositories("name"+anyOf, args...) })
+	for name := range names {
+		b.noRepository(name)
 	}
-	for d := range seen {
-		if raw := pack(d); raw != "" && b.canonical(raw) == raw {
-			b.newBlob(raw)
+	inChunks(digests, func(raw string) any { return []byte(raw) }, func(args []any) { b.loadBlobs("digest"+anyOf, args...) })
+	for raw := range digests {
+		b.newBlob(raw)
+	}
+}
+
+// inChunks calls load with so many arguments as anyOf takes, some of them more
+// than once at the end. They are in order, as they lie in an index.
+func inChunks(all map[string]bool, arg func(string) any, load func([]any)) {
+	for chunk := range slices.Chunk(slices.Sorted(maps.Keys(all)), atOnce) {
+		args := make([]any, atOnce)
+		for i := range args {
+			args[i] = arg(chunk[min(i, len(chunk)-1)])
 		}
+		load(args)
 	}
 }
 

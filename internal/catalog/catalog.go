@@ -78,6 +78,9 @@ func Open(ctx context.Context, db *sql.DB, dialect storage.Dialect, store string
 	if c.w, err = db.Conn(ctx); err != nil {
 		return nil, fmt.Errorf("opening the catalog: %w", err)
 	}
+	if _, err := c.w.ExecContext(ctx, c.dialect.writer); err != nil {
+		return nil, fmt.Errorf("opening the catalog: %w", c.dialect.explain(err))
+	}
 	if err := migrate(ctx, c.w, dialect, store); err != nil {
 		return nil, fmt.Errorf("opening the catalog: %w", c.dialect.explain(err))
 	}

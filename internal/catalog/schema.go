@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"embed"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -21,7 +22,8 @@ var schemas embed.FS
 // sqlDialect is where databases differ.
 type sqlDialect struct {
 	begin  string // a transaction that writes
-	tables string // how many there are with the name meta
+	writer string // what makes a connection one that writes
+	tables string // how many there are, and how many of them are meta
 	// damaged are parts of errors that say so.
 	damaged []string
 }
@@ -29,7 +31,7 @@ type sqlDialect struct {
 var dialects = map[storage.Dialect]sqlDialect{
 	storage.SQLite: {
 		begin:   "BEGIN IMMEDIATE",
-		tables:  "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = 'meta'",
+		tables:  "SELECT COUNT(*), COUNT(CASE WHEN name = 'meta' THEN 1 END) FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'",
 		damaged: []string{"malformed", "not a database"},
 	},
 }
@@ -45,12 +47,15 @@ func migrate(ctx context.Context, w *sql.Conn, dialect storage.Dialect, store st
 			w.ExecContext(context.WithoutCancel(ctx), "ROLLBACK")
 		}
 	}()
-	var n int
-	if err := w.QueryRowContext(ctx, d.tables).Scan(&n); err != nil {
+	var all, ours int
+	if err := w.QueryRowContext(ctx, d.tables).Scan(&all, &ours); err != nil {
 		return err
 	}
 	at := 0
-	if n == 0 {
+	if all > 0 && ours == 0 {
+		return errors.New("the database has tables of another program; name one of its own for the catalog")
+	}
+	if all == 0 {
 		if _, err := w.ExecContext(ctx, "CREATE TABLE meta (name VARCHAR(32) NOT NULL PRIMARY KEY, value VARCHAR(1024) NOT NULL)"); err != nil {
 			return err
 		}
@@ -62,16 +67,16 @@ func migrate(ctx context.Context, w *sql.Conn, dialect storage.Dialect, store st
 	} else {
 		var number, of string
 		if err := w.QueryRowContext(ctx, "SELECT value FROM meta WHERE name = 'schema'").Scan(&number); err != nil {
-			return fmt.Errorf("its number: %w", err)
+			return fmt.Errorf("reading its number: %w", missing(err))
 		}
 		if at, err = strconv.Atoi(number); err != nil {
-			return fmt.Errorf("its number: %w", err)
+			return fmt.Errorf("its number is %w: %w", storage.ErrDamaged, err)
 		}
 		if at > schema {
 			return fmt.Errorf("the catalog has schema %d and this program knows %d: %w", at, schema, ErrNewer)
 		}
 		if err := w.QueryRowContext(ctx, "SELECT value FROM meta WHERE name = 'store'").Scan(&of); err != nil {
-			return fmt.Errorf("its store: %w", err)
+			return fmt.Errorf("reading what store it is of: %w", missing(err))
 		}
 		if of != store {
 			return fmt.Errorf("the catalog is of %s: %w", of, ErrOther)
@@ -90,6 +95,14 @@ func migrate(ctx context.Context, w *sql.Conn, dialect storage.Dialect, store st
 		return err
 	}
 	_, err = w.ExecContext(ctx, "COMMIT")
+	return err
+}
+
+// missing says of a row that should be there that the database is damaged.
+func missing(err error) error {
+	if errors.Is(err, sql.ErrNoRows) {
+		return fmt.Errorf("%w: %w", storage.ErrDamaged, err)
+	}
 	return err
 }
 

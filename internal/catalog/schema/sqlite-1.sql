@@ -47,8 +47,8 @@ CREATE TABLE blobs (
 	subjects  INTEGER NOT NULL, -- manifests that name it as their subject
 	parsed    INTEGER NOT NULL  -- what it refers to is in layers and edges
 );
-CREATE INDEX blobs_cold ON blobs (cold);
-CREATE INDEX blobs_hashed ON blobs (hashed);
+CREATE INDEX blobs_cold ON blobs (cold) WHERE cold IS NOT NULL;
+CREATE INDEX blobs_hashed ON blobs (hashed) WHERE hashed IS NOT NULL;
 
 -- What other digests than sha256 are of the bytes that lie under one.
 CREATE TABLE aliases (
@@ -98,7 +98,7 @@ CREATE TABLE manifests (
 	PRIMARY KEY (repository, blob)
 ) WITHOUT ROWID;
 CREATE INDEX manifests_blob ON manifests (blob);
-CREATE INDEX manifests_cold ON manifests (scope, touched);
+CREATE INDEX manifests_cold ON manifests (scope, touched) WHERE scope IS NOT NULL;
 
 CREATE TABLE tags (
 	repository INTEGER NOT NULL,
@@ -113,7 +113,7 @@ CREATE TABLE tags (
 	PRIMARY KEY (repository, name)
 ) WITHOUT ROWID;
 CREATE INDEX tags_blob ON tags (blob, repository);
-CREATE INDEX tags_cold ON tags (scope, touched);
+CREATE INDEX tags_cold ON tags (scope, touched) WHERE scope IS NOT NULL;
 
 -- Names are tags and digests.
 CREATE TABLE pins (

@@ -12,11 +12,16 @@ func remote(dir string) (string, error) {
 	if err := unix.Statfs(dir, &fs); err != nil {
 		return "", os.NewSyscallError("statfs", err)
 	}
-	switch uint32(fs.Type) {
+	return network(uint32(fs.Type)), nil
+}
+
+// network names a network filesystem by its number, or is "".
+func network(magic uint32) string {
+	switch magic {
 	case unix.NFS_SUPER_MAGIC:
-		return "NFS", nil
+		return "NFS"
 	case unix.SMB_SUPER_MAGIC, unix.SMB2_SUPER_MAGIC, unix.CIFS_SUPER_MAGIC:
-		return "SMB", nil
+		return "SMB"
 	}
-	return "", nil
+	return ""
 }

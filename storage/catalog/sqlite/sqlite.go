@@ -70,6 +70,10 @@ func (s *SQLite) Provision(caddy.Context) error {
 	if info, err := os.Stat(file); err == nil && info.IsDir() {
 		return fmt.Errorf("file: %s is a directory; name a file in it", file)
 	}
+	// So that one file has one identity whatever links lead to its directory.
+	if dir, err := filepath.EvalSymlinks(filepath.Dir(file)); err == nil {
+		file = filepath.Join(dir, filepath.Base(file))
+	}
 	s.File = file
 	return nil
 }
@@ -187,7 +191,7 @@ func connect(file string, lock *os.File) (*connector, error) {
 		"journal_mode(WAL)",
 		"synchronous(NORMAL)",
 		"foreign_keys(OFF)",
-		"cache_size(-16384)",
+		"cache_size(-8192)",
 		"temp_store(MEMORY)",
 		"journal_size_limit(67108864)",
 	}}
