@@ -181,7 +181,7 @@ func (t *Tree) Warm(repository string, d digest.Digest, at time.Time) (*Manifest
 
 // WarmBlob returns the bytes of a small blob that belongs to a repository, if
 // memory alone tells. Nobody may change them. at is when a client has asked for
-// it.
+// it; the zero time: none has.
 func (t *Tree) WarmBlob(repository string, d digest.Digest, at time.Time) ([]byte, bool) {
 	known, ok := t.members.Get(member{repository, d})
 	if !ok || !known.Linked {
@@ -191,7 +191,9 @@ func (t *Tree) WarmBlob(repository string, d digest.Digest, at time.Time) ([]byt
 	if !ok || known.Size >= 0 && known.Size != int64(len(w.body)) {
 		return nil, false
 	}
-	t.AskedBlob(repository, known, at)
+	if !at.IsZero() {
+		t.AskedBlob(repository, known, at)
+	}
 	return w.body, true
 }
 
