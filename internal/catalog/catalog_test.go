@@ -38,15 +38,18 @@ func open(t testing.TB, file string) *catalog.Catalog {
 	return c
 }
 
+// How many random changes, and of how many worlds.
+var steps, worlds = 2500, uint64(3)
+
 func TestModel(t *testing.T) {
-	for seed := range uint64(3) {
+	for seed := range worlds {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
 			file := filepath.Join(t.TempDir(), "catalog.db")
 			c, w, m := open(t, file), newWorld(seed), newModel()
 			ctx := context.Background()
 			var last []tree.Change
-			for step := 0; step < 2500 && !t.Failed(); {
+			for step := 0; step < steps && !t.Failed(); {
 				var batch []tree.Change
 				for range 1 + w.random.IntN(12) {
 					change := w.change()
@@ -65,8 +68,8 @@ func TestModel(t *testing.T) {
 					c = open(t, file)
 					m.restart()
 				}
-				if w.random.IntN(4) == 0 {
-					compare(t, w, m, c)
+				if w.random.IntN(4) == 0 || step >= steps {
+					compare(t, w, m, c, step >= steps)
 					last = nil
 				}
 			}
@@ -79,8 +82,9 @@ func TestModel(t *testing.T) {
 	}
 }
 
-// compare asks the catalog and the model everything.
-func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
+// compare asks the catalog and the model everything, or of all that can be asked
+// for one by one, only a few.
+func compare(t *testing.T, w *world, m *model, c *catalog.Catalog, everything bool) {
 	t.Helper()
 	ctx := context.Background()
 	check := func(what string, got any, err error, want any) {
@@ -92,6 +96,12 @@ func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
 		}
 	}
 	some := 1 + w.random.IntN(5)
+	few := func(n int) int {
+		if everything {
+			return n
+		}
+		return min(n, 4)
+	}
 	for _, upstream := range []string{"", "docker.io", "quay.io", "gcr.io"} {
 		usage, err := c.Usage(ctx, upstream)
 		check("usage of "+upstream, usage, err, m.usageOf(upstream))
@@ -99,22 +109,22 @@ func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
 			roots, err := c.Coldest(ctx, upstream, before, 1000)
 			want := m.coldest(upstream, before)
 			check("coldest of "+upstream, roots, err, want)
-			few, err := c.Coldest(ctx, upstream, before, some)
+			coldest, err := c.Coldest(ctx, upstream, before, some)
 			reads := func(roots []catalog.Root) (all []time.Time) {
 				for _, root := range roots {
 					all = append(all, root.Read)
 				}
 				return all
 			}
-			check("the very coldest of "+upstream, reads(few), err, reads(want[:min(some, len(want))]))
+			check("the very coldest of "+upstream, reads(coldest), err, reads(want[:min(some, len(want))]))
 		}
 		blobs, err := c.ColdestBlobs(ctx, upstream, 1000)
 		sortBlobs(blobs, func(b catalog.Blob) time.Time { return b.Read })
 		check("coldest blobs of "+upstream, blobs, err, m.coldestBlobs(upstream))
-		few, err := c.ColdestBlobs(ctx, upstream, some)
-		check("number of coldest blobs", len(few), err, min(some, len(blobs)))
-		for i := range few {
-			check("the very coldest blobs", few[i].Read, nil, blobs[i].Read)
+		first, err := c.ColdestBlobs(ctx, upstream, some)
+		check("number of coldest blobs", len(first), err, min(some, len(blobs)))
+		for i := range first {
+			check("the very coldest blobs", first[i].Read, nil, blobs[i].Read)
 		}
 	}
 
@@ -126,7 +136,8 @@ func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
 	}
 	roots = append(roots, catalog.Root{Repository: pick(w, w.repositories), Tag: "latest", Digest: pick(w, w.manifests)},
 		catalog.Root{Repository: pick(w, w.repositories), Digest: pick(w, w.manifests)})
-	for _, root := range roots {
+	w.random.Shuffle(len(roots), func(i, j int) { roots[i], roots[j] = roots[j], roots[i] })
+	for _, root := range roots[:few(len(roots))] {
 		removal, err := c.Removal(ctx, root)
 		if len(removal.Manifests) > 0 && removal.Manifests[0] != root.Digest {
 			t.Errorf("the removal of %v begins with %v", root, removal.Manifests[0])
@@ -175,13 +186,13 @@ func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
 		all[d] = b.size
 	}
 	got := map[digest.Digest]int64{}
-	for _, prefix := range "0123456789abcdef" {
-		part, err := c.Blobs(ctx, string(prefix))
+	for _, prefix := range pick(w, []string{"0123456789abcdef", "\x00"}) {
+		part, err := c.Blobs(ctx, strings.Trim(string(prefix), "\x00"))
 		if err != nil {
 			t.Error(err)
 		}
 		for d, size := range part {
-			if !strings.HasPrefix(d.Encoded(), string(prefix)) {
+			if prefix != 0 && !strings.HasPrefix(d.Encoded(), string(prefix)) {
 				t.Errorf("%s does not begin with %c", d, prefix)
 			}
 			got[d] = size
@@ -189,7 +200,9 @@ func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
 	}
 	check("blobs", got, nil, all)
 
-	for _, d := range slices.Concat(w.blobs, w.manifests) {
+	digests := slices.Concat(w.blobs, w.manifests)
+	w.random.Shuffle(len(digests), func(i, j int) { digests[i], digests[j] = digests[j], digests[i] })
+	for _, d := range digests[:few(len(digests))] {
 		referenced, err := c.Referenced(ctx, d)
 		check("referenced "+d.String(), referenced, err, m.referenced(d))
 		referenced, err = c.Referenced(ctx, w.others[d])
@@ -206,7 +219,7 @@ func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
 		check("owners of "+d.String(), owners, err, want)
 	}
 
-	for _, containing := range []string{"", "a", "io/", "X"} {
+	for _, containing := range []string{"", pick(w, []string{"a", "io/", "X"})} {
 		var want, got []catalog.Repository
 		for _, name := range slices.Sorted(slices.Values(w.repositories)) {
 			if r := m.repositories[name]; r != nil && r.present && strings.Contains(name, containing) {
@@ -228,7 +241,9 @@ func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
 		}
 		check("repositories with "+containing, got, nil, want)
 	}
-	for _, name := range w.repositories {
+	names := slices.Clone(w.repositories)
+	w.random.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
+	for _, name := range names[:few(len(names))] {
 		want := catalog.Names{Tags: map[string]digest.Digest{}, Manifests: map[digest.Digest]bool{}, Links: map[digest.Digest]bool{}, Pins: map[string]bool{}}
 		var tags []catalog.Tag
 		if r := m.repositories[name]; r != nil {
