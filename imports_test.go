@@ -159,11 +159,11 @@ func TestImports(t *testing.T) {
 				t.Errorf("%s imports module; only caddyfile and the root do", dir)
 			case to == "caddyfile" && dir != ".":
 				t.Errorf("%s imports caddyfile; only the root does", dir)
-			case inside && !strings.HasPrefix(to, "internal/") && to != "storage":
+			case inside && !strings.HasPrefix(to, "internal/") && to != "storage" && to != "storage/catalog":
 				t.Errorf("%s imports %s; the arrows go from module over internal to storage", dir, to)
 			case strings.HasPrefix(dir, "storage") && strings.HasPrefix(to, "internal/mirror"):
 				t.Errorf("%s imports %s, which is above it", dir, to)
-			case strings.HasPrefix(to, "storage/") && to != "storage/storagetest" && !strings.HasPrefix(dir, to) &&
+			case strings.HasPrefix(to, "storage/") && to != "storage/storagetest" && to != "storage/catalog" && !strings.HasPrefix(dir, to) &&
 				dir != "." && dir != "xcaddy" && (dir != "module" || to != "storage/disk"): // disk is the default
 				t.Errorf("%s imports %s; a user who needs no such module builds without it", dir, to)
 			}
@@ -172,6 +172,8 @@ func TestImports(t *testing.T) {
 
 	g.forbid(t, "storage", "Caddy", caddy)
 	g.forbid(t, "storage", "this module", below(g.module))
+	g.forbid(t, "storage/catalog", "Caddy or SQL drivers", heavy)
+	g.forbid(t, "storage/catalog", "this module", below(g.module))
 	g.forbid(t, "internal/fill", "net/http, the upstream client or policy", below("net/http", g.module+"/internal/upstream", g.module+"/internal/mirror"))
 	for _, dir := range []string{"internal/oci", "internal/layout"} {
 		g.forbid(t, dir, "anything of this module", below(g.module))

@@ -138,6 +138,13 @@ type Reservation interface {
 	Release()
 }
 
+// A Measured store says how much room there is. It is optional.
+type Measured interface {
+	// Free returns how many bytes could be written now, less what is reserved,
+	// and how many of those the operator wants kept free.
+	Free() (free, keep int64, err error)
+}
+
 // ErrFull is wrapped by the error of a Reserve that would take the store
 // beyond a limit its operator set. The message names the option.
 var ErrFull = errors.New("not enough room")

@@ -8,19 +8,46 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 
-	"github.com/caddy-registry/mirror/internal/tree"
 	storage "github.com/caddy-registry/mirror/storage/catalog"
 )
 
 // A Catalog is a database of what is in one store. All methods may be called at
-// once, Apply by one goroutine at a time.
+// once. What writes waits for what is writing.
 type Catalog struct {
-	db *sql.DB
+	db      *sql.DB
+	dialect sqlDialect
+	life    context.Context // ends with the catalog
+	end     context.CancelCauseFunc
+	running sync.WaitGroup
+	mu      sync.Mutex
+	closed  bool // guarded by mu, and running is added to under it
+
+	writer chan struct{} // holds a value while w, prepared and ids are in use
+	w      *sql.Conn
+	// prepared are the statements of w, by their text.
+	prepared map[string]*sql.Stmt
+	inserts  map[shape]string
+	ids      struct{ upstream, repository, blob sequence }
 }
+
+// shape is that of a statement that inserts rows.
+type shape struct {
+	table string
+	rows  int
+}
+
+// sequence is the last id that has been given away.
+type sequence int64
+
+func (s *sequence) next() int64 { *s++; return int64(*s) }
 
 // ErrNewer is wrapped by the error of an Open that finds tables of a newer
 // version of this program.
@@ -29,160 +56,251 @@ var ErrNewer = errors.New("made by a newer version of this program")
 // ErrOther is wrapped by the error of an Open that finds another store's tables.
 var ErrOther = errors.New("of another store")
 
+// ErrClosed is wrapped by the errors of a catalog that is closed.
+var ErrClosed = errors.New("the catalog is closed")
+
+var errInconsistent = fmt.Errorf("the catalog contradicts itself, which is %w", storage.ErrDamaged)
+
 // Open makes the tables in a database, or brings those of an earlier version up
 // to date. The catalog owns the database from then on, also when Open fails.
-func Open(ctx context.Context, db *sql.DB, dialect storage.Dialect, store string) (*Catalog, error) {
-	panic("not written")
+func Open(ctx context.Context, db *sql.DB, dialect storage.Dialect, store string) (_ *Catalog, err error) {
+	c := &Catalog{db: db, writer: make(chan struct{}, 1), prepared: map[string]*sql.Stmt{}, inserts: map[shape]string{}}
+	c.life, c.end = context.WithCancelCause(context.Background())
+	defer func() {
+		if err != nil {
+			c.Close()
+		}
+	}()
+	var ok bool
+	if c.dialect, ok = dialects[dialect]; !ok {
+		return nil, fmt.Errorf("the catalog cannot be kept in %s", dialect)
+	}
+	if c.w, err = db.Conn(ctx); err != nil {
+		return nil, fmt.Errorf("opening the catalog: %w", err)
+	}
+	if _, err := c.w.ExecContext(ctx, c.dialect.writer); err != nil {
+		return nil, fmt.Errorf("opening the catalog: %w", c.dialect.explain(err))
+	}
+	if err := migrate(ctx, c.w, dialect, store); err != nil {
+		return nil, fmt.Errorf("opening the catalog: %w", c.dialect.explain(err))
+	}
+	if err := c.renumber(ctx); err != nil {
+		return nil, fmt.Errorf("opening the catalog: %w", c.dialect.explain(err))
+	}
+	if _, err := c.w.ExecContext(ctx, "DELETE FROM aliases WHERE NOT EXISTS (SELECT 1 FROM blobs WHERE blobs.digest = aliases.canonical)"); err != nil {
+		return nil, fmt.Errorf("opening the catalog: %w", c.dialect.explain(err))
+	}
+	return c, nil
 }
 
-// Close closes the database.
-func (c *Catalog) Close() error { return c.db.Close() }
+// renumber finds the last ids.
+func (c *Catalog) renumber(ctx context.Context) error {
+	for query, id := range map[string]*sequence{
+		"SELECT COALESCE(MAX(id), 0) FROM upstreams":    &c.ids.upstream,
+		"SELECT COALESCE(MAX(id), 0) FROM repositories": &c.ids.repository,
+		"SELECT COALESCE(MAX(id), 0) FROM blobs":        &c.ids.blob,
+	} {
+		if err := c.w.QueryRowContext(ctx, query).Scan(id); err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
-// Apply writes down changes, in their order and all at once. A change that
-// contradicts what is there replaces it; one that removes what is not there does
-// nothing.
-func (c *Catalog) Apply(ctx context.Context, changes []tree.Change) error { panic("not written") }
+// Close ends what is under way, and closes the database.
+func (c *Catalog) Close() error {
+	c.mu.Lock()
+	closed := c.closed
+	c.closed = true
+	c.mu.Unlock()
+	if closed {
+		return nil
+	}
+	c.end(ErrClosed)
+	c.running.Wait()
+	if c.w != nil {
+		for _, s := range c.prepared {
+			s.Close()
+		}
+		c.w.Close()
+	}
+	return c.db.Close()
+}
+
+// begin returns a context that ends with the catalog, which waits for done.
+func (c *Catalog) begin(ctx context.Context) (_ context.Context, done func(), err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil, nil, ErrClosed
+	}
+	c.running.Add(1)
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(c.life, func() { cancel(ErrClosed) })
+	return ctx, func() {
+		stop()
+		cancel(nil)
+		c.running.Done()
+	}, nil
+}
+
+// write runs something in a transaction that writes.
+func (c *Catalog) write(ctx context.Context, do func(context.Context) error) (err error) {
+	ctx, done, err := c.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	select {
+	case c.writer <- struct{}{}:
+		defer func() { <-c.writer }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if _, err = c.w.ExecContext(ctx, c.dialect.begin); err == nil {
+		if err = do(ctx); err == nil {
+			_, err = c.w.ExecContext(ctx, "COMMIT")
+		}
+		if err != nil {
+			c.w.ExecContext(context.WithoutCancel(ctx), "ROLLBACK")
+		}
+	}
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("writing to the catalog: %w", c.dialect.explain(err))
+	}
+	return nil
+}
+
+// writing returns a prepared statement of the writer.
+func (c *Catalog) writing(ctx context.Context, query string) (*sql.Stmt, error) {
+	if s := c.prepared[query]; s != nil {
+		return s, nil
+	}
+	s, err := c.w.PrepareContext(ctx, query)
+	if err == nil {
+		c.prepared[query] = s
+	}
+	return s, err
+}
+
+// inserting is the statement that inserts so many rows.
+func (c *Catalog) inserting(table string, columns, rows int) string {
+	key := shape{table, rows}
+	query, ok := c.inserts[key]
+	if !ok {
+		values := "(?" + strings.Repeat(", ?", columns-1) + ")"
+		query = "INSERT INTO " + table + " VALUES " + values + strings.Repeat(", "+values, rows-1)
+		c.inserts[key] = query
+	}
+	return query
+}
+
+// read runs queries that see one state of the database.
+func (c *Catalog) read(ctx context.Context, do func(*reader) error) error {
+	ctx, done, err := c.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	tx, err := c.db.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
+	if err == nil {
+		err = do(&reader{ctx, c, tx, map[string]*sql.Stmt{}})
+		tx.Rollback()
+	}
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("reading the catalog: %w", c.dialect.explain(err))
+	}
+	return nil
+}
+
+// A reader sees one state of the database.
+type reader struct {
+	ctx context.Context
+	c   *Catalog
+	tx  *sql.Tx
+	// stmts are what has been prepared, by their text; tx closes them.
+	stmts map[string]*sql.Stmt
+}
+
+func (r *reader) prepare(query string) (*sql.Stmt, error) {
+	if s := r.stmts[query]; s != nil {
+		return s, nil
+	}
+	s, err := r.tx.PrepareContext(r.ctx, query)
+	if err == nil {
+		r.stmts[query] = s
+	}
+	return s, err
+}
+
+// each calls row for all rows of a query.
+func (r *reader) each(query string, args []any, row func(scan func(...any) error) error) error {
+	stmt, err := r.prepare(query)
+	if err != nil {
+		return err
+	}
+	rows, err := stmt.QueryContext(r.ctx, args...)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		if err := row(rows.Scan); err != nil {
+			return err
+		}
+	}
+	return rows.Err()
+}
+
+// raw is the digest under which bytes lie.
+func (r *reader) raw(d digest.Digest) ([]byte, error) {
+	raw := []byte(pack(d))
+	if len(raw) > digest.SHA256.Size() {
+		_, err := r.one("SELECT canonical FROM aliases WHERE digest = ?", []any{raw}, &raw)
+		return raw, err
+	}
+	return raw, nil
+}
+
+// one reads one row, and reports whether there is one.
+func (r *reader) one(query string, args []any, into ...any) (bool, error) {
+	found := false
+	err := r.each(query, args, func(scan func(...any) error) error {
+		if found {
+			return nil
+		}
+		found = true
+		return scan(into...)
+	})
+	return found, err
+}
 
 // Complete says whether everything in the store is in the catalog: since when,
 // or never.
-func (c *Catalog) Complete(ctx context.Context) (time.Time, error) { panic("not written") }
+func (c *Catalog) Complete(ctx context.Context) (at time.Time, err error) {
+	err = c.read(ctx, func(r *reader) error {
+		var value string
+		if _, err := r.one("SELECT value FROM meta WHERE name = 'complete'", nil, &value); err != nil {
+			return err
+		}
+		s, err := strconv.ParseInt(value, 10, 64)
+		at = fromSeconds(s)
+		return err
+	})
+	return at, err
+}
 
 // SetComplete notes that everything in the store is in the catalog, or with the
 // zero time that something may be missing.
-func (c *Catalog) SetComplete(ctx context.Context, at time.Time) error { panic("not written") }
-
-// Usage is what something takes.
-type Usage struct {
-	Repositories, Tags, Manifests, Blobs int64
-	// Bytes are those of the blobs, each counted once; Allocated is about what
-	// they and all links to them take on a disk with blocks of 4 KiB.
-	Bytes, Allocated int64
-}
-
-// Usage returns what the repositories of an upstream take, or with "" all that
-// is in the store.
-func (c *Catalog) Usage(ctx context.Context, upstream string) (Usage, error) { panic("not written") }
-
-// A Root is what is evicted as a whole: a tag, or a manifest without a tag and
-// without an index that names it.
-type Root struct {
-	Repository string
-	Tag        string // "" of an untagged manifest
-	Digest     digest.Digest
-	Read       time.Time
-}
-
-// Coldest returns up to n evictable roots, those longest unread first, of one
-// upstream or with "" of all. Hosted and pinned ones are not evictable. With a
-// time that is not zero only those last read before.
-func (c *Catalog) Coldest(ctx context.Context, upstream string, before time.Time, n int) ([]Root, error) {
-	panic("not written")
-}
-
-// A Removal is what nobody needs any more without a root.
-type Removal struct {
-	Root
-	// Manifests belong to the repository for no other tag, index or subject:
-	// the root's own first.
-	Manifests []digest.Digest
-	// Links are blobs that no other manifest of the repository names.
-	Links []digest.Digest
-	// Blobs are those of both that nothing else in the store refers to, and
-	// Bytes what they take.
-	Blobs []digest.Digest
-	Bytes int64
-}
-
-// Removal says what goes with a root.
-func (c *Catalog) Removal(ctx context.Context, root Root) (Removal, error) { panic("not written") }
-
-// A Blob is bytes in the store.
-type Blob struct {
-	Digest       digest.Digest
-	Size         int64
-	Stored, Read time.Time
-	Hashed       time.Time // zero: never
-}
-
-// ColdestBlobs returns up to n blobs that are no manifests, belong to no hosted
-// repository and to no pinned root, those longest unread first, of one upstream
-// or with "" of all.
-func (c *Catalog) ColdestBlobs(ctx context.Context, upstream string, n int) ([]Blob, error) {
-	panic("not written")
-}
-
-// Referenced reports whether any link or any manifest in the store names a blob,
-// or it is a manifest of a repository.
-func (c *Catalog) Referenced(ctx context.Context, d digest.Digest) (bool, error) {
-	panic("not written")
-}
-
-// Unreferenced returns up to n blobs, in the order of their digests, that
-// nothing refers to and that were stored before a time.
-func (c *Catalog) Unreferenced(ctx context.Context, before time.Time, after digest.Digest, n int) ([]Blob, error) {
-	panic("not written")
-}
-
-// Unhashed returns up to n blobs, those hashed longest ago first and before all
-// those that never were, hashed before a time.
-func (c *Catalog) Unhashed(ctx context.Context, before time.Time, n int) ([]Blob, error) {
-	panic("not written")
-}
-
-// Owners returns the repositories that a blob belongs to, up to n of them,
-// hosted ones first.
-func (c *Catalog) Owners(ctx context.Context, d digest.Digest, n int) ([]Repository, error) {
-	panic("not written")
-}
-
-// A Repository as the catalog knows it.
-type Repository struct {
-	Name     string
-	Class    tree.Class // tree.Hosted if it has no record
-	Upstream string
-	Created  time.Time
-	Usage    Usage // of Repositories only
-}
-
-// Repositories returns up to n repositories in the order of their names, after
-// a name, whose name contains a text.
-func (c *Catalog) Repositories(ctx context.Context, containing, after string, n int) ([]Repository, error) {
-	panic("not written")
-}
-
-// A Tag as the catalog knows it.
-type Tag struct {
-	Name   string
-	Digest digest.Digest
-	Since  time.Time
-	Read   time.Time
-	Pinned bool
-	// Bytes are those of its manifests and blobs that are held.
-	Bytes int64
-}
-
-// Tags returns up to n tags of a repository in the order of their names, after
-// a name.
-func (c *Catalog) Tags(ctx context.Context, repository, after string, n int) ([]Tag, error) {
-	panic("not written")
-}
-
-// Names are what is known of a repository, or of all blobs whose digest begins
-// with the same two digits, for comparing with the store.
-type Names struct {
-	Tags      map[string]digest.Digest
-	Manifests map[digest.Digest]bool
-	Links     map[digest.Digest]bool
-	Pins      map[string]bool // tags and digests
-}
-
-// Names returns all that is known of a repository.
-func (c *Catalog) Names(ctx context.Context, repository string) (Names, error) {
-	panic("not written")
-}
-
-// Blobs returns the size of all blobs whose sha256 begins with the given
-// hexadecimal digits.
-func (c *Catalog) Blobs(ctx context.Context, prefix string) (map[digest.Digest]int64, error) {
-	panic("not written")
+func (c *Catalog) SetComplete(ctx context.Context, at time.Time) error {
+	return c.write(ctx, func(ctx context.Context) error {
+		_, err := c.w.ExecContext(ctx, "UPDATE meta SET value = ? WHERE name = 'complete'", strconv.FormatInt(seconds(at), 10))
+		return err
+	})
 }

@@ -59,16 +59,23 @@ func (f *Fill) fetchSmall() error {
 		}
 	}
 	f.release(memory{bytes.NewReader(data)})
+	var room storage.Reservation
+	defer func() {
+		if room != nil {
+			room.Release() // once the links tell of what it was used for
+		}
+	}()
 	return f.commit(canonical, func(key string) error {
 		ctx := context.WithoutCancel(f.ctx)
-		room, err := f.table.reserve(ctx, f.key.size)
-		if err != nil {
+		var err error
+		if room, err = f.table.reserve(ctx, f.key.size); err != nil {
+			room = nil
 			return err
 		}
-		defer room.Release()
 		if err := f.table.store.Put(ctx, key, data, storage.Lazy); err != nil {
 			return err
 		}
+		room.Use(f.key.size)
 		f.swap(ctx, key)
 		return nil
 	})

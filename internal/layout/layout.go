@@ -16,6 +16,12 @@ const (
 
 	// Repositories is the prefix under which every repository has its place.
 	Repositories = repositories
+	// Records is the prefix under which every repository has its records.
+	Records = records + "repositories/"
+
+	// Session is the key of what is noted of the last process that changed the
+	// store.
+	Session = "mirror/session.json"
 )
 
 // Blob is the key of a blob's bytes. registry:2 keeps every blob under its
@@ -39,6 +45,12 @@ func Layers(repository string) string {
 // Manifests is the prefix of all links of a repository that are not of layers.
 func Manifests(repository string) string {
 	return repositories + repository + "/_manifests/"
+}
+
+// Blobs is the prefix of the blobs whose sha256 begins with two hexadecimal
+// digits.
+func Blobs(digits string) string {
+	return root + "blobs/" + digest.Canonical.String() + "/" + digits + "/"
 }
 
 // RevisionLink is the key of the link that makes a manifest a member of a
@@ -128,5 +140,16 @@ func DigestOf(linkKey string) (digest.Digest, bool) {
 		return "", false
 	}
 	d := digest.Digest(parts[len(parts)-3] + ":" + parts[len(parts)-2])
+	return d, d.Validate() == nil
+}
+
+// BlobOf reads the digest out of a blob's key, as listed under Blobs.
+func BlobOf(key string) (digest.Digest, bool) {
+	rest, isData := strings.CutSuffix(strings.TrimPrefix(key, root+"blobs/"), "/data")
+	parts := strings.Split(rest, "/")
+	if !isData || len(parts) != 3 {
+		return "", false
+	}
+	d := digest.Digest(parts[0] + ":" + parts[2])
 	return d, d.Validate() == nil
 }

@@ -11,6 +11,9 @@ package retain
 
 import (
 	"context"
+	"maps"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -24,9 +27,31 @@ import (
 
 // A Keeper keeps one store. It outlives configurations.
 type Keeper struct {
-	store storage.Store
-	log   *zap.Logger
-	now   func() time.Time
+	store    storage.Store
+	log      *zap.Logger
+	now      func() time.Time
+	paces    paces
+	journal  journal
+	account  account
+	eviction eviction
+	jobs     jobs
+	damage   damage
+	set      atomic.Pointer[Settings]
+	parts    atomic.Pointer[func() int64]
+
+	// Since Begin.
+	tree   *tree.Tree
+	hooks  Hooks
+	before time.Time // when the last process has closed a catalog with everything
+	closed time.Time // when this one has
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup // of what uses the catalog
+	end    context.CancelFunc
+	ended  chan struct{} // closed when the catalog is
+
+	// reconcile is signalled when the catalog is there and not complete.
+	reconcile chan struct{}
 }
 
 // Hooks are what a Keeper asks of others.
@@ -34,18 +59,26 @@ type Hooks struct {
 	// Catalog opens the catalog, an empty one if there is none. It is called in
 	// the background, and again after a minute when it fails.
 	Catalog func(context.Context) (*catalog.Catalog, error)
-	// Heal fetches a mirrored blob again that has been deleted as damaged.
+	// Heal fetches a blob of a mirrored repository again that has been deleted
+	// as damaged. Its size is -1 if it is not known.
 	Heal func(ctx context.Context, repository string, d digest.Digest, size int64) error
+	// Partial is how many bytes of blobs that are not whole yet are on the disk,
+	// but for those that a reservation covers which is not released. It is
+	// called for every reservation; nil: none.
+	Partial func() int64
 }
 
 // New returns a keeper of an open store, which it does not close. It does
-// nothing but keep a journal before Begin.
+// nothing but keep a journal and an account before Begin.
 func New(store storage.Store, log *zap.Logger) *Keeper {
-	return &Keeper{store: store, log: log, now: time.Now}
+	k := &Keeper{
+		store: store, log: log, now: time.Now, paces: standard,
+		journal: newJournal(), eviction: newEviction(),
+		reconcile: make(chan struct{}, 1),
+	}
+	k.set.Store(&Settings{})
+	return k
 }
-
-// Note is told of every change of the tree. It does not block.
-func (k *Keeper) Note(c tree.Change) {}
 
 // Settings are what a configuration changes.
 type Settings struct {
@@ -69,27 +102,70 @@ type Limit struct {
 	TTL     time.Duration // since the last pull; 0: no limit
 }
 
-// Begin opens the catalog, and keeps the store from now on.
-func (k *Keeper) Begin(t *tree.Tree, hooks Hooks) { panic("not written") }
+// Begin opens the catalog, in the background, and keeps the store from now on.
+func (k *Keeper) Begin(t *tree.Tree, hooks Hooks) {
+	k.tree, k.hooks = t, hooks
+	if hooks.Partial != nil {
+		k.parts.Store(&hooks.Partial)
+	}
+	k.ctx, k.cancel = context.WithCancel(context.Background())
+	// Before the first change: whatever becomes of this process, no catalog of
+	// before is taken for complete by the next one.
+	k.before = k.enter()
+	writing, end := context.WithCancel(context.Background())
+	k.end, k.ended = end, make(chan struct{})
+	go func() {
+		defer close(k.ended)
+		k.keep(writing)
+	}()
+	k.wg.Go(func() { k.evict(k.ctx) })
+	k.wg.Go(func() { k.work(k.ctx) })
+}
+
+// Stop ends everything that is under way, so that the tree may be closed. What is
+// noted is still written until Close.
+func (k *Keeper) Stop() {
+	if k.cancel == nil {
+		return
+	}
+	k.cancel()
+	k.wg.Wait()
+	k.eviction.close()
+}
+
+// Close does what Stop does, writes down what has been noted, and closes the
+// catalog. The tree may not change any more: a change that comes later is not in
+// the catalog of the next process. The store is still open.
+func (k *Keeper) Close() {
+	if k.cancel == nil {
+		return
+	}
+	k.Stop()
+	k.end()
+	<-k.ended
+	if !k.closed.IsZero() {
+		k.leave(k.closed)
+	}
+}
 
 // Set replaces the settings.
-func (k *Keeper) Set(s Settings) { panic("not written") }
+func (k *Keeper) Set(s Settings) {
+	s.Limits = maps.Clone(s.Limits)
+	k.set.Store(&s)
+	k.eviction.hope()
+	signal(k.eviction.kick)
+	k.jobs.settled()
+}
 
-// Close ends everything that is under way, writes down what has been noted, and
-// closes the catalog.
-func (k *Keeper) Close() { panic("not written") }
+// settings are those of the last Set. Nobody may change them.
+func (k *Keeper) settings() Settings { return *k.set.Load() }
 
-// Store is the store whose Reserve knows the budgets: what is reserved and would
-// take more than MaxSize fails with an error that wraps storage.ErrFull.
-func (k *Keeper) Store() storage.Store { panic("not written") }
-
-// Room evicts so that n bytes can be reserved, and waits for it a second at
-// most. It reports whether to try again.
-func (k *Keeper) Room(ctx context.Context, n int64) bool { panic("not written") }
-
-// Catalog returns the catalog, for listings, or an error that says why there is
-// none now.
-func (k *Keeper) Catalog() (*catalog.Catalog, error) { panic("not written") }
+// emit tells an operator.
+func (k *Keeper) emit(event string, data map[string]any) {
+	if f := k.settings().Emit; f != nil {
+		f(event, data)
+	}
+}
 
 // Status is how a store is kept.
 type Status struct {
@@ -126,47 +202,33 @@ type Damage struct {
 }
 
 // Status says how the store is kept.
-func (k *Keeper) Status(ctx context.Context) (Status, error) { panic("not written") }
-
-// A Job is work that takes its time. It goes on when nobody waits for it.
-type Job struct {
-	ID      string    `json:"id"`
-	Kind    string    `json:"kind"` // gc, scrub, reindex or purge
-	Begun   time.Time `json:"begun"`
-	Ended   time.Time `json:"ended,omitzero"`
-	Done    int64     `json:"done"` // of Total, which grows while it is being found out
-	Total   int64     `json:"total"`
-	Unit    string    `json:"unit"` // bytes, repositories, blobs
-	DryRun  bool      `json:"dry_run,omitempty"`
-	Found   []string  `json:"found,omitempty"` // what was or would be removed, or is damaged: the first 1,000
-	Removed int64     `json:"removed"`         // how many were or would be
-	Bytes   int64     `json:"bytes"`           // freed, or that would be
-	Error   string    `json:"error,omitempty"` // why it has ended early
+func (k *Keeper) Status(ctx context.Context) (Status, error) {
+	settings := k.settings()
+	s := Status{
+		Upstreams: map[string]Used{}, MaxSize: settings.MaxSize, Partial: k.partial(),
+		Catalog: "ready", Complete: k.completeSince(), Evicted: k.eviction.evicted(),
+	}
+	k.account.mu.Lock()
+	s.Reserved = k.account.reserved
+	k.account.mu.Unlock()
+	k.report(&s)
+	c, err := k.Catalog()
+	if err != nil {
+		s.Catalog = err.Error()
+		return s, nil
+	}
+	if s.Complete.IsZero() {
+		s.Catalog = "rebuilding"
+	}
+	if s.Usage, err = c.Usage(ctx, ""); err != nil {
+		return s, err
+	}
+	for name, limit := range settings.Limits {
+		usage, err := c.Usage(ctx, name)
+		if err != nil {
+			return s, err
+		}
+		s.Upstreams[name] = Used{Bytes: usage.Allocated, MaxSize: limit.MaxSize, TTL: limit.TTL}
+	}
+	return s, nil
 }
-
-// GC begins to compare the catalog with the store and to delete what nothing
-// refers to, or with dry to say what that is. One that is under way is
-// returned.
-func (k *Keeper) GC(dry bool) (Job, error) { panic("not written") }
-
-// ScrubNow begins to read every blob again, as fast as the disk gives them.
-func (k *Keeper) ScrubNow() (Job, error) { panic("not written") }
-
-// Reindex begins to make the catalog again from the store.
-func (k *Keeper) Reindex() (Job, error) { panic("not written") }
-
-// Purge begins to remove every mirrored tag and manifest that the pattern
-// matches: a repository in which "*" stands for part of a name and "**" for any
-// names, and ":" with a tag in which "*" stands for part of it, or "@" with a
-// digest; without either the whole repository. What is pinned stays.
-func (k *Keeper) Purge(pattern string, dry bool) (Job, error) { panic("not written") }
-
-// Jobs returns those that are under way and the last 100 others, the latest
-// first.
-func (k *Keeper) Jobs() []Job { panic("not written") }
-
-// Job returns one of them.
-func (k *Keeper) Job(id string) (Job, bool) { panic("not written") }
-
-// CancelJob ends a job early, and reports whether it was under way.
-func (k *Keeper) CancelJob(id string) bool { panic("not written") }

@@ -461,13 +461,32 @@ func (s *store) list(ctx context.Context, dir string, deep bool, yield func(stor
 	}
 }
 
-func (s *store) Reserve(n int64) (storage.Reservation, error) {
+// space is that of the filesystem, in bytes.
+func (s *store) space() (total, free uint64, err error) {
 	var fsStat syscall.Statfs_t
 	if err := syscall.Statfs(s.root, &fsStat); err != nil {
-		return nil, fmt.Errorf("disk storage: asking for the free space of %s: %w", s.root, err)
+		return 0, 0, fmt.Errorf("disk storage: asking for the free space of %s: %w", s.root, err)
 	}
 	unit := uint64(fsStat.Bsize)
-	total, free := fsStat.Blocks*unit, fsStat.Bavail*unit
+	return fsStat.Blocks * unit, fsStat.Bavail * unit, nil
+}
+
+// Free implements storage.Measured.
+func (s *store) Free() (free, keep int64, err error) {
+	total, available, err := s.space()
+	if err != nil {
+		return 0, 0, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return int64(available) - int64(s.reserved), int64(s.settings.Load().minFree.of(total)), nil
+}
+
+func (s *store) Reserve(n int64) (storage.Reservation, error) {
+	total, free, err := s.space()
+	if err != nil {
+		return nil, err
+	}
 	limit := s.settings.Load().minFree
 	s.mu.Lock()
 	defer s.mu.Unlock()
