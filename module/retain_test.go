@@ -6,6 +6,7 @@ import (
 	"database/sql"
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -349,8 +350,24 @@ func TestBudget(t *testing.T) {
 	if err := m.load(rejected+upstreamFor("docker.io", up, "credentials a {env.SURELY_NOT_SET}"), ""); err == nil {
 		t.Fatal("it was loaded")
 	}
-	if got := m.admins("GET", "status")["max_size"]; got != float64(8<<20) {
-		t.Errorf("max_size %v after a rejected reload", got)
+	// Caddy starts apps in any order: this one before the one that fails, or not.
+	occupied, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer occupied.Close()
+	fails, err := m.adapt(rejected+upstreamFor("docker.io", up), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fails = bytes.Replace(fails, []byte(`"listen":["`), []byte(`"listen":["`+occupied.Addr().String()+`","`), 1)
+	for range 8 {
+		if err := m.loadJSON(fails); err == nil || !strings.Contains(err.Error(), "in use") {
+			t.Fatalf("loaded with an address in use: %v", err)
+		}
+		if got := m.admins("GET", "status")["max_size"]; got != float64(8<<20) {
+			t.Errorf("max_size %v after a rejected reload", got)
+		}
 	}
 	load("4MiB")
 	eventually(t, "the smaller budget to be kept", settled(4<<20))
