@@ -269,8 +269,11 @@ func TestPins(t *testing.T) {
 	m.complete()
 	run(0, "docker.io/library/x:1 ", "pin")
 	run(0, "docker.io/library/x:1 unpinned\n", "unpin", "x:1")
-	if job := m.job(`{"kind": "purge", "pattern": "docker.io/library/x"}`); job["removed"].(float64) < 2 {
+	if job := m.job(`{"kind": "purge", "pattern": "docker.io/library/x"}`); job["removed"].(float64) < 2 || job["found"] == nil {
 		t.Errorf("%v", job)
+	}
+	if list := m.adminDo("GET", "jobs").body; strings.Contains(string(list), `"found"`) {
+		t.Errorf("%s", list)
 	}
 	if files := kept(m.dir, one.Blobs[1].Digest); len(files) > 0 {
 		t.Errorf("purged and still there: %q", files)
