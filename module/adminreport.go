@@ -70,10 +70,9 @@ func showUsage(r *http.Request, in *visit) (any, error) {
 	return report, nil
 }
 
-// explanation is how a pull of a reference would be answered, and what is known
-// of what it means.
+// explanation is how a pull of a reference would be answered, and what the catalog
+// knows of what it means.
 type explanation struct {
-	Reference string `json:"reference"`
 	mirror.Why
 	Held *heldReport `json:"held,omitempty"`
 }
@@ -101,7 +100,7 @@ func explainReference(r *http.Request, in *visit) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	why := explanation{Reference: ref.Join(target.Upstream.Name + "/" + target.Name)}
+	var why explanation
 	if why.Why, err = in.mirror.Why(r.Context(), target, ref); err != nil {
 		return nil, explain(err, why.Reference)
 	}

@@ -13,6 +13,8 @@ import (
 
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
+
+	"github.com/caddy-registry/mirror/internal/mirror"
 )
 
 // storeCmds are the commands that look at a store, and pins.
@@ -402,10 +404,75 @@ func whyCommand(cmd *cobra.Command, args []string) error {
 
 func (e explanation) print(w io.Writer, now time.Time) error {
 	return table(w, func(line func(...string)) {
+		given := func(name, value string) {
+			if value != "" {
+				line(name, value)
+			}
+		}
 		line("reference", e.Reference)
+		line("answer", e.Answer)
+		given("upstream", e.Upstream)
+		for i, endpoint := range e.Endpoints {
+			name := ""
+			if i == 0 {
+				name = "asked at"
+			}
+			line(name, endpoint)
+		}
 		line("stored in", e.Repository)
+		line("", e.Record)
+		given("readers", e.Readers)
+		given("means", string(e.Digest))
+		if t := e.Tag; t != nil {
+			line("tag", t.Standing)
+			if !t.Checked.IsZero() {
+				line("", "checked "+ago(t.Checked, now))
+			}
+			if !t.Moved.IsZero() {
+				line("", fmt.Sprintf("moved %s from %s", ago(t.Moved, now), t.Previous))
+			}
+			given("last check", t.Failure)
+		}
+		given("pinned", e.Pinned)
+		if m := e.Manifest; m != nil {
+			where := "in the store"
+			switch {
+			case m.Unstored:
+				where = "in memory only"
+			case m.Hot:
+				where = "in the store and in memory"
+			}
+			line("manifest", m.MediaType+", "+where)
+			for _, list := range []struct {
+				name string
+				of   []mirror.WhyBlob
+			}{{"images", m.Children}, {"blobs", m.Blobs}} {
+				for i, blob := range list.of {
+					name := ""
+					if i == 0 {
+						name = list.name
+					}
+					line(name, blobLine(blob))
+				}
+			}
+		}
 		e.Held.lines(line, now)
 	})
+}
+
+// blobLine says of a blob whether it is held.
+func blobLine(b mirror.WhyBlob) string {
+	text := short(string(b.Digest))
+	if b.Platform != "" {
+		text += " " + b.Platform
+	}
+	if b.Size >= 0 {
+		text += ", " + size(b.Size)
+	}
+	if b.Held {
+		return text + ", held"
+	}
+	return text + ", not held"
 }
 
 // lines tell what the catalog knows, which is nothing of what is not held.
@@ -413,8 +480,7 @@ func (h *heldReport) lines(line func(...string), now time.Time) {
 	if h == nil {
 		return
 	}
-	line("means", string(h.Digest)+" since "+ago(h.Since, now))
-	line("size", size(h.Bytes)+" held")
+	line("held", size(h.Bytes)+", since "+ago(h.Since, now))
 	line("last pull", ago(h.Read, now))
 	switch {
 	case h.Pinned:

@@ -346,7 +346,7 @@ func TestReferrers(t *testing.T) {
 		if !api {
 			up.Push("library/x", regtest.Image{Content: regtest.JSON(v1.MediaTypeImageIndex, list)}, oci.FallbackTag(subject.Digest))
 		}
-		m := start(t, upstreamFor("docker.io", up), "")
+		m := startAdmin(t, upstreamFor("docker.io", up))
 		ask := func(digest, query string) (v1.Index, http.Header) {
 			t.Helper()
 			a := m.want(200, "GET", "/v2/library/x/referrers/"+digest+query)
@@ -370,6 +370,7 @@ func TestReferrers(t *testing.T) {
 		// Offline there is what is held.
 		m.want(200, "GET", "/v2/library/x/manifests/"+list.Manifests[1].Digest.String())
 		up.Down()
+		m.complete() // so that it is the catalog that knows
 		if index, _ := ask(subject.Digest.String(), ""); len(index.Manifests) != 1 || index.Manifests[0].Digest != list.Manifests[1].Digest || index.Manifests[0].ArtifactType != "a/signature" {
 			t.Errorf("api=%v, offline: %+v", api, index.Manifests)
 		}

@@ -2,6 +2,7 @@ package catalog_test
 
 import (
 	"context"
+	"database/sql"
 	"fmt"
 	"path/filepath"
 	"reflect"
@@ -11,9 +12,11 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 	"go.uber.org/goleak"
 
 	"github.com/caddy-registry/mirror/internal/catalog"
+	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/storage/catalog/sqlite"
 )
@@ -38,15 +41,18 @@ func open(t testing.TB, file string) *catalog.Catalog {
 	return c
 }
 
+// How many random changes, and of how many worlds.
+var steps, worlds = 2500, uint64(3)
+
 func TestModel(t *testing.T) {
-	for seed := range uint64(3) {
+	for seed := range worlds {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
 			file := filepath.Join(t.TempDir(), "catalog.db")
 			c, w, m := open(t, file), newWorld(seed), newModel()
 			ctx := context.Background()
 			var last []tree.Change
-			for step := 0; step < 2500 && !t.Failed(); {
+			for step := 0; step < steps && !t.Failed(); {
 				var batch []tree.Change
 				for range 1 + w.random.IntN(12) {
 					change := w.change()
@@ -65,11 +71,12 @@ func TestModel(t *testing.T) {
 					c = open(t, file)
 					m.restart()
 				}
-				if w.random.IntN(4) == 0 {
-					compare(t, w, m, c)
+				if w.random.IntN(4) == 0 || step >= steps {
+					compare(t, w, m, c, step >= steps)
 					last = nil
 				}
 			}
+			empty(t, m, c, file)
 			if t.Failed() {
 				for _, change := range last {
 					t.Logf("%+v", change)
@@ -79,8 +86,9 @@ func TestModel(t *testing.T) {
 	}
 }
 
-// compare asks the catalog and the model everything.
-func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
+// compare asks the catalog and the model everything, or of all that can be asked
+// for one by one, only a few.
+func compare(t *testing.T, w *world, m *model, c *catalog.Catalog, everything bool) {
 	t.Helper()
 	ctx := context.Background()
 	check := func(what string, got any, err error, want any) {
@@ -92,6 +100,12 @@ func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
 		}
 	}
 	some := 1 + w.random.IntN(5)
+	few := func(n int) int {
+		if everything {
+			return n
+		}
+		return min(n, 4)
+	}
 	for _, upstream := range []string{"", "docker.io", "quay.io", "gcr.io"} {
 		usage, err := c.Usage(ctx, upstream)
 		check("usage of "+upstream, usage, err, m.usageOf(upstream))
@@ -99,22 +113,22 @@ func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
 			roots, err := c.Coldest(ctx, upstream, before, 1000)
 			want := m.coldest(upstream, before)
 			check("coldest of "+upstream, roots, err, want)
-			few, err := c.Coldest(ctx, upstream, before, some)
+			coldest, err := c.Coldest(ctx, upstream, before, some)
 			reads := func(roots []catalog.Root) (all []time.Time) {
 				for _, root := range roots {
 					all = append(all, root.Read)
 				}
 				return all
 			}
-			check("the very coldest of "+upstream, reads(few), err, reads(want[:min(some, len(want))]))
+			check("the very coldest of "+upstream, reads(coldest), err, reads(want[:min(some, len(want))]))
 		}
 		blobs, err := c.ColdestBlobs(ctx, upstream, 1000)
 		sortBlobs(blobs, func(b catalog.Blob) time.Time { return b.Read })
 		check("coldest blobs of "+upstream, blobs, err, m.coldestBlobs(upstream))
-		few, err := c.ColdestBlobs(ctx, upstream, some)
-		check("number of coldest blobs", len(few), err, min(some, len(blobs)))
-		for i := range few {
-			check("the very coldest blobs", few[i].Read, nil, blobs[i].Read)
+		first, err := c.ColdestBlobs(ctx, upstream, some)
+		check("number of coldest blobs", len(first), err, min(some, len(blobs)))
+		for i := range first {
+			check("the very coldest blobs", first[i].Read, nil, blobs[i].Read)
 		}
 	}
 
@@ -126,7 +140,8 @@ func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
 	}
 	roots = append(roots, catalog.Root{Repository: pick(w, w.repositories), Tag: "latest", Digest: pick(w, w.manifests)},
 		catalog.Root{Repository: pick(w, w.repositories), Digest: pick(w, w.manifests)})
-	for _, root := range roots {
+	w.random.Shuffle(len(roots), func(i, j int) { roots[i], roots[j] = roots[j], roots[i] })
+	for _, root := range roots[:few(len(roots))] {
 		removal, err := c.Removal(ctx, root)
 		if len(removal.Manifests) > 0 && removal.Manifests[0] != root.Digest {
 			t.Errorf("the removal of %v begins with %v", root, removal.Manifests[0])
@@ -175,13 +190,13 @@ func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
 		all[d] = b.size
 	}
 	got := map[digest.Digest]int64{}
-	for _, prefix := range "0123456789abcdef" {
-		part, err := c.Blobs(ctx, string(prefix))
+	for _, prefix := range pick(w, []string{"0123456789abcdef", "\x00"}) {
+		part, err := c.Blobs(ctx, strings.Trim(string(prefix), "\x00"))
 		if err != nil {
 			t.Error(err)
 		}
 		for d, size := range part {
-			if !strings.HasPrefix(d.Encoded(), string(prefix)) {
+			if prefix != 0 && !strings.HasPrefix(d.Encoded(), string(prefix)) {
 				t.Errorf("%s does not begin with %c", d, prefix)
 			}
 			got[d] = size
@@ -189,7 +204,9 @@ func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
 	}
 	check("blobs", got, nil, all)
 
-	for _, d := range slices.Concat(w.blobs, w.manifests) {
+	digests := slices.Concat(w.blobs, w.manifests)
+	w.random.Shuffle(len(digests), func(i, j int) { digests[i], digests[j] = digests[j], digests[i] })
+	for _, d := range digests[:few(len(digests))] {
 		referenced, err := c.Referenced(ctx, d)
 		check("referenced "+d.String(), referenced, err, m.referenced(d))
 		referenced, err = c.Referenced(ctx, w.others[d])
@@ -206,7 +223,7 @@ func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
 		check("owners of "+d.String(), owners, err, want)
 	}
 
-	for _, containing := range []string{"", "a", "io/", "X"} {
+	for _, containing := range []string{"", pick(w, []string{"a", "io/", "X"})} {
 		var want, got []catalog.Repository
 		for _, name := range slices.Sorted(slices.Values(w.repositories)) {
 			if r := m.repositories[name]; r != nil && r.present && strings.Contains(name, containing) {
@@ -228,7 +245,9 @@ func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
 		}
 		check("repositories with "+containing, got, nil, want)
 	}
-	for _, name := range w.repositories {
+	names := slices.Clone(w.repositories)
+	w.random.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
+	for _, name := range names[:few(len(names))] {
 		want := catalog.Names{Tags: map[string]digest.Digest{}, Manifests: map[digest.Digest]bool{}, Links: map[digest.Digest]bool{}, Pins: map[string]bool{}}
 		var tags []catalog.Tag
 		if r := m.repositories[name]; r != nil {
@@ -258,5 +277,64 @@ func compare(t *testing.T, w *world, m *model, c *catalog.Catalog) {
 			after = page[len(page)-1].Name
 		}
 		check("tags of "+name, got, nil, tags)
+	}
+}
+
+// empty takes everything out of a catalog, of which no row may be left.
+func empty(t *testing.T, m *model, c *catalog.Catalog, file string) {
+	t.Helper()
+	var changes []tree.Change
+	for name, r := range m.repositories {
+		changes = append(changes, tree.Change{Kind: tree.Forgotten, Repository: name})
+		for pin := range r.pins {
+			change := tree.Change{Kind: tree.Unpinned, Repository: name, Tag: pin}
+			if strings.Contains(pin, ":") {
+				change.Tag, change.Digest = "", digest.Digest(pin)
+			}
+			changes = append(changes, change)
+		}
+	}
+	for d := range m.blobs {
+		changes = append(changes, tree.Change{Kind: tree.Removed, Canonical: d})
+	}
+	if err := c.Apply(context.Background(), changes); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	open(t, file).Close() // drops what is known of digests
+	db, err := sql.Open("sqlite", file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	for _, table := range []string{"repositories", "blobs", "members", "uses", "manifests", "tags", "pins", "layers", "edges", "loose", "aliases"} {
+		var n int
+		if err := db.QueryRow("SELECT COUNT(*) FROM " + table).Scan(&n); err != nil || n > 0 {
+			t.Errorf("%d left of %s, %v", n, table, err)
+		}
+	}
+}
+
+// Whoever reads a manifest reads its index and that one's tag, also when all of
+// them are new.
+func TestReadOfWhatIsNew(t *testing.T) {
+	c, w := open(t, filepath.Join(t.TempDir(), "catalog.db")), newWorld(1)
+	at := func(n int64) time.Time { return time.Unix(1000+n, 0).UTC() }
+	image, index := w.manifests[0], w.manifests[1]
+	err := c.Apply(context.Background(), []tree.Change{
+		{Kind: tree.Recorded, Repository: "a", Record: &tree.Record{Class: tree.Mirrored, Upstream: "docker.io"}},
+		{Kind: tree.Manifested, Repository: "a", Canonical: image, Manifest: &oci.Manifest{}, At: at(1)},
+		{Kind: tree.Manifested, Repository: "a", Canonical: index, Manifest: &oci.Manifest{Children: []v1.Descriptor{{Digest: image}}}, At: at(2)},
+		{Kind: tree.Tagged, Repository: "a", Tag: "x", Canonical: index, At: at(3)},
+		{Kind: tree.Read, Repository: "a", Canonical: image, At: at(100)},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots, err := c.Coldest(context.Background(), "", time.Time{}, 10)
+	if want := []catalog.Root{{Repository: "a", Tag: "x", Digest: index, Read: at(100)}}; err != nil || !reflect.DeepEqual(roots, want) {
+		t.Errorf("%v, %v; want %v", roots, err, want)
 	}
 }

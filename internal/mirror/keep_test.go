@@ -151,7 +151,8 @@ func TestRemovedWhileRead(t *testing.T) {
 	b.wantStatus(503, "GET", latest)
 }
 
-// slowLink lets the first reading of a key wait once it has read.
+// slowLink lets the first look at a key, which is the last that tells of a tag,
+// wait once it has looked.
 type slowLink struct {
 	storage.Store
 	key        string
@@ -159,15 +160,15 @@ type slowLink struct {
 	read, goOn chan struct{}
 }
 
-func (s *slowLink) Get(ctx context.Context, key string, limit int64) ([]byte, error) {
-	data, err := s.Store.Get(ctx, key, limit)
+func (s *slowLink) Stat(ctx context.Context, key string) (storage.Info, error) {
+	info, err := s.Store.Stat(ctx, key)
 	if key == s.key {
 		s.once.Do(func() {
 			s.read <- struct{}{}
 			<-s.goOn
 		})
 	}
-	return data, err
+	return info, err
 }
 
 // TestMaxBlobSize: what names a blob that is too large is refused, whatever it is

@@ -36,12 +36,11 @@ const (
 // A Mirror is the state behind all sites of one store. It outlives
 // configurations.
 type Mirror struct {
-	tree  *tree.Tree
-	fills *fill.Table
-	log   *zap.Logger
-	now   func() time.Time
-	// complete returns the catalog, if it has everything that is stored by now.
-	complete func(context.Context) *catalog.Catalog
+	tree     *tree.Tree
+	fills    *fill.Table
+	log      *zap.Logger
+	now      func() time.Time
+	complete func(context.Context) *catalog.Catalog // Parts.Catalog
 	// patience is blobPatience, but in tests.
 	patience time.Duration
 
@@ -85,12 +84,15 @@ type Parts struct {
 	// Room makes room for n bytes where there is none, and reports whether it is
 	// worth trying again; nil: nobody does.
 	Room func(ctx context.Context, n int64) bool
-	Log  *zap.Logger
+	// Catalog returns the catalog, if it has everything that is stored by now,
+	// or nil; nil: there is none. Listings are quicker with it.
+	Catalog func(context.Context) *catalog.Catalog
+	Log     *zap.Logger
 }
 
 // New returns a mirror.
 func New(p Parts) *Mirror {
-	m := &Mirror{tree: p.Tree, log: p.Log, now: time.Now, patience: blobPatience, aheads: make(chan struct{}, checksAhead)}
+	m := &Mirror{tree: p.Tree, complete: p.Catalog, log: p.Log, now: time.Now, patience: blobPatience, aheads: make(chan struct{}, checksAhead)}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	// lru.New fails only for a size below 1.
 	m.tags, _ = lru.New[tagKey, tagState](maxTags)

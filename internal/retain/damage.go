@@ -227,9 +227,13 @@ func (s *scrubber) wrong(ctx context.Context, c *catalog.Catalog, d digest.Diges
 	s.job.found(d.String(), info.Size)
 	s.log.Warn("a stored blob was damaged and has been deleted", zap.String("digest", d.String()), zap.Int64("size", info.Size),
 		zap.Strings("repositories", namesOf(owners)))
-	if len(owners) > 0 {
-		s.heal(ctx, heal{owners[0].Name, d})
+	if len(owners) == 0 {
+		return nil
 	}
+	if _, err := s.store.Stat(ctx, layout.RevisionLink(owners[0].Name, d)); err == nil {
+		return nil // a manifest, which is fetched again as it is asked for
+	}
+	s.heal(ctx, heal{owners[0].Name, d})
 	return nil
 }
 

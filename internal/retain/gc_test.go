@@ -278,6 +278,7 @@ func TestGCScheduled(t *testing.T) {
 	b := keep(t)
 	b.ready()
 	b.blobAlone(content(1, 100))
+	b.flush()
 	b.clock.pass(time.Hour)
 	b.Set(Settings{GC: &once{}})
 	eventually(t, "a scheduled gc", until(func() bool {

@@ -515,3 +515,22 @@ func (k *Keeper) finish(c *catalog.Catalog) {
 	}
 	k.dismiss(c, errClosed)
 }
+
+// listingPatience is how long a listing waits until the catalog has what has
+// just changed.
+const listingPatience = 500 * time.Millisecond
+
+// Listing returns the catalog if it has everything that is stored, with all that
+// was noted before the call, or nil.
+func (k *Keeper) Listing(ctx context.Context) *catalog.Catalog {
+	c, err := k.mayDelete()
+	if err != nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, listingPatience)
+	defer cancel()
+	if k.Flush(ctx) != nil {
+		return nil
+	}
+	return c
+}

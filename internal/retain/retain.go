@@ -59,8 +59,8 @@ type Hooks struct {
 	// Catalog opens the catalog, an empty one if there is none. It is called in
 	// the background, and again after a minute when it fails.
 	Catalog func(context.Context) (*catalog.Catalog, error)
-	// Heal fetches a blob or a manifest of a mirrored repository again that has
-	// been deleted as damaged. Its size is -1 if it is not known.
+	// Heal fetches a blob of a mirrored repository again that has been deleted
+	// as damaged. Its size is -1 if it is not known.
 	Heal func(ctx context.Context, repository string, d digest.Digest, size int64) error
 	// Partial is how many bytes of blobs that are not whole yet are on the disk,
 	// but for those that a reservation covers which is not released. It is

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"io/fs"
 	"iter"
 	"os"
 	"slices"
@@ -186,6 +187,34 @@ func TestScrub(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A manifest that is wrong is none, and is fetched again as it is pulled; nobody
+// asks for it as a blob.
+func TestScrubManifest(t *testing.T) {
+	t.Parallel()
+	b := keep(t)
+	up := &upstream{b: b}
+	b.ready()
+	b.hooks.Heal = up.heal
+	b.repository("docker.io/a", "docker.io")
+	d := b.pull("docker.io/a", "x", content(1, 10), content(2, 20))
+	b.flush()
+	b.flip(d)
+	if j := b.done(b.ScrubNow()); j.Removed != 1 || !slices.Equal(j.Found, []string{d.String()}) {
+		t.Errorf("job is %+v", j)
+	}
+	if _, err := b.tree.Manifest(t.Context(), "docker.io/a", d); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("manifest: %v", err)
+	}
+	if len(up.asked) != 0 {
+		t.Errorf("asked for %q", up.asked)
+	}
+	b.pull("docker.io/a", "x", content(1, 10), content(2, 20))
+	if m, err := b.tree.Manifest(t.Context(), "docker.io/a", d); err != nil || m.Digest != d {
+		t.Errorf("manifest: %v, %v", m, err)
+	}
+	b.agrees(b.ready())
 }
 
 // What could not be fetched again is not there any more, and is tried again.
