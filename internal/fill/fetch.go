@@ -450,7 +450,9 @@ func (f *Fill) copy(ctx context.Context, s *span) error {
 	buffer := buffers.Get().(*[bufferSize]byte)
 	defer buffers.Put(buffer)
 	for {
-		n, err := t.Read(buffer[:])
+		// Writes that end at multiples of the buffer's size cost less: the page
+		// cache takes each as one large folio.
+		n, err := t.Read(buffer[:bufferSize-t.pos%bufferSize])
 		if n > 0 {
 			if err := w.write(t.pos-int64(n), buffer[:n]); err != nil {
 				return err
