@@ -224,7 +224,9 @@ func (s *server) up() {
 	if err != nil {
 		panic(err)
 	}
-	s.addr = listener.Addr().String()
+	if s.http == nil { // or it is the same; requests may still be reading it
+		s.addr = listener.Addr().String()
+	}
 	s.http = &http.Server{Handler: s.handler, ConnContext: numberConn}
 	go s.http.Serve(listener)
 }

@@ -57,8 +57,9 @@ type tokens struct {
 	lastPath string
 	basic    bool // it wants Basic
 	// A refusal of our credentials is remembered for a while, because some
-	// registries lock an account after a few of them.
-	refused      error
+	// registries lock an account after a few of them. So is a 429, for as long
+	// as it asks for.
+	refused      *Error
 	refusedUntil time.Time
 }
 
@@ -207,7 +208,11 @@ func (t *tokens) fetch(request *url.URL) (any, error) {
 	t.mu.Unlock()
 	start := t.now()
 	if refused != nil && start.Before(until) {
-		return nil, refused
+		again := *refused
+		if again.Kind == RateLimited {
+			again.After = until.Sub(start)
+		}
+		return nil, &again
 	}
 	withCredentials := t.credentials != (Credentials{})
 	if err := t.transports.guard.checkRealm(request, withCredentials); err != nil {
@@ -246,7 +251,14 @@ func (t *tokens) fetch(request *url.URL) (any, error) {
 		return nil, problem
 	case status == http.StatusTooManyRequests:
 		problem.Kind = RateLimited
-		problem.After, _ = retryAfter(header, start)
+		wait, ok := retryAfter(header, start)
+		if !ok {
+			wait = defaultBlock
+		}
+		problem.After = min(wait, longestBlock)
+		t.mu.Lock()
+		t.refused, t.refusedUntil = problem, start.Add(problem.After)
+		t.mu.Unlock()
 		return nil, problem
 	case status != http.StatusOK:
 		return nil, problem
