@@ -10,6 +10,9 @@ func Tune(t *Table, segment, small, least, most, ahead int64) {
 	t.limits.ahead = ahead
 }
 
+// Cores lets a table believe in so many cores.
+func Cores(t *Table, n int) { t.cores = n }
+
 // Linger is how long a fill waits for somebody to come back.
 func Linger(t *Table) time.Duration { return t.limits.linger }
 

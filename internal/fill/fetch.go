@@ -130,7 +130,7 @@ func (f *Fill) fetchLarge() error {
 	}
 	defer s.close()
 	f.mu.Lock()
-	f.file, f.spool, f.state = s.data, s.data, fetching
+	f.file, f.spool, f.proof, f.state = s.data, s.data, sum, fetching
 	f.schedule()
 	f.wake()
 	f.mu.Unlock()
@@ -139,7 +139,10 @@ func (f *Fill) fetchLarge() error {
 		f.unreserve()
 	}()
 
-	if err := f.follow(s, sum); err != nil {
+	f.table.large.Add(1)
+	err = f.follow(s, sum)
+	f.table.large.Add(-1)
+	if err != nil {
 		if errors.Is(err, storage.ErrFull) || errors.As(err, new(*diskError)) {
 			f.stop(err)
 			return f.pass(err, s, sum)
@@ -187,9 +190,11 @@ func (f *Fill) follow(s *spool, sum *proof) error {
 	var alone time.Time // since when there is nobody
 	for {
 		f.mu.Lock()
-		contiguous, changed := f.contiguous(), f.changed
+		hashable, changed := f.hashable(), f.changed
 		f.note(s)
 		wanted, err := f.wanted()
+		mine := err == nil && !f.hashing && sum.at < hashable
+		f.hashing = f.hashing || mine
 		f.mu.Unlock()
 		if err != nil {
 			return err
@@ -206,11 +211,16 @@ func (f *Fill) follow(s *spool, sum *proof) error {
 				return ErrPaused
 			}
 		}
-		if sum.at < contiguous {
-			if err := sum.follow(s.data, min(contiguous, sum.at+hashRun)); err != nil {
+		if mine {
+			err := sum.follow(s.data, min(hashable, sum.at+hashRun))
+			done := sum.at == f.key.size
+			f.mu.Lock()
+			f.hashing = false
+			f.mu.Unlock()
+			if err != nil {
 				return &diskError{err}
 			}
-			if sum.at == f.key.size {
+			if done {
 				return nil
 			}
 			wait = 0
@@ -340,7 +350,7 @@ func (f *Fill) pass(cause error, s *spool, sum *proof) error {
 	f.unreserve()
 	f.mu.Lock()
 	// Readers keep the last segment back, so it is theirs to hash.
-	contiguous := min(f.contiguous(), (f.size-1)/f.segment*f.segment)
+	contiguous := min(f.contiguous(), f.last())
 	f.mu.Unlock()
 	if s != nil {
 		// Where that fails, readers begin where it did.
@@ -457,7 +467,9 @@ func (f *Fill) copy(ctx context.Context, s *span) error {
 	buffer := buffers.Get().(*[bufferSize]byte)
 	defer buffers.Put(buffer)
 	for {
-		n, err := t.Read(buffer[:])
+		// Writes that end at multiples of the buffer's size cost less: the page
+		// cache takes each as one large folio.
+		n, err := t.Read(buffer[:bufferSize-t.pos%bufferSize])
 		if n > 0 {
 			if err := w.write(t.pos-int64(n), buffer[:n]); err != nil {
 				return err

@@ -31,7 +31,8 @@
 //     nobody sees it before its digest is proven. Larger content comes in
 //     spans, several at a time, into a sparse spool file; a map says which of
 //     its segments are there, and a ledger beside it remembers that with their
-//     checksums. The digest is computed along the contiguous prefix.
+//     checksums. The digest is computed along the contiguous prefix, by one
+//     goroutine at a time (hashing): run, or the fetcher that is next.
 //   - passing: the disk takes no more. Readers use what the spool has, and then
 //     a stream of their own, which each hashes for itself.
 //   - verified: every byte is there and the digest is right. Readers are free
@@ -52,12 +53,13 @@
 // Fill.mu guards every field below it, and a Reader's at. Nothing blocks while
 // it is held, and no file is touched. Table.mu is taken before Fill.mu, never
 // after. The files belong to run, but for the data between the ends of a span,
-// which belong to its fetcher.
+// which belong to its fetcher. The proof belongs to whoever has set hashing.
 //
 // # Wake rule
 //
 // Whoever changes what somebody may be waiting for (a segment or part of one,
-// state, err, the last user gone, a span ended) does so under the lock, and
+// state, err, the last user gone, a span ended, the proof given back while
+// there is more to hash) does so under the lock, and
 // calls wake, which closes changed and puts a new channel in its place. A
 // waiter reads what it wants and changed under one lock, and waits for that
 // channel or its own context; so no change can fall between looking and
@@ -265,6 +267,8 @@ type Fill struct {
 	hurried      chan struct{}   // Span.Hurry of small content that comes in the background, or nil
 	progress                     // of larger content
 	spool        *os.File        // its data
+	proof        *proof          // of its prefix; belongs to whoever has set hashing
+	hashing      bool
 
 	rooms sync.Mutex
 	room  storage.Reservation // for the whole, or nil; guarded by rooms

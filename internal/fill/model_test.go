@@ -153,6 +153,11 @@ func (m *model) open() {
 	}, nil, m.makeRoom)
 	fill.Tune(m.table, m.tuning[0], m.tuning[1], m.tuning[2], m.tuning[3], m.tuning[4])
 	fill.Boot(m.table, m.boot)
+	if m.seed%2 == 0 {
+		fill.Cores(m.table, 1) // writers hash, too
+	} else {
+		fill.Cores(m.table, 64)
+	}
 }
 
 func (m *model) run() {

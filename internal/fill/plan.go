@@ -93,6 +93,9 @@ func (p *progress) contiguous() int64 {
 	return min(p.prefix*p.segment, p.size)
 }
 
+// last is where the last segment begins, in bytes.
+func (p *progress) last() int64 { return (p.size - 1) / p.segment * p.segment }
+
 // maxRun bounds what a reader is given at once.
 const maxRun = 1 << 20
 

@@ -63,6 +63,53 @@ func (p *proof) follow(file io.ReaderAt, to int64) error {
 	return nil
 }
 
+// The proof of larger content has one owner at a time: whoever has set hashing.
+// That is run (follow), which reads back from the spool what the prefix has
+// gained; or a writer that has just written what is next, and has it in memory.
+// Reading back costs a copy, but is done on another core while the next bytes
+// come, which nearly halves the time of one large blob. So a writer hashes where
+// no core would be idle: with as many fills under way as there are cores.
+
+// lend makes a writer the owner, if what it has written at an offset is next,
+// but for some bytes before it in the same segment. f.mu is held.
+func (f *Fill) lend(at int64) bool {
+	if f.hashing || at >= f.last() || f.table.large.Load() < int64(f.table.cores) {
+		return false
+	}
+	if f.proof.at > at || f.proof.at/f.segment != at/f.segment {
+		return false
+	}
+	f.hashing = true
+	return true
+}
+
+// hash takes a run that has been written at an offset into the proof, which has
+// been lent, and gives it back.
+func (f *Fill) hash(file io.ReaderAt, at int64, run []byte) error {
+	err := f.proof.follow(file, at)
+	if err == nil {
+		f.proof.Write(run[:min(int64(len(run)), f.last()-at)])
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.hashing = false
+	if f.hashable() > f.proof.at { // follow may have looked in the meantime, in vain
+		f.wake()
+	}
+	return err
+}
+
+// hashable is how far follow may hash. The last segment is hashed when
+// everything is there, and by nobody else: when the fill passes, it is its
+// readers' to hash. f.mu is held.
+func (f *Fill) hashable() int64 {
+	contiguous := f.contiguous()
+	if contiguous < f.size {
+		return min(contiguous, f.last())
+	}
+	return contiguous
+}
+
 // check compares with the digest that was asked for, and returns the one the
 // content is stored under.
 func (p *proof) check(d digest.Digest, from string) (canonical digest.Digest, err error) {

@@ -84,8 +84,13 @@ func openSpool(ctx context.Context, dir, boot string, k key, p *progress) (*spoo
 		return nil, context.Cause(ctx)
 	}
 	if s.ledger == nil {
-		// Without a ledger the data says nothing.
-		err = s.data.Truncate(0)
+		// Without a ledger the data says nothing. ext4 takes a truncation as the
+		// beginning of a replacement, and writes all of the file out within the
+		// next close, whose turn would be a reader's; so a new file gets none.
+		var info os.FileInfo
+		if info, err = s.data.Stat(); err == nil && info.Size() > 0 {
+			err = s.data.Truncate(0)
+		}
 		if err == nil {
 			s.ledger, err = os.OpenFile(s.path+ledgerSuffix, os.O_CREATE|os.O_TRUNC|os.O_WRONLY|os.O_APPEND, 0o600)
 		}

@@ -8,10 +8,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -57,6 +59,9 @@ type Table struct {
 	live   map[key]*Fill
 	ending map[key]*Fill // have left, and are putting their files away
 
+	cores int
+	large atomic.Int64 // fills that are fetching larger content; see proof.go
+
 	parking sync.Mutex // of whoever removes parked files
 	swept   time.Time  // guarded by parking
 }
@@ -73,7 +78,8 @@ type Table struct {
 func NewTable(store storage.Store, link func(ctx context.Context, repository string, asked, canonical digest.Digest) error, done func(Summary), room func(ctx context.Context, n int64) bool) *Table {
 	t := &Table{
 		store: store, link: link, done: done, room: room, limits: standard, boot: storage.Boot(),
-		live: map[key]*Fill{}, ending: map[key]*Fill{},
+		cores: runtime.GOMAXPROCS(0),
+		live:  map[key]*Fill{}, ending: map[key]*Fill{},
 	}
 	t.ctx, t.cancel = context.WithCancelCause(context.Background())
 	if t.spool, t.broken = store.Spool("fills"); t.broken == nil {

@@ -107,6 +107,7 @@ func (w *writer) write(at int64, run []byte) error {
 		}
 		w.room.Use(n)
 		w.done = w.done[:0]
+		begin, written := at, run[:n]
 		for part := run[:n]; len(part) > 0; {
 			i := at / f.segment
 			if at == i*f.segment {
@@ -130,7 +131,13 @@ func (w *writer) write(at int64, run []byte) error {
 		}
 		w.widen()
 		f.wakeSoon(n)
+		lent := f.lend(begin)
 		f.mu.Unlock()
+		if lent {
+			if err := f.hash(file, begin, written); err != nil {
+				return &diskError{err}
+			}
+		}
 	}
 	return nil
 }
