@@ -284,6 +284,10 @@ func pages(t *testing.T, m *mirror, shape catalogtest.Shape) {
 	t.Logf("page /v2/_catalog: %s, the slowest %s", median(taken).Round(10*time.Microsecond), slices.Max(taken).Round(10*time.Microsecond))
 }
 
+// pullEvery is how often something is pulled while there is eviction: both cores
+// of a small machine are not busy with it.
+const pullEvery = 50 * time.Millisecond
+
 // evict pulls small images that are not held while 100,000 blobs are evicted.
 func evict(t *testing.T, m *mirror, upstream *regtest.Registry, blobs []digest.Digest) {
 	var cold []time.Duration
@@ -291,7 +295,10 @@ func evict(t *testing.T, m *mirror, upstream *regtest.Registry, blobs []digest.D
 	var status struct {
 		Evicted struct{ Roots, Blobs, Bytes int64 }
 	}
+	tick := time.NewTicker(pullEvery)
+	defer tick.Stop()
 	for i := 0; ; i++ {
+		<-tick.C
 		name := fmt.Sprint("library/cold", i)
 		image := regtest.NewImage(name, regtest.Random(name, 64<<10))
 		upstream.Push(name, image, "latest")
