@@ -130,18 +130,39 @@ func (b *kept) catalogued(c *catalog.Catalog) []string {
 // agrees checks that the catalog and the store say the same.
 func (b *kept) agrees(c *catalog.Catalog) {
 	b.t.Helper()
-	b.flush()
+	// What a comparison has found suspect is looked at behind it.
+	patience := time.NewTimer(20 * time.Second)
+	defer patience.Stop()
+	for {
+		b.flush()
+		differ := b.differ(c)
+		if len(differ) == 0 {
+			return
+		}
+		again := time.NewTimer(20 * time.Millisecond)
+		select {
+		case <-again.C:
+		case <-patience.C:
+			b.t.Errorf("catalog and store differ: %s", strings.Join(differ, "; "))
+			return
+		}
+	}
+}
+
+// differ is what only one of the catalog and the store has.
+func (b *kept) differ(c *catalog.Catalog) (lines []string) {
 	stored, catalogued := b.stored(), b.catalogued(c)
 	for _, line := range stored {
 		if !slices.Contains(catalogued, line) {
-			b.t.Errorf("only in the store: %s", line)
+			lines = append(lines, "only in the store: "+line)
 		}
 	}
 	for _, line := range catalogued {
 		if !slices.Contains(stored, line) {
-			b.t.Errorf("only in the catalog: %s", line)
+			lines = append(lines, "only in the catalog: "+line)
 		}
 	}
+	return lines
 }
 
 func (b *kept) path(key string) string {
