@@ -425,8 +425,13 @@ func (e explanation) print(w io.Writer, now time.Time) error {
 		given("means", string(e.Digest))
 		if t := e.Tag; t != nil {
 			line("tag", t.Standing)
-			if !t.Checked.IsZero() {
-				line("", "checked "+ago(t.Checked, now))
+			if !t.Gone.IsZero() {
+				line("", "gone since "+ago(t.Gone, now))
+			}
+			if t.Checked.IsZero() {
+				line("", "not checked since the start; tag_ttl is "+t.TTL)
+			} else {
+				line("", "checked "+ago(t.Checked, now)+"; tag_ttl is "+t.TTL)
 			}
 			if !t.Moved.IsZero() {
 				line("", fmt.Sprintf("moved %s from %s", ago(t.Moved, now), t.Previous))
