@@ -42,7 +42,7 @@ type Why struct {
 type WhyTag struct {
 	Standing string        `json:"standing"` // as in the freshness table: fresh, due for a check, gone; unknown
 	Checked  time.Time     `json:"checked,omitzero"`
-	TTL      string        `json:"ttl"`
+	TTL      float64       `json:"tag_ttl_seconds"`
 	Gone     time.Time     `json:"gone,omitzero"`
 	Moved    time.Time     `json:"moved,omitzero"`
 	Previous digest.Digest `json:"previous,omitempty"`
@@ -212,12 +212,12 @@ func (m *Mirror) whyTag(ctx context.Context, t Target, tag string, w *Why) (tagS
 	}
 	if !ok {
 		if failure != "" {
-			w.Tag = &WhyTag{Standing: "unknown", TTL: t.Upstream.TagTTL.String(), Failure: failure}
+			w.Tag = &WhyTag{Standing: "unknown", TTL: t.Upstream.TagTTL.Seconds(), Failure: failure}
 		}
 		return tagState{}, nil
 	}
 	w.Digest = state.digest
-	w.Tag = &WhyTag{Checked: state.checked, TTL: t.Upstream.TagTTL.String(), Gone: state.gone, Failure: failure}
+	w.Tag = &WhyTag{Checked: state.checked, TTL: t.Upstream.TagTTL.Seconds(), Gone: state.gone, Failure: failure}
 	switch record, err := m.tree.TagRecord(ctx, t.Repository, tag); {
 	case err == nil:
 		w.Tag.Moved, w.Tag.Previous = record.Moved, record.Previous

@@ -54,7 +54,7 @@ func TestWhy(t *testing.T) {
 	})
 	b.pass(12 * time.Second)
 	w = b.why("latest", "from memory, and the upstream is not asked", "2 of its 2 blobs, 1.0 KiB, are fetched")
-	if w.Digest != first.Digest || !strings.Contains(w.Record, "mirrored from reg.example since 2026-03-01") || w.Tag == nil || w.Tag.Standing != "fresh" || w.Tag.TTL != "1m0s" ||
+	if w.Digest != first.Digest || !strings.Contains(w.Record, "mirrored from reg.example since 2026-03-01") || w.Tag == nil || w.Tag.Standing != "fresh" || w.Tag.TTL != 60 ||
 		!w.Tag.Checked.Equal(checked) || w.Manifest == nil || !w.Manifest.Hot || w.Manifest.Size != int64(len(first.Data)) || len(w.Manifest.Blobs) != 2 || w.Manifest.Blobs[1].Held || w.Manifest.Blobs[1].Size != 1000 {
 		t.Errorf("%+v %+v %+v", w, w.Tag, w.Manifest)
 	}
