@@ -310,6 +310,7 @@ func TestStoredNames(t *testing.T) {
 	}
 	m.want(200, "GET", "/v2/apps/org/x/manifests/v1")
 	run(0, "all its blobs are held", "why", "apps/org/x:v1")
+	run(0, "hosted, without a record", "why", "apps/org/x:v1")
 	run(0, "404: it is hosted here", "why", "apps/org/x:v2")
 	run(0, "docker.io/apps/org/y", "why", "apps/org/y")
 }

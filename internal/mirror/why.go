@@ -161,6 +161,8 @@ func (m *Mirror) Why(ctx context.Context, t Target, ref oci.Reference) (Why, err
 func (m *Mirror) whoseName(ctx context.Context, t Target, w *Why) (private string, err error) {
 	record, err := m.tree.Record(ctx, t.Repository)
 	switch {
+	case errors.Is(err, fs.ErrNotExist) && t.Upstream == nil:
+		w.Record = "hosted, without a record, as registry:2 leaves it"
 	case errors.Is(err, fs.ErrNotExist):
 		w.Record = "without a record: one is made by the first pull from an upstream, and what is stored before is never evicted"
 	case err != nil:
