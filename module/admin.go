@@ -170,9 +170,13 @@ func (r *runningApps) enter() *App {
 }
 
 func refresh(r *http.Request, in *visit) (any, error) {
-	target, ref, err := in.named(r)
+	reference, err := namedIn(r)
 	if err != nil {
 		return nil, err
+	}
+	target, ref, err := in.app.upstreams.Find(reference)
+	if err != nil {
+		return nil, explain(err, "")
 	}
 	refreshed, err := in.mirror.Refresh(r.Context(), target, ref)
 	if err != nil {
@@ -181,23 +185,31 @@ func refresh(r *http.Request, in *visit) (any, error) {
 	return refreshed, nil
 }
 
-// named is the reference that a body names.
-func (in *visit) named(r *http.Request) (mirror.Target, oci.Reference, error) {
+// namedIn is the reference that a body names.
+func namedIn(r *http.Request) (string, error) {
 	var asked struct {
 		Reference string `json:"reference"`
 	}
 	if err := readBody(r, &asked, `{"reference": "alpine:3.20"}`); err != nil {
-		return mirror.Target{}, oci.Reference{}, err
+		return "", err
 	}
-	return in.find(asked.Reference)
+	return asked.Reference, named(asked.Reference)
 }
 
-// find is what a person means by a reference.
-func (in *visit) find(reference string) (mirror.Target, oci.Reference, error) {
+func named(reference string) error {
 	if reference == "" {
-		return mirror.Target{}, oci.Reference{}, apiError(http.StatusBadRequest, `"reference" is empty; name a tag such as alpine:3.20`)
+		return apiError(http.StatusBadRequest, `"reference" is empty; name a tag such as alpine:3.20`)
 	}
-	target, ref, err := in.app.upstreams.Find(reference)
+	return nil
+}
+
+// find is what a person means by a reference: as the list of repositories has it,
+// or else as it stands after docker pull.
+func (in *visit) find(ctx context.Context, reference string) (mirror.Target, oci.Reference, error) {
+	if err := named(reference); err != nil {
+		return mirror.Target{}, oci.Reference{}, err
+	}
+	target, ref, err := in.mirror.Find(ctx, in.app.upstreams, reference)
 	if err != nil {
 		return target, ref, explain(err, "")
 	}
@@ -228,6 +240,9 @@ func readQuery(r *http.Request, known ...string) (url.Values, error) {
 	}
 	for name, values := range query {
 		if !slices.Contains(known, name) || len(values) > 1 {
+			if len(known) == 0 {
+				return nil, apiError(http.StatusBadRequest, "%.100q is not for this path, which has no parameters", name)
+			}
 			return nil, apiError(http.StatusBadRequest, "%.100q is not for this path, or is given twice; there are %s", name, strings.Join(known, ", "))
 		}
 	}

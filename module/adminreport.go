@@ -2,15 +2,16 @@ package module
 
 import (
 	"context"
-	"github.com/caddy-registry/mirror/internal/catalog"
-	"github.com/caddy-registry/mirror/internal/mirror"
-	"github.com/caddy-registry/mirror/internal/oci"
-	"github.com/opencontainers/go-digest"
-	"time"
-
 	"net/http"
 	"slices"
 	"strings"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/caddy-registry/mirror/internal/catalog"
+	"github.com/caddy-registry/mirror/internal/mirror"
+	"github.com/caddy-registry/mirror/internal/oci"
 )
 
 // usageReport is what takes how much.
@@ -96,7 +97,7 @@ func explainReference(r *http.Request, in *visit) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	target, ref, err := in.find(query.Get("reference"))
+	target, ref, err := in.find(r.Context(), query.Get("reference"))
 	if err != nil {
 		return nil, err
 	}

@@ -257,7 +257,7 @@ func (in *visit) repository(ctx context.Context, c *catalog.Catalog, name string
 type pinLine struct {
 	Repository string    `json:"repository"`
 	Reference  string    `json:"reference"`
-	Since      time.Time `json:"since"`
+	Since      time.Time `json:"since,omitzero"` // absent of what was unpinned
 }
 
 type pinPage struct {
@@ -300,7 +300,11 @@ func listPins(r *http.Request, in *visit) (any, error) {
 }
 
 func pin(r *http.Request, in *visit) (any, error) {
-	target, ref, err := in.named(r)
+	reference, err := namedIn(r)
+	if err != nil {
+		return nil, err
+	}
+	target, ref, err := in.find(r.Context(), reference)
 	if err != nil {
 		return nil, err
 	}
@@ -316,7 +320,7 @@ func unpin(r *http.Request, in *visit) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	target, ref, err := in.find(query.Get("reference"))
+	target, ref, err := in.find(r.Context(), query.Get("reference"))
 	if err != nil {
 		return nil, err
 	}
@@ -328,8 +332,5 @@ func unpin(r *http.Request, in *visit) (any, error) {
 	case !was:
 		return nil, apiError(http.StatusNotFound, "%s is not pinned", line.name())
 	}
-	return struct {
-		Repository string `json:"repository"`
-		Reference  string `json:"reference"`
-	}{line.Repository, line.Reference}, nil
+	return line, nil
 }

@@ -56,7 +56,7 @@ func TestTables(t *testing.T) {
 			return explanation{mirror.Why{
 				Reference: "docker.io/library/alpine:3.20", Answer: "from the store", Upstream: "docker.io",
 				Endpoints: []string{"https://hub.corp", "https://registry-1.docker.io"}, Repository: "docker.io/library/alpine", Record: "mirrored from docker.io since 2026-01-01",
-				Tag:    &mirror.WhyTag{Standing: "fresh", Checked: now.Add(-30 * time.Second), Moved: now.Add(-24 * time.Hour), Previous: "sha256:1e42", Failure: "none"},
+				Tag:    &mirror.WhyTag{Standing: "fresh", TTL: 60, Checked: now.Add(-30 * time.Second), Moved: now.Add(-24 * time.Hour), Previous: "sha256:1e42", Failure: "none"},
 				Digest: "sha256:77ab31c0ffee0c91aa",
 				Manifest: &mirror.WhyManifest{MediaType: "application/vnd.oci.image.manifest.v1+json", Size: 500, Hot: true,
 					Blobs: []mirror.WhyBlob{{Digest: "sha256:0123456789abcdef", Size: 1500, Held: true}, {Digest: "sha256:ffff456789abcdef", Size: -1, Platform: "linux/amd64"}}},
@@ -64,6 +64,10 @@ func TestTables(t *testing.T) {
 		},
 		"why_not_held": func(w *strings.Builder) error {
 			return explanation{Why: mirror.Why{Reference: "docker.io/library/x:1", Answer: "asked upstream", Upstream: "docker.io", Repository: "docker.io/library/x", Record: "none"}}.print(w, now)
+		},
+		"why_gone": func(w *strings.Builder) error {
+			return explanation{Why: mirror.Why{Reference: "docker.io/library/x:1", Answer: "404", Upstream: "docker.io", Repository: "docker.io/library/x", Record: "mirrored",
+				Tag: &mirror.WhyTag{Standing: "gone", TTL: 300, Gone: now.Add(-time.Hour)}}}.print(w, now)
 		},
 		"jobs": func(w *strings.Builder) error { return jobList{[]retain.Job{running, failed, gc}}.print(w, now) },
 		"job": func(w *strings.Builder) error {

@@ -192,12 +192,20 @@ func limit(bytes int64) string {
 	return size(bytes)
 }
 
-// ttl is a duration in the largest unit that divides it.
-func ttl(seconds float64) string {
-	d := time.Duration(seconds * float64(time.Second))
+// ttl is how long something is kept.
+func ttl(n float64) string {
+	if n == 0 {
+		return "off"
+	}
+	return seconds(n)
+}
+
+// seconds is so many of them, in days where that is even.
+func seconds(n float64) string {
+	d := time.Duration(n * float64(time.Second))
 	switch {
 	case d == 0:
-		return "off"
+		return "0s"
 	case d%(24*time.Hour) == 0:
 		return strconv.Itoa(int(d/(24*time.Hour))) + "d"
 	}
@@ -425,8 +433,13 @@ func (e explanation) print(w io.Writer, now time.Time) error {
 		given("means", string(e.Digest))
 		if t := e.Tag; t != nil {
 			line("tag", t.Standing)
-			if !t.Checked.IsZero() {
-				line("", "checked "+ago(t.Checked, now))
+			if !t.Gone.IsZero() {
+				line("", "found gone "+ago(t.Gone, now))
+			}
+			if t.Checked.IsZero() {
+				line("", "not checked since the start; tag_ttl is "+seconds(t.TTL))
+			} else {
+				line("", "checked "+ago(t.Checked, now)+"; tag_ttl is "+seconds(t.TTL))
 			}
 			if !t.Moved.IsZero() {
 				line("", fmt.Sprintf("moved %s from %s", ago(t.Moved, now), t.Previous))

@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -44,6 +46,19 @@ func TestFollowInterrupted(t *testing.T) {
 		cancel()
 	})
 	if err == nil || !strings.Contains(err.Error(), "goes on") || !strings.Contains(err.Error(), "caddy registry jobs gc-1") {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestFollowCtrlC: so is who presses Ctrl-C.
+func TestFollowCtrlC(t *testing.T) {
+	_, _, err := following(t, t.Context(), func(w http.ResponseWriter, r *http.Request) {
+		json.NewEncoder(w).Encode(retain.Job{ID: "gc-1", Kind: "gc", Unit: "blobs", Done: 1, Total: 2})
+		if err := syscall.Kill(os.Getpid(), syscall.SIGINT); err != nil {
+			t.Error(err)
+		}
+	})
+	if err == nil || !strings.Contains(err.Error(), "goes on without you") {
 		t.Errorf("%v", err)
 	}
 }

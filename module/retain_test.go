@@ -260,7 +260,9 @@ func TestPins(t *testing.T) {
 	}
 	m.complete()
 	run(0, "docker.io/library/x:1 ", "pin")
-	run(0, "docker.io/library/x:1 unpinned\n", "unpin", "x:1")
+	if got, out, _ := command(t, "registry", "--address", m.admin, "unpin", "--json", "docker.io/library/x:1"); got != 0 || strings.Contains(out, "since") {
+		t.Errorf("%d %s", got, out) // nothing has been pinned since the year 1
+	}
 	if job := m.job(`{"kind": "purge", "pattern": "docker.io/library/x"}`); job["removed"].(float64) < 2 || job["found"] == nil {
 		t.Errorf("%v", job)
 	}
@@ -272,6 +274,45 @@ func TestPins(t *testing.T) {
 	}
 	run(0, "names are as", "purge", "nothing/of/this")
 	run(1, "", "purge", "a b")
+}
+
+// TestStoredNames: what ls shows can be given to every command, for a registry with
+// another path name and for what a site hosts.
+func TestStoredNames(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	image := regtest.NewImage("x", regtest.Random("x", 5000))
+	up.Push("org/x", image, "v1")
+	configured := upstreamFor("ghcr.io", up, "path_name hub")
+	m := startAdmin(t, configured)
+	m.pull("hub/org/x", "v1", image)
+	run := func(status int, want string, args ...string) {
+		t.Helper()
+		got, out, errs := command(t, append([]string{"registry", "--address", m.admin}, args...)...)
+		if got != status || !strings.Contains(out+errs, want) {
+			t.Errorf("%q: %d %q %q, want %q", args, got, out, errs, want)
+		}
+	}
+	for _, name := range []string{"ghcr.io/org/x:v1", "hub/org/x:v1", "hub/org/x@" + image.Digest.String()} {
+		run(0, "mirrored from ghcr.io", "why", name)
+		run(0, "hub/org/x", "pin", name)
+		run(0, "hub/org/x", "unpin", name)
+	}
+	run(0, "docker.io/hub/org/y", "why", "hub/org/y") // of which nothing is stored
+
+	m.stop()
+	forgetRecords(t, m.dir) // as registry:2 has it
+	repositories := m.dir + "/docker/registry/v2/repositories/"
+	if err := os.Rename(repositories+"hub", repositories+"apps"); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.load(configured, "default off\nhosted apps/**"); err != nil {
+		t.Fatal(err)
+	}
+	m.want(200, "GET", "/v2/apps/org/x/manifests/v1")
+	run(0, "all its blobs are held", "why", "apps/org/x:v1")
+	run(0, "hosted, without a record", "why", "apps/org/x:v1")
+	run(0, "404: it is hosted here", "why", "apps/org/x:v2")
+	run(0, "docker.io/apps/org/y", "why", "apps/org/y")
 }
 
 // TestPurgeHosted: what is hosted is never purged.

@@ -2,7 +2,6 @@ package module_test
 
 import (
 	"context"
-	"encoding/json"
 	"net/http"
 	"net/http/httptrace"
 	"os"
@@ -165,23 +164,7 @@ func TestEvents(t *testing.T) {
 	m := start(t, "", "")
 	load := func(event string) {
 		t.Helper()
-		adapted, err := m.adapt(upstreamFor("docker.io", up, "tag_ttl 0"), "")
-		if err != nil {
-			t.Fatal(err)
-		}
-		var config map[string]map[string]any
-		if err := json.Unmarshal(adapted, &config); err != nil {
-			t.Fatal(err)
-		}
-		config["apps"]["events"] = map[string]any{"subscriptions": []any{map[string]any{
-			"events": []string{event}, "handlers": []any{map[string]any{"handler": "recorder"}},
-		}}}
-		if adapted, err = json.Marshal(config); err != nil {
-			t.Fatal(err)
-		}
-		if err := m.loadJSON(adapted); err != nil {
-			t.Fatal(err)
-		}
+		m.subscribe(upstreamFor("docker.io", up, "tag_ttl 0"), event)
 	}
 	wants := func(event string) {
 		t.Helper()

@@ -18,3 +18,13 @@ func Linger(t *Table) time.Duration { return t.limits.linger }
 
 // Boot lets a table believe to be in another boot of the machine.
 func Boot(t *Table, boot string) { t.boot = boot }
+
+// Hashed is how far larger content has been hashed, and 0 before it is fetched.
+func Hashed(f *Fill) int64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.proof == nil || f.hashing {
+		return 0
+	}
+	return f.proof.at
+}

@@ -31,21 +31,9 @@ func (u *Upstreams) Find(ref string) (Target, oci.Reference, error) {
 	if first, rest, nested := strings.Cut(ref, "/"); nested && (first == "localhost" || strings.ContainsAny(first, ".:") || strings.ToLower(first) != first) {
 		host, name = NormalizeHost(first), rest
 	}
-	name, pin, pinned := strings.Cut(name, "@")
-	parsed := oci.Reference{Tag: "latest"}
-	var err error
-	if colon := strings.LastIndexByte(name, ':'); colon > strings.LastIndexByte(name, '/') {
-		if parsed, err = oci.ParseReference(name[colon+1:]); err != nil {
-			return none(fail(badReference, "%v", err))
-		}
-		name = name[:colon]
-	}
-	if pinned {
-		d, err := oci.ParseDigest(pin)
-		if err != nil {
-			return none(fail(badReference, "%v", err))
-		}
-		parsed = oci.Reference{Digest: d}
+	name, parsed, err := splitReference(name)
+	if err != nil {
+		return none(err)
 	}
 	if err := checkName(name); err != nil {
 		return none(err)
@@ -67,6 +55,27 @@ func (u *Upstreams) Find(ref string) (Target, oci.Reference, error) {
 		}
 	}
 	return t, parsed, nil
+}
+
+// splitReference divides what stands after the registry. Without a tag it is latest,
+// and beside a digest a tag says nothing.
+func splitReference(s string) (name string, ref oci.Reference, err error) {
+	name, pin, pinned := strings.Cut(s, "@")
+	ref = oci.Reference{Tag: "latest"}
+	if colon := strings.LastIndexByte(name, ':'); colon > strings.LastIndexByte(name, '/') {
+		if ref, err = oci.ParseReference(name[colon+1:]); err != nil {
+			return "", ref, fail(badReference, "%v", err)
+		}
+		name = name[:colon]
+	}
+	if pinned {
+		d, err := oci.ParseDigest(pin)
+		if err != nil {
+			return "", ref, fail(badReference, "%v", err)
+		}
+		ref = oci.Reference{Digest: d}
+	}
+	return name, ref, nil
 }
 
 // Refreshed is what a tag was found to mean.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"time"
 
 	"github.com/dustin/go-humanize"
@@ -39,9 +40,9 @@ type Why struct {
 
 // WhyTag is what is known of a tag.
 type WhyTag struct {
-	Standing string        `json:"standing"` // fresh, due, gone or lost, and why
+	Standing string        `json:"standing"` // as in the freshness table: fresh, due for a check, gone; unknown
 	Checked  time.Time     `json:"checked,omitzero"`
-	TTL      string        `json:"ttl"`
+	TTL      float64       `json:"tag_ttl_seconds"`
 	Gone     time.Time     `json:"gone,omitzero"`
 	Moved    time.Time     `json:"moved,omitzero"`
 	Previous digest.Digest `json:"previous,omitempty"`
@@ -65,6 +66,40 @@ type WhyBlob struct {
 	Platform string        `json:"platform,omitempty"`
 	Held     bool          `json:"held"`
 	Hot      bool          `json:"hot,omitempty"`
+}
+
+// Find is what a person means by a reference to something that may be held. A name
+// under which something is stored means that, be it mirrored or hosted by a site;
+// others mean what [Upstreams.Find] says.
+func (m *Mirror) Find(ctx context.Context, u *Upstreams, reference string) (Target, oci.Reference, error) {
+	name, ref, err := splitReference(reference)
+	if err == nil && oci.ValidName(name) {
+		if t, ok, err := m.stored(ctx, u, name); ok || err != nil {
+			return t, ref, err
+		}
+	}
+	return u.Find(reference)
+}
+
+// stored is what the name of a repository in the store stands for.
+func (m *Mirror) stored(ctx context.Context, u *Upstreams, name string) (t Target, ok bool, err error) {
+	record, err := m.tree.Record(ctx, name)
+	switch {
+	case err == nil:
+		if t, ok = u.Owner(name, record); ok {
+			return t, true, nil
+		}
+	case !errors.Is(err, fs.ErrNotExist):
+		return t, false, err
+	}
+	u.mu.Lock()
+	sites := u.sites
+	u.mu.Unlock()
+	if !slices.ContainsFunc(sites, func(s *Site) bool { return s.hosts(name) }) {
+		return t, false, nil
+	}
+	ok, err = m.tree.IsKept(ctx, name)
+	return Target{Name: name, Repository: name}, ok, err
 }
 
 // Why says how a reference would be answered and from where. It asks no upstream.
@@ -126,8 +161,10 @@ func (m *Mirror) Why(ctx context.Context, t Target, ref oci.Reference) (Why, err
 func (m *Mirror) whoseName(ctx context.Context, t Target, w *Why) (private string, err error) {
 	record, err := m.tree.Record(ctx, t.Repository)
 	switch {
+	case errors.Is(err, fs.ErrNotExist) && t.Upstream == nil:
+		w.Record = "hosted, without a record, as registry:2 leaves it"
 	case errors.Is(err, fs.ErrNotExist):
-		w.Record = "none: what is stored of it is never evicted"
+		w.Record = "without a record: one is made by the first pull from an upstream, and what is stored before is never evicted"
 	case err != nil:
 		return "", err
 	case record.Class == tree.Mirrored:
@@ -149,7 +186,7 @@ func (m *Mirror) whoseName(ctx context.Context, t Target, w *Why) (private strin
 	case verdict.Public:
 		w.Readers = "everyone, as was found " + stamp(verdict.Checked)
 	default:
-		w.Readers = "only those with the mirror's credentials, as was found " + stamp(verdict.Checked) + ""
+		w.Readers = "only those with the mirror's credentials, as was found " + stamp(verdict.Checked)
 		private = "refused, unless the upstream says that everyone may read it now"
 	}
 	return private, nil
@@ -177,30 +214,26 @@ func (m *Mirror) whyTag(ctx context.Context, t Target, tag string, w *Why) (tagS
 	}
 	if !ok {
 		if failure != "" {
-			w.Tag = &WhyTag{Standing: "unknown", TTL: t.Upstream.TagTTL.String(), Failure: failure}
+			w.Tag = &WhyTag{Standing: "unknown", TTL: t.Upstream.TagTTL.Seconds(), Failure: failure}
 		}
 		return tagState{}, nil
 	}
 	w.Digest = state.digest
-	w.Tag = &WhyTag{Checked: state.checked, TTL: t.Upstream.TagTTL.String(), Gone: state.gone, Failure: failure}
+	w.Tag = &WhyTag{Checked: state.checked, TTL: t.Upstream.TagTTL.Seconds(), Gone: state.gone, Failure: failure}
 	switch record, err := m.tree.TagRecord(ctx, t.Repository, tag); {
 	case err == nil:
 		w.Tag.Moved, w.Tag.Previous = record.Moved, record.Previous
 	case !errors.Is(err, fs.ErrNotExist):
 		return tagState{}, err
 	}
-	checked := "never checked since the start"
-	if !state.checked.IsZero() {
-		checked = "checked " + m.now().Sub(state.checked).Round(time.Second).String() + " ago"
-	}
 	w.Tag.Standing = map[standing]string{
-		fresh: "fresh: " + checked + ", and tag_ttl is " + t.Upstream.TagTTL.String(),
-		due:   "due for a check: " + checked + ", and tag_ttl is " + t.Upstream.TagTTL.String(),
-		gone:  "gone since " + stamp(state.gone) + ": " + checked,
-		lost:  "gone since " + stamp(state.gone) + ", and due for a check: " + checked,
+		fresh: "fresh",
+		due:   "due for a check",
+		gone:  "gone",
+		lost:  "gone, and due for a check",
 	}[state.standing(m.now(), t.Upstream)]
 	if !state.gone.IsZero() && state.standing(m.now(), t.Upstream) <= due {
-		w.Tag.Standing = "gone since " + stamp(state.gone) + " and kept; " + w.Tag.Standing
+		w.Tag.Standing = "gone and kept, " + w.Tag.Standing
 	}
 	return state, nil
 }
@@ -279,7 +312,7 @@ func (w *Why) rest() string {
 		}
 		return fmt.Sprintf("; of the %d manifests it names %d are held", len(w.Manifest.Children), held)
 	case missing == 0:
-		return ", and so are all its blobs"
+		return "; all its blobs are held"
 	case w.Upstream == "":
 		return fmt.Sprintf("; %d of its %d blobs are missing", missing, len(w.Manifest.Blobs))
 	default:

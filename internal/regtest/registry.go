@@ -154,9 +154,9 @@ func New(t testing.TB, opts Options) *Registry {
 		tokens:   map[string]granted{},
 	}
 	r.watch.settled.L = &r.mu
-	r.registry = r.serve("registry", r.serveRegistry)
-	r.token = r.serve("token", r.serveToken)
-	r.cdn = r.serve("cdn", r.serveCDN)
+	r.registry = r.serve(t, "registry", r.serveRegistry)
+	r.token = r.serve(t, "token", r.serveToken)
+	r.cdn = r.serve(t, "cdn", r.serveCDN)
 	r.URL = r.registry.url()
 	r.Host = strings.TrimPrefix(r.URL, "http://")
 	t.Cleanup(r.Down)
@@ -170,8 +170,8 @@ type server struct {
 	http    *http.Server
 }
 
-func (r *Registry) serve(name string, handle func(http.ResponseWriter, *http.Request)) *server {
-	s := &server{addr: "127.0.0.1:0"}
+func (r *Registry) serve(t testing.TB, name string, handle func(http.ResponseWriter, *http.Request)) *server {
+	s := &server{addr: FreeAddress(t)} // it must be free again after Down
 	s.handler = http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		counted := &counter{ResponseWriter: w, status: 200}
 		conn := req.Context().Value(connKey{}).(int)
@@ -223,9 +223,6 @@ func (s *server) up() {
 	listener, err := net.Listen("tcp", s.addr)
 	if err != nil {
 		panic(err)
-	}
-	if s.http == nil { // or it is the same; requests may still be reading it
-		s.addr = listener.Addr().String()
 	}
 	s.http = &http.Server{Handler: s.handler, ConnContext: numberConn}
 	go s.http.Serve(listener)
