@@ -115,7 +115,7 @@ func TestRemovedTag(t *testing.T) {
 	b := heldTag(t, nil)
 	b.wantManifest(latest, first)
 	b.registry.Down()
-	if err := b.tree.RemoveTag(t.Context(), repository, "latest", first.Digest); err != nil {
+	if err := b.tree.RemoveTag(t.Context(), repository, "latest", first.Digest, nil); err != nil {
 		t.Fatal(err)
 	}
 	b.wantStatus(503, "GET", latest)
@@ -142,7 +142,7 @@ func TestRemovedWhileRead(t *testing.T) {
 	go func() { answered <- b.ask("GET", latest).Code }()
 	<-slow.read
 	other := tree.New(plain, b.mirror.Note)
-	if err := other.RemoveTag(t.Context(), repository, "latest", first.Digest); err != nil {
+	if err := other.RemoveTag(t.Context(), repository, "latest", first.Digest, nil); err != nil {
 		t.Error(err)
 	}
 	other.Close()

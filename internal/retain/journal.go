@@ -30,9 +30,12 @@ type paces struct {
 	finish time.Duration // for the last changes, when the keeper is closed
 	room   time.Duration // for eviction
 	gift   time.Duration // until somebody takes the room there is by then
+	// partial is how long what is partial is not asked for again, which reads a
+	// directory.
+	partial time.Duration
 }
 
-var standard = paces{noted: 50_000, batch: time.Second, giveUp: time.Minute, reopen: time.Minute, finish: 10 * time.Second, room: time.Second, gift: 2 * time.Second}
+var standard = paces{noted: 50_000, batch: time.Second, giveUp: time.Minute, reopen: time.Minute, finish: 10 * time.Second, room: time.Second, gift: 2 * time.Second, partial: time.Second}
 
 // journal is what has been noted and not been written into the catalog, and what
 // is known of the catalog. Its lock is never held while anything is waited for.
@@ -57,6 +60,7 @@ type journal struct {
 	complete time.Time             // zero: something may be missing from the catalog
 	catalog  *catalog.Catalog      // nil: there is none, for the reason in why
 	why      error
+	watches  map[*watch]bool
 	changed  chan struct{} // closed when written, drops or catalog change
 }
 
@@ -65,7 +69,7 @@ var errOpening = errors.New("the catalog is being opened")
 func newJournal() journal {
 	return journal{
 		some: make(chan struct{}, 1), urgent: make(chan struct{}, 1), changed: make(chan struct{}),
-		pending: map[digest.Digest]int{}, why: errOpening,
+		pending: map[digest.Digest]int{}, why: errOpening, watches: map[*watch]bool{},
 	}
 }
 
@@ -112,6 +116,9 @@ func (k *Keeper) Note(c tree.Change) {
 	j := &k.journal
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	for w := range j.watches {
+		w.see(c)
+	}
 	if c.Kind == tree.Read || c.Kind == tree.ReadBlob {
 		// They are for the order of eviction only: the other changes go before.
 		if j.dropping || len(j.noted) >= k.paces.noted/2 {
@@ -514,6 +521,13 @@ func (k *Keeper) finish(c *catalog.Catalog) {
 		k.log.Warn("the catalog could not be closed as it should, and will be compared with the store at the next start", zap.Error(err))
 	}
 	k.dismiss(c, errClosed)
+}
+
+// quiet says that nothing has been noted that the catalog has not.
+func (k *Keeper) quiet() bool {
+	k.journal.mu.Lock()
+	defer k.journal.mu.Unlock()
+	return !k.journal.complete.IsZero() && len(k.journal.noted) == 0
 }
 
 // listingPatience is how long a listing waits until the catalog has what has

@@ -48,6 +48,7 @@ func TestFlush(t *testing.T) {
 // TestWrittenSoon: what nobody waits for is written too.
 func TestWrittenSoon(t *testing.T) {
 	b := keep(t)
+	b.ready() // or it is found out that there is no such blob
 	b.Note(linked(1))
 	eventually(t, "it to be written", func() error {
 		c, err := b.Catalog()

@@ -419,9 +419,9 @@ func TestReconcileBesideWriters(t *testing.T) {
 				failed(err)
 				failed(b.tree.SetTag(t.Context(), repository, tag, d, time.Now()))
 				if i%2 == 0 {
-					failed(b.tree.RemoveTag(t.Context(), repository, tag, d))
-					failed(b.tree.RemoveManifest(t.Context(), repository, d))
-					failed(b.tree.Unlink(t.Context(), repository, l))
+					failed(b.tree.RemoveTag(t.Context(), repository, tag, d, nil))
+					failed(b.tree.RemoveManifest(t.Context(), repository, d, nil))
+					failed(b.tree.Unlink(t.Context(), repository, l, nil))
 					// Before the catalog is complete it says that it cannot know.
 					b.tree.RemoveBlob(t.Context(), d, b.needed(t.Context(), d))
 				}

@@ -64,7 +64,7 @@ type Hooks struct {
 	Heal func(ctx context.Context, repository string, d digest.Digest, size int64) error
 	// Partial is how many bytes of blobs that are not whole yet are on the disk,
 	// but for those that a reservation covers which is not released. It is
-	// called for every reservation; nil: none.
+	// called about once a second while there are reservations; nil: none.
 	Partial func() int64
 }
 
@@ -143,7 +143,7 @@ func (k *Keeper) Close() {
 	k.Stop()
 	k.end()
 	<-k.ended
-	if !k.closed.IsZero() {
+	if !k.closed.IsZero() && k.quiet() {
 		k.leave(k.closed)
 	}
 }
