@@ -160,7 +160,8 @@ func (k *Keeper) begin(as Job, work func(context.Context, *job) error) (*job, er
 		return nil, errClosed
 	}
 	for _, other := range js.running {
-		if other.Kind == as.Kind && other.Pattern == as.Pattern && other.DryRun == as.DryRun {
+		// A gc that deletes tells what a dry run would.
+		if other.Kind == as.Kind && other.Pattern == as.Pattern && (other.DryRun == as.DryRun || as.Kind == kindGC && as.DryRun) {
 			return other, nil
 		}
 	}

@@ -2,7 +2,9 @@ package retain
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -254,4 +256,43 @@ func TestGCAfterDryRun(t *testing.T) {
 	<-b.jobs.turn
 	b.done(dry, nil)
 	b.done(wet, nil)
+}
+
+// TestFoundAsItIsServed: damage that a client runs into is seen to as what the
+// scrub finds, without a scrub; hosted bytes stay, and are not read again for
+// every client.
+func TestFoundAsItIsServed(t *testing.T) {
+	b := keep(t)
+	b.repository("docker.io/a", "docker.io")
+	b.repository("apps/web", "")
+	b.pull("docker.io/a", "v1", content(1, 1000))
+	b.pull("apps/web", "v1", content(2, 1000))
+	b.ready()
+	b.flush()
+	mirrored, hosted := digest.FromBytes(content(1, 1000)), digest.FromBytes(content(2, 1000))
+	for _, d := range []digest.Digest{mirrored, hosted} {
+		b.flip(d)
+		for range 3 {
+			if _, _, err := b.tree.OpenBlob(t.Context(), d); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("%v", err)
+			}
+			if err := b.tree.Prove(t.Context(), d); err == nil {
+				t.Error("it is right")
+			}
+		}
+	}
+	eventually(t, "the damage to be told of", until(func() bool {
+		s, err := b.Status(t.Context())
+		return err == nil && len(s.Damaged) == 1 && s.Damaged[0].Digest == hosted
+	}))
+	if !b.exists(layout.Blob(hosted)) || b.exists(layout.Blob(mirrored)) {
+		t.Error("the hosted blob is gone, or the mirrored one is not")
+	}
+	b.Suspect(hosted)
+	if b.damage.waits() {
+		t.Error("what is known to be damaged is read again")
+	}
+	b.clock.pass(2 * suspectAgain)
+	b.Suspect(hosted)
+	eventually(t, "it to be read again", until(func() bool { return !b.damage.waits() }))
 }

@@ -105,6 +105,7 @@ type Limit struct {
 // Begin opens the catalog, in the background, and keeps the store from now on.
 func (k *Keeper) Begin(t *tree.Tree, hooks Hooks) {
 	k.tree, k.hooks = t, hooks
+	t.Guard(k.stays, k.Suspect)
 	if hooks.Partial != nil {
 		k.parts.Store(&hooks.Partial)
 	}
