@@ -79,12 +79,23 @@ func keep(t *testing.T, change ...func(*kept)) *kept {
 	return b
 }
 
+// roomy is a store whose disk has room, whatever else is on the machine's.
+type roomy struct{ storage.Store }
+
+func (roomy) Free() (free, keep int64, err error)        { return 1 << 50, 0, nil }
+func (roomy) Reserve(int64) (storage.Reservation, error) { return room{}, nil }
+
+type room struct{}
+
+func (room) Use(int64) {}
+func (room) Release()  {}
+
 func (b *kept) start() {
 	b.t.Helper()
 	b.store = disktest.Open(b.t, filepath.Join(b.dir, "store"))
-	seen := b.store
+	seen := storage.Store(roomy{b.store})
 	if b.wrap != nil {
-		seen = b.wrap(b.store)
+		seen = b.wrap(seen)
 	}
 	core, logged := observer.New(zap.InfoLevel)
 	b.logged = logged
