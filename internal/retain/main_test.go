@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"path/filepath"
 	"sync"
@@ -82,8 +83,14 @@ func keep(t *testing.T, change ...func(*kept)) *kept {
 // roomy is a store whose disk has room, whatever else is on the machine's.
 type roomy struct{ storage.Store }
 
-func (roomy) Free() (free, keep int64, err error)        { return 1 << 50, 0, nil }
-func (roomy) Reserve(int64) (storage.Reservation, error) { return room{}, nil }
+func (roomy) Free() (free, keep int64, err error) { return 1 << 50, 0, nil }
+
+func (roomy) Reserve(n int64) (storage.Reservation, error) {
+	if n > 1<<50 {
+		return nil, fmt.Errorf("%w: min_free", storage.ErrFull)
+	}
+	return room{}, nil
+}
 
 type room struct{}
 

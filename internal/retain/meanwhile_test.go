@@ -296,3 +296,36 @@ func TestFoundAsItIsServed(t *testing.T) {
 	b.Suspect(hosted)
 	eventually(t, "it to be read again", until(func() bool { return !b.damage.waits() }))
 }
+
+// unwritable is a store that takes no note of who uses it.
+type unwritable struct {
+	storage.Store
+	on bool
+}
+
+func (u *unwritable) Put(ctx context.Context, key string, data []byte, d storage.Durability) error {
+	if u.on && key == layout.Session {
+		return errors.New("no space left on device")
+	}
+	return u.Store.Put(ctx, key, data, d)
+}
+
+// TestNoNote: what a process has said when it closed the catalog is not believed
+// after another one that could not say that it has begun.
+func TestNoNote(t *testing.T) {
+	u := &unwritable{}
+	b := keep(t, func(b *kept) {
+		b.wrap = func(s storage.Store) storage.Store { u.Store = s; return u }
+	})
+	b.ready()
+	b.restart()
+	if b.ready(); len(b.Jobs()) > 0 {
+		t.Fatalf("compared after an orderly end: %+v", b.Jobs())
+	}
+	u.on = true
+	b.restart()
+	if b.exists(layout.Session) {
+		t.Error("the last one's note is still there")
+	}
+	u.on = false
+}

@@ -130,6 +130,8 @@ func (b *kept) catalogued(c *catalog.Catalog) []string {
 // agrees checks that the catalog and the store say the same.
 func (b *kept) agrees(c *catalog.Catalog) {
 	b.t.Helper()
+	b.eviction.running.Lock() // or something goes between the two looks
+	defer b.eviction.running.Unlock()
 	b.flush()
 	stored, catalogued := b.stored(), b.catalogued(c)
 	for _, line := range stored {
