@@ -192,7 +192,7 @@ func TestBudgetAcrossRestart(t *testing.T) {
 // TestNeverEvicted: hosted, unrecorded and pinned content stays whatever the
 // budget.
 func TestNeverEvicted(t *testing.T) {
-	b := keep(t, func(b *kept) { b.settings.Limits = map[string]Limit{"docker.io": {TTL: time.Hour, MaxSize: 1}} })
+	b := keep(t)
 	b.repository("apps/web", "")
 	b.repository("docker.io/a", "docker.io")
 	b.pull("apps/web", "v1", content(1, 5000))
@@ -210,7 +210,7 @@ func TestNeverEvicted(t *testing.T) {
 		}
 	}
 	b.clock.pass(365 * day)
-	b.Set(Settings{MaxSize: 1, Limits: b.settings.Limits})
+	b.Set(Settings{MaxSize: 1, Limits: map[string]Limit{"docker.io": {TTL: time.Hour, MaxSize: 1}}})
 	b.relieved()
 	for i := 1; i <= 5; i++ {
 		if !b.holds(content(i, 5000)) {

@@ -77,6 +77,10 @@ func keep(t *testing.T, change ...func(*kept)) *kept {
 	}
 	b.start()
 	t.Cleanup(b.stop)
+	if b.catalog == nil {
+		// What the first comparison tells of would count as read at that time.
+		b.ready()
+	}
 	return b
 }
 
