@@ -177,6 +177,7 @@ func (l *looked) Free() (free, keep int64, err error) {
 // TestRoomAtTheEnd: who asks for room as an eviction ends is served by the next.
 func TestRoomAtTheEnd(t *testing.T) {
 	l := &looked{}
+	l.looks.Store(1 << 32)
 	b := keep(t, func(b *kept) {
 		b.wrap = func(s storage.Store) storage.Store {
 			l.measured = &measured{Store: s, size: 2_000_000, keep: 1_000_000, used: func() int64 { return blobBytes(b) }}
@@ -184,7 +185,6 @@ func TestRoomAtTheEnd(t *testing.T) {
 		}
 	})
 	asked := make(chan bool, 1)
-	l.looks.Store(1 << 32)
 	l.then = func() {
 		go func() { asked <- b.Room(t.Context(), 500_000) }()
 		eventually(t, "somebody to wait", until(func() bool { return b.eviction.waiting() > 0 }))
