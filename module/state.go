@@ -198,7 +198,7 @@ func (s *state) open(ctx context.Context) (*opened, error) {
 			m.Note(c)
 		}
 	})
-	o.mirror = mirror.New(mirror.Parts{Store: o.keeper.Store(), Tree: o.tree, Room: o.keeper.Room, Catalog: o.keeper.Listing, Log: s.log})
+	o.mirror = mirror.New(mirror.Parts{Store: o.keeper.Store(), Tree: o.tree, Room: o.keeper.Room, Catalog: o.keeper.Listing, Suspect: o.keeper.Suspect, Log: s.log})
 	m.Store(o.mirror)
 	o.keeper.Begin(o.tree, retain.Hooks{
 		Catalog: s.openCatalog,

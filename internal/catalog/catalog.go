@@ -157,13 +157,16 @@ func (c *Catalog) write(ctx context.Context, do func(context.Context) error) (er
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	if _, err = c.w.ExecContext(ctx, c.dialect.begin); err == nil {
+	// A context that ends in one of these would leave the connection in a
+	// transaction, or not, and nobody would know.
+	whole := context.WithoutCancel(ctx)
+	if _, err = c.w.ExecContext(whole, c.dialect.begin); err == nil {
 		if err = do(ctx); err == nil {
-			_, err = c.w.ExecContext(ctx, "COMMIT")
+			_, err = c.w.ExecContext(whole, "COMMIT")
 		}
-		if err != nil {
-			c.w.ExecContext(context.WithoutCancel(ctx), "ROLLBACK")
-		}
+	}
+	if err != nil {
+		c.w.ExecContext(whole, "ROLLBACK") // fails where there is none
 	}
 	if err != nil && ctx.Err() != nil {
 		err = context.Cause(ctx)

@@ -25,6 +25,16 @@ func (c *Catalog) Mirrored(ctx context.Context, after string, n int) ([]string, 
 		string(tree.Mirrored), after, n)
 }
 
+// IsMirrored reports whether a repository is known, and as a mirrored one.
+func (c *Catalog) IsMirrored(ctx context.Context, repository string) (mirrored bool, err error) {
+	err = c.read(ctx, func(r *reader) error {
+		var one int
+		mirrored, err = r.one("SELECT 1 FROM repositories WHERE name = ? AND present = 1 AND class = ?", []any{repository, string(tree.Mirrored)}, &one)
+		return err
+	})
+	return mirrored, err
+}
+
 // Empty returns up to n names of mirrored repositories, in their order, after a
 // name, that were created before a time, and of which nothing is held but links
 // that are [Catalog.Loose]. Nothing is pinned in them.

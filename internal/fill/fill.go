@@ -214,6 +214,8 @@ type Want struct {
 	Sources []Source
 	// Connections is how many spans are fetched at once; 0: 1.
 	Connections int
+	// Anew says that what the store has is wrong, and is to be replaced.
+	Anew bool
 }
 
 // Summary describes a fill that has ended.
@@ -263,6 +265,7 @@ type Fill struct {
 	ahead        bool
 	sources      roster
 	connections  int
+	anew         bool            // Want.Anew, of the first joiner
 	repositories map[string]bool // joined → linked
 	hurried      chan struct{}   // Span.Hurry of small content that comes in the background, or nil
 	progress                     // of larger content
@@ -412,6 +415,9 @@ func (f *Fill) fail(err error) {
 func (f *Fill) held() (bool, error) {
 	if f.key.digest.Algorithm() != digest.Canonical {
 		return false, nil // lies under a digest that is not known yet
+	}
+	if f.anew {
+		return false, nil
 	}
 	r, info, err := f.table.store.Open(f.ctx, layout.Blob(f.key.digest), 0, -1)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -154,6 +154,7 @@ func (t *Table) join(want Want, user bool) (*Fill, error) {
 	f.sources.heard = f.started
 	f.progress.width = 1
 	f.connections = 1
+	f.anew = want.Anew
 	f.join(want, user)
 	if last := t.ending[k]; last != nil {
 		f.before = last.gone

@@ -39,6 +39,7 @@ func (m *Mirror) blob(ctx context.Context, t Target, d digest.Digest) (content, 
 	if err != nil {
 		return nil, miss, err
 	}
+	damaged := false
 	if known.Canonical != "" {
 		r, info, err := m.tree.OpenBlob(ctx, known.Canonical)
 		if err == nil && !intact(known, info.Size) {
@@ -61,7 +62,7 @@ func (m *Mirror) blob(ctx context.Context, t Target, d digest.Digest) (content, 
 		if !errors.Is(err, fs.ErrNotExist) {
 			return nil, miss, err
 		}
-		if errors.Is(err, tree.ErrDamaged) {
+		if damaged = errors.Is(err, tree.ErrDamaged); damaged {
 			m.log.Warn("a stored blob is damaged", zap.String("reference", t.Repository+"@"+d.String()), zap.Error(err))
 			if t.Upstream != nil {
 				// If it is still there: what is fetched now would be taken from it.
@@ -81,6 +82,7 @@ func (m *Mirror) blob(ctx context.Context, t Target, d digest.Digest) (content, 
 	if err != nil {
 		return nil, miss, err
 	}
+	want.Anew = damaged
 	f, err := m.fills.Join(want)
 	if err != nil {
 		return nil, miss, err
@@ -170,10 +172,16 @@ func intact(known tree.Member, size int64) bool {
 // damaged makes a blob that is not intact count as absent, so that a mirrored one
 // is fetched again. It may be that the manifest lies about its length, and what is
 // stored is right and somebody else's; so a mirrored one is hashed, and deleted if
-// it is wrong. Nobody waits for that: what is fetched takes its place.
+// it is wrong and no hosted repository's. Nobody waits for that: what is fetched
+// takes its place.
 func (m *Mirror) damaged(t Target, d digest.Digest, known tree.Member, size int64) error {
 	m.log.Warn("a stored blob has the wrong length", zap.String("reference", t.Repository+"@"+d.String()), zap.Int64("bytes", size), zap.Int64("expected", known.Size))
-	if t.Upstream != nil && !m.proven.Contains(known.Canonical) && m.begin() {
+	switch {
+	case m.proven.Contains(known.Canonical):
+	case t.Upstream == nil:
+		m.proven.Add(known.Canonical, struct{}{})
+		m.suspect(known.Canonical)
+	case m.begin():
 		m.proven.Add(known.Canonical, struct{}{})
 		go func() {
 			defer m.wg.Done()

@@ -1,6 +1,7 @@
 package mirror
 
 import (
+	"bytes"
 	"context"
 	"net/http"
 	"os"
@@ -115,7 +116,7 @@ func TestRemovedTag(t *testing.T) {
 	b := heldTag(t, nil)
 	b.wantManifest(latest, first)
 	b.registry.Down()
-	if err := b.tree.RemoveTag(t.Context(), repository, "latest", first.Digest); err != nil {
+	if err := b.tree.RemoveTag(t.Context(), repository, "latest", first.Digest, nil); err != nil {
 		t.Fatal(err)
 	}
 	b.wantStatus(503, "GET", latest)
@@ -142,7 +143,7 @@ func TestRemovedWhileRead(t *testing.T) {
 	go func() { answered <- b.ask("GET", latest).Code }()
 	<-slow.read
 	other := tree.New(plain, b.mirror.Note)
-	if err := other.RemoveTag(t.Context(), repository, "latest", first.Digest); err != nil {
+	if err := other.RemoveTag(t.Context(), repository, "latest", first.Digest, nil); err != nil {
 		t.Error(err)
 	}
 	other.Close()
@@ -401,4 +402,60 @@ func TestFullOnce(t *testing.T) {
 		t.Errorf("%d events", n)
 	}
 	b.wantEvent(storageFull)
+}
+
+// TestDamagedStays: damaged bytes that are a hosted repository's, too, are not
+// deleted, and what is fetched for the mirrored one takes their place.
+func TestDamagedStays(t *testing.T) {
+	b := newBench(t, regtest.Options{}, nil)
+	b.registry.Push("team/app", first, "latest")
+	layer := first.Blobs[1]
+	b.wantManifest(latest, first)
+	b.wantBlob(layer)
+	b.linked(layer.Digest)
+	b.restart()
+	b.tree.Guard(func(context.Context, digest.Digest) (bool, error) { return true, nil }, func(digest.Digest) {})
+	wrong := append([]byte{layer.Data[0] ^ 1}, layer.Data[1:]...)
+	path := b.file(layout.Blob(layer.Digest))
+	if err := os.WriteFile(path, wrong, 0o640); err != nil {
+		t.Fatal(err)
+	}
+	b.registry.Fail(regtest.Fault{Path: layer.Digest.String(), Status: 404})
+	b.wantStatus(404, "GET", "team/app/blobs/"+layer.Digest.String())
+	if data, err := os.ReadFile(path); err != nil || !bytes.Equal(data, wrong) {
+		t.Errorf("the only copy was touched: %v", err)
+	}
+	b.registry.Heal()
+	b.pass(time.Hour)
+	b.wantBlob(layer)
+	b.eventually("it to be stored", func() bool {
+		data, err := os.ReadFile(path)
+		return err == nil && bytes.Equal(data, layer.Data)
+	})
+}
+
+// TestHostedDamageIsTold: a hosted blob of another length than its manifest says is
+// not served, and whoever reads blobs again is told of it, once.
+func TestHostedDamageIsTold(t *testing.T) {
+	b := newBench(t, regtest.Options{}, nil)
+	var suspects []digest.Digest
+	b.mirror.Close()
+	b.mirror = New(Parts{Store: b.store, Tree: b.tree, Log: zap.NewNop(), Suspect: func(d digest.Digest) { suspects = append(suspects, d) }})
+	layer := regtest.NewImage("hosted", regtest.Random("large", 1<<20)).Blobs[1]
+	if err := b.store.Put(t.Context(), layout.Blob(layer.Digest), layer.Data[1:], storage.Lazy); err != nil {
+		t.Fatal(err)
+	}
+	hosted := Target{Name: "apps/web", Repository: "apps/web"}
+	if err := b.tree.LinkBlob(t.Context(), "apps/web", layer.Digest, layer.Digest); err != nil {
+		t.Fatal(err)
+	}
+	b.tree.AddMember("apps/web", layer.Digest, int64(len(layer.Data)))
+	for range 3 {
+		if _, _, err := b.mirror.blob(t.Context(), hosted, layer.Digest); err == nil {
+			t.Error("it is served")
+		}
+	}
+	if !slices.Equal(suspects, []digest.Digest{layer.Digest}) {
+		t.Errorf("suspected: %v", suspects)
+	}
 }

@@ -41,6 +41,7 @@ type Mirror struct {
 	log      *zap.Logger
 	now      func() time.Time
 	complete func(context.Context) *catalog.Catalog // Parts.Catalog
+	suspect  func(digest.Digest)                    // Parts.Suspect
 	// patience is blobPatience, but in tests.
 	patience time.Duration
 
@@ -87,12 +88,18 @@ type Parts struct {
 	// Catalog returns the catalog, if it has everything that is stored by now,
 	// or nil; nil: there is none. Listings are quicker with it.
 	Catalog func(context.Context) *catalog.Catalog
+	// Suspect is told of a hosted blob that has another length than its manifest
+	// says; nil: nobody is.
+	Suspect func(digest.Digest)
 	Log     *zap.Logger
 }
 
 // New returns a mirror.
 func New(p Parts) *Mirror {
-	m := &Mirror{tree: p.Tree, complete: p.Catalog, log: p.Log, now: time.Now, patience: blobPatience, aheads: make(chan struct{}, checksAhead)}
+	m := &Mirror{tree: p.Tree, complete: p.Catalog, suspect: p.Suspect, log: p.Log, now: time.Now, patience: blobPatience, aheads: make(chan struct{}, checksAhead)}
+	if m.suspect == nil {
+		m.suspect = func(digest.Digest) {}
+	}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	// lru.New fails only for a size below 1.
 	m.tags, _ = lru.New[tagKey, tagState](maxTags)

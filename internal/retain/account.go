@@ -3,6 +3,7 @@ package retain
 import (
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/dustin/go-humanize"
 
@@ -21,7 +22,15 @@ type account struct {
 	reserved int64 // by those that are not released, used or not
 	settling []settling
 	settled  int64 // the sum of settling
+
+	partial int64     // what Hooks.Partial has said
+	asked   time.Time // and when
+	since   int64     // what has been released since: it may have become partial
 }
+
+// partialMore is how many bytes may be missing from what is partial until it is
+// asked for again, and never more than a thousandth of the budget.
+const partialMore = 64 << 20
 
 // settling is what a released reservation has written: it counts until the
 // catalog has everything that was noted before.
@@ -83,11 +92,26 @@ func (k *Keeper) used() (int64, bool) {
 	return a.total(partial), a.known
 }
 
+// partial is how many bytes of blobs are on the disk that are not whole, as of a
+// moment ago.
 func (k *Keeper) partial() int64 {
-	if f := k.parts.Load(); f != nil {
-		return (*f)()
+	f := k.parts.Load()
+	if f == nil {
+		return 0
 	}
-	return 0
+	a, most := &k.account, min(k.settings().MaxSize/1000, partialMore)
+	a.mu.Lock()
+	if time.Since(a.asked) < k.paces.partial && a.since <= most {
+		defer a.mu.Unlock()
+		return a.partial
+	}
+	a.since = 0
+	a.mu.Unlock()
+	n := (*f)()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.partial, a.asked = n, time.Now()
+	return n
 }
 
 // Store is the store whose Reserve knows the budgets: what is reserved and would
@@ -183,8 +207,13 @@ func (r *reservation) Release() {
 	}
 	r.released = true
 	a.reserved -= r.size
+	a.since += r.used
 	if r.used > 0 && (head > written || a.doubtful) {
-		a.settling = append(a.settling, settling{head, onDisk(r.used)})
+		if last := len(a.settling) - 1; last >= 0 && a.settling[last].until == head {
+			a.settling[last].bytes += onDisk(r.used) // as while nothing is noted any more
+		} else {
+			a.settling = append(a.settling, settling{head, onDisk(r.used)})
+		}
 		a.settled += onDisk(r.used)
 	}
 	if k.eviction.waiting() > 0 {

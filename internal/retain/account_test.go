@@ -184,6 +184,8 @@ func TestRoomInOrder(t *testing.T) {
 	b := keep(t)
 	b.ready()
 	e := &b.eviction
+	e.running.Lock() // nobody else gives, or says that there is nothing to give
+	defer e.running.Unlock()
 	b.Set(Settings{MaxSize: 10*mib + 30*block})
 	r, err := b.Store().Reserve(10 * mib)
 	if err != nil {

@@ -26,6 +26,8 @@ const (
 	maxDoubtful = 100_000 // blobs that a loss of power may have damaged
 	maxTold     = 10      // of Damage.Repositories
 	tellAgain   = 24 * time.Hour
+
+	suspectAgain = time.Hour // a blob known to be damaged is suspected again
 )
 
 // damage is what the scrub knows besides the catalog.
@@ -71,11 +73,14 @@ func (s *damage) rouse() {
 }
 
 // Suspect has a blob read again soon, because it was found to be wrong as it was
-// served. It does not block.
+// served. It does not block. One that is known to be damaged is not read again
+// within an hour, however often it is asked for.
 func (k *Keeper) Suspect(d digest.Digest) {
-	s := &k.damage
+	s, now := &k.damage, k.now()
 	s.mu.Lock()
-	if len(s.suspects) < maxSuspects && !slices.Contains(s.suspects, d) {
+	b := s.bad[d]
+	known := b != nil && !b.unreadable && now.Sub(b.checked).Abs() < suspectAgain
+	if !known && len(s.suspects) < maxSuspects && !slices.Contains(s.suspects, d) {
 		s.suspects = append(s.suspects, d)
 	}
 	s.mu.Unlock()
@@ -210,11 +215,10 @@ func (s *scrubber) wrong(ctx context.Context, c *catalog.Catalog, d digest.Diges
 		if errors.Is(err, fs.ErrNotExist) || err == nil && (now.Size != info.Size || !now.ModTime.Equal(info.ModTime)) {
 			return true, nil // somebody has stored the right bytes meanwhile
 		}
-		if err != nil || s.isPending(d) {
+		if err != nil {
 			return true, err
 		}
-		owners, err := c.Owners(ctx, d, 1)
-		return hosted(owners), err
+		return s.stays(ctx, d)
 	})
 	if err != nil {
 		return err
@@ -235,6 +239,18 @@ func (s *scrubber) wrong(ctx context.Context, c *catalog.Catalog, d digest.Diges
 	}
 	s.heal(ctx, heal{owners[0].Name, d})
 	return nil
+}
+
+// stays says whether a damaged blob may be a hosted repository's, so that nobody
+// can fetch it again: as long as it is not known to be none's, it is. The tree
+// asks.
+func (k *Keeper) stays(ctx context.Context, d digest.Digest) (bool, error) {
+	c, err := k.mayDelete()
+	if err != nil || k.isPending(d) {
+		return true, nil
+	}
+	owners, err := c.Owners(ctx, d, 1)
+	return hosted(owners) || err != nil, err
 }
 
 // hosted says whether one of those who own a blob is hosted; they come first.

@@ -2,6 +2,7 @@ package retain
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -10,6 +11,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/catalog"
+	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/storage"
 )
 
@@ -59,15 +61,16 @@ func (k *Keeper) relieve(ctx context.Context, expire bool) {
 		k.disappoint()
 		return
 	}
-	settings := k.settings()
-	k.shrink(ctx, c, &scope{limit: settings.MaxSize, why: "max_size"})
+	set := k.set.Load()
+	settings := *set
+	k.shrink(ctx, c, &scope{set: set, limit: settings.MaxSize, why: "max_size"})
 	for _, name := range slices.Sorted(maps.Keys(settings.Limits)) {
 		limit := settings.Limits[name]
 		if limit.TTL > 0 && expire {
-			k.shrink(ctx, c, &scope{upstream: name, before: k.now().Add(-limit.TTL), why: "ttl of " + name})
+			k.shrink(ctx, c, &scope{set: set, upstream: name, before: k.now().Add(-limit.TTL), why: "ttl of " + name})
 		}
 		if limit.MaxSize > 0 {
-			k.shrink(ctx, c, &scope{upstream: name, limit: limit.MaxSize, why: "max_size of " + name})
+			k.shrink(ctx, c, &scope{set: set, upstream: name, limit: limit.MaxSize, why: "max_size of " + name})
 		}
 	}
 	k.tellEvicted()
@@ -75,6 +78,7 @@ func (k *Keeper) relieve(ctx context.Context, expire bool) {
 
 // A scope is what is evicted from, and why.
 type scope struct {
+	set      *Settings // that ask for it: once there are others, it ends
 	upstream string    // "": everything
 	limit    int64     // bytes; 0: none
 	before   time.Time // what was last read before is evicted, whatever the limit
@@ -94,9 +98,9 @@ func (k *Keeper) shrink(ctx context.Context, c *catalog.Catalog, s *scope) {
 		}
 		return
 	}
-	begun := time.Now()
-	var err error
-	for ctx.Err() == nil {
+	begun, barren := time.Now(), false
+	err := k.settle(ctx, c, s)
+	for err == nil && ctx.Err() == nil {
 		var excess int64
 		if excess, err = k.excess(ctx, c, s); err != nil || excess <= 0 {
 			break
@@ -105,7 +109,7 @@ func (k *Keeper) shrink(ctx context.Context, c *catalog.Catalog, s *scope) {
 		if err = k.step(ctx, c, s); err != nil {
 			break
 		}
-		if s.evicted == before {
+		if barren = s.evicted == before; barren {
 			if s.before.IsZero() {
 				k.eviction.despair(s.upstream)
 			}
@@ -118,8 +122,8 @@ func (k *Keeper) shrink(ctx context.Context, c *catalog.Catalog, s *scope) {
 			pause.Stop()
 		}
 	}
-	if s.upstream == "" {
-		k.disappoint()
+	if s.upstream == "" && (barren || err != nil) {
+		k.disappoint() // and otherwise nobody: who has come since is in the next round
 	}
 	if err != nil && ctx.Err() == nil {
 		k.eviction.despair(s.upstream)
@@ -132,8 +136,22 @@ func (k *Keeper) shrink(ctx context.Context, c *catalog.Catalog, s *scope) {
 		zap.Int64("bytes", s.evicted.Bytes), zap.Duration("took", time.Since(begun)))
 }
 
+// settle waits, where there seems to be too much, until the catalog has what was
+// noted: what has just been stored may have been counted twice.
+func (k *Keeper) settle(ctx context.Context, c *catalog.Catalog, s *scope) error {
+	excess, err := k.excess(ctx, c, s)
+	if err != nil || excess <= 0 {
+		return err
+	}
+	s.full, s.crowded = false, false
+	return k.Flush(ctx)
+}
+
 // excess is how many bytes too much there are in a scope.
 func (k *Keeper) excess(ctx context.Context, c *catalog.Catalog, s *scope) (int64, error) {
+	if k.set.Load() != s.set {
+		return 0, nil // the next round goes by others
+	}
 	if !s.before.IsZero() {
 		return 1, nil // until there is no root left
 	}
@@ -210,12 +228,17 @@ func (k *Keeper) step(ctx context.Context, c *catalog.Catalog, s *scope) error {
 	if s.evicted != evicted || !s.before.IsZero() {
 		return nil
 	}
+	w := k.watch()
+	defer w.end()
+	if err := k.Flush(ctx); err != nil {
+		return err
+	}
 	blobs, err := c.ColdestBlobs(ctx, s.upstream, batchRoots)
 	if err != nil {
 		return err
 	}
 	for _, blob := range blobs {
-		if err := k.evictBlob(ctx, c, s, blob); err != nil {
+		if err := k.evictBlob(ctx, c, s, w, blob); err != nil {
 			return err
 		}
 		if excess, err := k.excess(ctx, c, s); err != nil || excess <= 0 {
@@ -236,8 +259,11 @@ func (k *Keeper) step(ctx context.Context, c *catalog.Catalog, s *scope) error {
 func (k *Keeper) evictRoot(ctx context.Context, c *catalog.Catalog, s *scope, root catalog.Root, limit int64) (large bool, err error) {
 	gone, err := k.removeRoot(ctx, c, root, limit)
 	k.count(s, gone)
-	if err == errLarge {
+	switch {
+	case errors.Is(err, errLarge):
 		return true, nil
+	case errors.Is(err, tree.ErrNeeded):
+		return false, nil
 	}
 	s.last[occurrence(root)] = true
 	return false, err

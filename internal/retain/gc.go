@@ -8,6 +8,8 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
+
+	"github.com/caddy-registry/mirror/internal/tree"
 )
 
 const (
@@ -65,16 +67,18 @@ func (k *Keeper) collectLinks(ctx context.Context, j *job, dry bool, before time
 	}
 	var pace pace
 	return pages(ctx, c.Mirrored, func(name string) error {
-		for after := digest.Digest(""); ; {
-			if _, err := k.mayDelete(); err != nil {
-				return err
+		batch := func(after *digest.Digest) (int, error) {
+			w := k.watch()
+			defer w.end()
+			if err := k.Flush(ctx); err != nil {
+				return 0, err
 			}
-			links, err := c.Loose(ctx, name, before, after, gcBatch)
+			links, err := c.Loose(ctx, name, before, *after, gcBatch)
 			if err != nil {
-				return err
+				return 0, err
 			}
 			for _, link := range links {
-				after = link.Digest
+				*after = link.Digest
 				if dry {
 					j.found(name+"@"+link.Digest.String(), 0)
 					if link.Frees > 0 {
@@ -82,20 +86,25 @@ func (k *Keeper) collectLinks(ctx context.Context, j *job, dry bool, before time
 					}
 					continue
 				}
-				if k.isPending(link.Digest) {
+				err := k.tree.Unlink(ctx, name, link.Digest, w.needs(name, link.Digest))
+				if errors.Is(err, tree.ErrNeeded) {
 					continue // somebody wants it again
 				}
-				if err := k.tree.Unlink(ctx, name, link.Digest); err != nil {
-					return err
+				if err != nil {
+					return 0, err
 				}
 				j.found(name+"@"+link.Digest.String(), 0)
 			}
-			if len(links) > 0 {
+			return len(links), nil
+		}
+		for after := digest.Digest(""); ; {
+			n, err := batch(&after)
+			if err == nil && n > 0 {
 				err = k.between(ctx, &pace, dry)
-			} else {
+			} else if err == nil {
 				err = pace.rest(ctx)
 			}
-			if err != nil || len(links) < gcBatch {
+			if err != nil || n < gcBatch {
 				return err
 			}
 		}

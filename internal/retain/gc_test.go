@@ -145,7 +145,7 @@ func TestPeers26GCBesideWriters(t *testing.T) {
 					t.Errorf("what was stored is gone: %v", err)
 					return
 				}
-				if err := b.tree.RemoveManifest(t.Context(), "docker.io/busy", d); err != nil {
+				if err := b.tree.RemoveManifest(t.Context(), "docker.io/busy", d, nil); err != nil {
 					t.Error(err)
 					return
 				}

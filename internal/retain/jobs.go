@@ -146,8 +146,8 @@ func (k *Keeper) start(as Job, work func(context.Context, *job) error) (Job, err
 	return j.snapshot(), nil
 }
 
-// begin begins a job, unless one of the same kind, and the same pattern, is
-// under way, which is returned then.
+// begin begins a job, unless one that does the same is under way, which is
+// returned then.
 func (k *Keeper) begin(as Job, work func(context.Context, *job) error) (*job, error) {
 	if k.tree == nil {
 		return nil, errNotBegun
@@ -160,7 +160,8 @@ func (k *Keeper) begin(as Job, work func(context.Context, *job) error) (*job, er
 		return nil, errClosed
 	}
 	for _, other := range js.running {
-		if other.Kind == as.Kind && other.Pattern == as.Pattern && (as.Kind != kindPurge || other.DryRun == as.DryRun) {
+		// A gc that deletes tells what a dry run would.
+		if other.Kind == as.Kind && other.Pattern == as.Pattern && (other.DryRun == as.DryRun || as.Kind == kindGC && as.DryRun) {
 			return other, nil
 		}
 	}

@@ -30,9 +30,12 @@ type paces struct {
 	finish time.Duration // for the last changes, when the keeper is closed
 	room   time.Duration // for eviction
 	gift   time.Duration // until somebody takes the room there is by then
+	// partial is how long what is partial is not asked for again, which reads a
+	// directory.
+	partial time.Duration
 }
 
-var standard = paces{noted: 50_000, batch: time.Second, giveUp: time.Minute, reopen: time.Minute, finish: 10 * time.Second, room: time.Second, gift: 2 * time.Second}
+var standard = paces{noted: 50_000, batch: time.Second, giveUp: time.Minute, reopen: time.Minute, finish: 10 * time.Second, room: time.Second, gift: 2 * time.Second, partial: time.Second}
 
 // journal is what has been noted and not been written into the catalog, and what
 // is known of the catalog. Its lock is never held while anything is waited for.
@@ -55,8 +58,10 @@ type journal struct {
 	drops    uint64                // how often something has been dropped
 	doubts   uint64                // how often completeness has been doubted
 	complete time.Time             // zero: something may be missing from the catalog
+	closed   bool                  // it was closed with everything, and what others have written since is to be found
 	catalog  *catalog.Catalog      // nil: there is none, for the reason in why
 	why      error
+	watches  map[*watch]bool
 	changed  chan struct{} // closed when written, drops or catalog change
 }
 
@@ -65,7 +70,7 @@ var errOpening = errors.New("the catalog is being opened")
 func newJournal() journal {
 	return journal{
 		some: make(chan struct{}, 1), urgent: make(chan struct{}, 1), changed: make(chan struct{}),
-		pending: map[digest.Digest]int{}, why: errOpening,
+		pending: map[digest.Digest]int{}, why: errOpening, watches: map[*watch]bool{},
 	}
 }
 
@@ -112,6 +117,9 @@ func (k *Keeper) Note(c tree.Change) {
 	j := &k.journal
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	for w := range j.watches {
+		w.see(c)
+	}
 	if c.Kind == tree.Read || c.Kind == tree.ReadBlob {
 		// They are for the order of eviction only: the other changes go before.
 		if j.dropping || len(j.noted) >= k.paces.noted/2 {
@@ -144,7 +152,7 @@ func (k *Keeper) drop() {
 	j := &k.journal
 	j.drops++
 	j.doubts++
-	j.complete = time.Time{}
+	j.complete, j.closed = time.Time{}, false
 	k.account.doubt()
 	j.tell()
 }
@@ -193,7 +201,7 @@ func (k *Keeper) incomplete(reason string) {
 		k.log.Warn("the catalog has to be compared with the store before anything is deleted", zap.String("reason", reason))
 	}
 	j.doubts++
-	j.complete = time.Time{}
+	j.complete, j.closed = time.Time{}, false
 	k.account.doubt()
 	if j.catalog != nil {
 		signal(k.reconcile)
@@ -343,20 +351,24 @@ func (k *Keeper) admit(ctx context.Context, c *catalog.Catalog) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	// The store has the last word: only a catalog that was closed together with
-	// it has missed nothing.
-	if j.drops == 0 && !at.IsZero() && at.Unix() == k.before.Unix() {
-		j.complete = at
-		k.account.believe(j.written)
-	}
+	// it has missed nothing that the mirror did. Another program may have
+	// written meanwhile.
+	j.closed = j.drops == 0 && !at.IsZero() && at.Unix() == k.before.Unix()
 	k.before = time.Time{}
 	j.catalog, j.why = c, nil
 	k.account.update(usage.Allocated, j.written)
 	j.tell()
-	if j.complete.IsZero() {
-		signal(k.reconcile)
-	}
-	signal(k.eviction.kick)
+	signal(k.reconcile)
 	return nil
+}
+
+// wasClosed reports whether the catalog was closed with everything, and nothing
+// has been compared or missed since. What is hosted is to be compared all the
+// same.
+func (k *Keeper) wasClosed() bool {
+	k.journal.mu.Lock()
+	defer k.journal.mu.Unlock()
+	return k.journal.closed
 }
 
 // dismiss closes a catalog that is of no use, if there is one, and drops what
@@ -514,6 +526,13 @@ func (k *Keeper) finish(c *catalog.Catalog) {
 		k.log.Warn("the catalog could not be closed as it should, and will be compared with the store at the next start", zap.Error(err))
 	}
 	k.dismiss(c, errClosed)
+}
+
+// quiet says that nothing has been noted that the catalog has not.
+func (k *Keeper) quiet() bool {
+	k.journal.mu.Lock()
+	defer k.journal.mu.Unlock()
+	return !k.journal.complete.IsZero() && len(k.journal.noted) == 0
 }
 
 // listingPatience is how long a listing waits until the catalog has what has

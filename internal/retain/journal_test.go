@@ -48,6 +48,7 @@ func TestFlush(t *testing.T) {
 // TestWrittenSoon: what nobody waits for is written too.
 func TestWrittenSoon(t *testing.T) {
 	b := keep(t)
+	b.ready() // or it is found out that there is no such blob
 	b.Note(linked(1))
 	eventually(t, "it to be written", func() error {
 		c, err := b.Catalog()
@@ -242,11 +243,8 @@ func TestClosedWithEverything(t *testing.T) {
 	b.ready()
 	believed := func() bool {
 		t.Helper()
-		b.flush()
-		// A reconcile would make it complete, too: but since now.
-		b.clock.pass(time.Hour)
-		since := b.completeSince()
-		return !since.IsZero() && since.Before(b.clock.time().Add(-90*time.Minute))
+		b.ready()
+		return b.wasClosed()
 	}
 	file := filepath.Join(b.dir, "catalog.db")
 	b.clock.pass(2 * time.Hour)

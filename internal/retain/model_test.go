@@ -191,6 +191,7 @@ func (m *model) step() {
 		}
 		m.kill()
 		m.start()
+		m.ready() // or what is compared later counts as read then
 	case 17:
 		m.say("lose the catalog")
 		m.stop()
@@ -199,6 +200,7 @@ func (m *model) step() {
 		}
 		m.forget()
 		m.start()
+		m.ready()
 	case 18:
 		// Back is as possible as forward.
 		jump := time.Duration(m.r.IntN(2000)-500) * time.Hour

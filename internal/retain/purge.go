@@ -232,6 +232,8 @@ func (p *purge) estimate(ctx context.Context, known catalog.Names, before int64)
 
 // rest removes what no manifest names, if no manifest is left.
 func (p *purge) rest(ctx context.Context, name string) error {
+	w := p.watch()
+	defer w.end()
 	if err := p.Flush(ctx); err != nil {
 		return err
 	}
@@ -241,7 +243,11 @@ func (p *purge) rest(ctx context.Context, name string) error {
 	}
 	var links []digest.Digest
 	for d := range known.Links {
-		if err := p.tree.Unlink(ctx, name, d); err != nil {
+		err := p.tree.Unlink(ctx, name, d, w.needs(name, d))
+		if errors.Is(err, tree.ErrNeeded) {
+			continue
+		}
+		if err != nil {
 			return err
 		}
 		links = append(links, d)
@@ -280,8 +286,15 @@ func (p *purge) root(ctx context.Context, root catalog.Root) error {
 			return nil
 		}
 	}
+	p.eviction.running.Lock()
 	gone, err := p.removeRoot(ctx, p.catalog, root, 0)
-	p.job.found(what, gone.Bytes)
+	p.eviction.running.Unlock()
+	if errors.Is(err, tree.ErrNeeded) {
+		err = nil // somebody has just come for it
+	}
+	if gone.Roots > 0 {
+		p.job.found(what, gone.Bytes)
+	}
 	return err
 }
 

@@ -179,6 +179,48 @@ func (k *Keeper) reconcileNow(ctx context.Context, j *job, anew, mend bool) erro
 	return err
 }
 
+// reconcileHosted compares what may be hosted, in a catalog that was closed with
+// everything: while nothing of ours was running, another program may have pushed
+// what shares blobs with mirrored images, and those are evicted. What it may have
+// put into mirrored repositories can be fetched again, and is found by the next
+// collection.
+func (k *Keeper) reconcileHosted(ctx context.Context, j *job) error {
+	c, err := k.Catalog()
+	if err != nil {
+		return err
+	}
+	doubts := k.doubts()
+	r := &reconcile{Keeper: k, catalog: c, job: j}
+	for name, err := range k.tree.Kept(ctx) {
+		if err == nil {
+			err = r.unlessMirrored(ctx, name)
+		}
+		if err != nil {
+			return fmt.Errorf("comparing repository %s: %w", name, err)
+		}
+	}
+	sure, err := k.completed(ctx, doubts)
+	if err == nil && !sure {
+		err = errDoubt
+	}
+	return err
+}
+
+// unlessMirrored compares a repository, unless both its record and the catalog
+// say that it is mirrored.
+func (r *reconcile) unlessMirrored(ctx context.Context, name string) error {
+	mirrored, err := r.catalog.IsMirrored(ctx, name)
+	if err != nil {
+		return err
+	}
+	if mirrored {
+		if record, err := r.tree.Record(ctx, name); err == nil && record.Class == tree.Mirrored {
+			return r.pace.rest(ctx)
+		}
+	}
+	return r.repository(ctx, name)
+}
+
 // gone compares repositories of which nothing is in the store any more.
 func (r *reconcile) gone(ctx context.Context) error {
 	return pages(ctx, r.catalog.RepositoryNames, func(name string) error {

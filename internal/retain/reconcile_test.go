@@ -134,7 +134,6 @@ func (b *kept) agrees(c *catalog.Catalog) {
 	patience := time.NewTimer(20 * time.Second)
 	defer patience.Stop()
 	for {
-		b.flush()
 		differ := b.differ(c)
 		if len(differ) == 0 {
 			return
@@ -151,6 +150,9 @@ func (b *kept) agrees(c *catalog.Catalog) {
 
 // differ is what only one of the catalog and the store has.
 func (b *kept) differ(c *catalog.Catalog) (lines []string) {
+	b.eviction.running.Lock() // or something goes between the two looks
+	defer b.eviction.running.Unlock()
+	b.flush()
 	stored, catalogued := b.stored(), b.catalogued(c)
 	for _, line := range stored {
 		if !slices.Contains(catalogued, line) {
@@ -440,9 +442,9 @@ func TestReconcileBesideWriters(t *testing.T) {
 				failed(err)
 				failed(b.tree.SetTag(t.Context(), repository, tag, d, time.Now()))
 				if i%2 == 0 {
-					failed(b.tree.RemoveTag(t.Context(), repository, tag, d))
-					failed(b.tree.RemoveManifest(t.Context(), repository, d))
-					failed(b.tree.Unlink(t.Context(), repository, l))
+					failed(b.tree.RemoveTag(t.Context(), repository, tag, d, nil))
+					failed(b.tree.RemoveManifest(t.Context(), repository, d, nil))
+					failed(b.tree.Unlink(t.Context(), repository, l, nil))
 					// Before the catalog is complete it says that it cannot know.
 					b.tree.RemoveBlob(t.Context(), d, b.needed(t.Context(), d))
 				}

@@ -4,20 +4,84 @@ import (
 	"context"
 	"errors"
 
-	"github.com/caddy-registry/mirror/internal/catalog"
 	"github.com/opencontainers/go-digest"
+
+	"github.com/caddy-registry/mirror/internal/catalog"
+	"github.com/caddy-registry/mirror/internal/tree"
 )
 
 // errLarge says that a root takes more than a limit.
 var errLarge = errors.New("larger than the limit")
+
+// A watch sees what is noted while something is chosen and removed, whether or
+// not it has been written since: what somebody has come back to stays.
+type watch struct {
+	keeper *Keeper
+
+	// Guarded by keeper.journal.mu.
+	seen map[watched]bool
+	all  bool // more than can be remembered, or what cannot be told apart
+}
+
+// watched is a digest in a repository, or with "" anywhere.
+type watched struct {
+	repository string
+	digest     digest.Digest
+}
+
+// watch begins one, which somebody has to end. What was noted before is in the
+// catalog after the next Flush.
+func (k *Keeper) watch() *watch {
+	w := &watch{keeper: k, seen: map[watched]bool{}}
+	k.journal.mu.Lock()
+	defer k.journal.mu.Unlock()
+	k.journal.watches[w] = true
+	return w
+}
+
+func (w *watch) end() {
+	w.keeper.journal.mu.Lock()
+	defer w.keeper.journal.mu.Unlock()
+	delete(w.keeper.journal.watches, w)
+}
+
+// see notes a change. The journal's lock is held.
+func (w *watch) see(c tree.Change) {
+	switch {
+	case c.Kind == tree.Pinned, c.Kind == tree.Recorded && (c.Record == nil || c.Record.Class != tree.Mirrored), len(w.seen) > maxNamed:
+		// It may be about everything that hangs together with what it names.
+		w.all, w.seen = true, nil
+	}
+	if w.all {
+		return
+	}
+	names(c, func(d digest.Digest) {
+		w.seen[watched{c.Repository, d}] = true
+		w.seen[watched{"", d}] = true
+	})
+}
+
+// needs says whether somebody has begun to refer to a digest in a repository, or
+// with "" anywhere, since the watch began. It is what the tree asks.
+func (w *watch) needs(repository string, d digest.Digest) func() (bool, error) {
+	return func() (bool, error) {
+		if _, err := w.keeper.mayDelete(); err != nil {
+			return true, err
+		}
+		w.keeper.journal.mu.Lock()
+		defer w.keeper.journal.mu.Unlock()
+		return w.all || w.seen[watched{repository, d}], nil
+	}
+}
 
 // removeRoot removes a root, and what nothing else in the store refers to
 // without it; or nothing, if that takes more than a limit that is not 0. What
 // has come meanwhile stays. It is in the catalog then, so that two roots that
 // share something do not leave it behind. k.eviction.running is held.
 func (k *Keeper) removeRoot(ctx context.Context, c *catalog.Catalog, root catalog.Root, limit int64) (gone Evicted, err error) {
-	// What has been noted is in the catalog now; what is noted from now on is
-	// pending, or has been written, when RemoveBlob asks.
+	w := k.watch()
+	defer w.end()
+	// What has been noted before is in the catalog then.
 	if err := k.Flush(ctx); err != nil {
 		return gone, err
 	}
@@ -32,24 +96,22 @@ func (k *Keeper) removeRoot(ctx context.Context, c *catalog.Catalog, root catalo
 		return gone, nil // it is part of something by now
 	}
 	if root.Tag != "" {
-		if err := k.tree.RemoveTag(ctx, root.Repository, root.Tag, root.Digest); err != nil {
+		if err := k.tree.RemoveTag(ctx, root.Repository, root.Tag, root.Digest, w.needs(root.Repository, root.Digest)); err != nil {
 			return gone, err
 		}
 	}
-	for _, d := range removal.Manifests {
-		if k.isPending(d) {
-			continue // somebody wants it again
+	for i, d := range removal.Manifests {
+		err := k.tree.RemoveManifest(ctx, root.Repository, d, w.needs(root.Repository, d))
+		if errors.Is(err, tree.ErrNeeded) && (i > 0 || root.Tag != "") {
+			continue
 		}
-		if err := k.tree.RemoveManifest(ctx, root.Repository, d); err != nil {
+		if err != nil {
 			return gone, err
 		}
 	}
 	gone.Roots = 1
 	for _, d := range removal.Links {
-		if k.isPending(d) {
-			continue
-		}
-		if err := k.tree.Unlink(ctx, root.Repository, d); err != nil {
+		if err := k.tree.Unlink(ctx, root.Repository, d, w.needs(root.Repository, d)); err != nil && !errors.Is(err, tree.ErrNeeded) {
 			return gone, err
 		}
 	}
@@ -75,10 +137,11 @@ func (k *Keeper) removeRoot(ctx context.Context, c *catalog.Catalog, root catalo
 }
 
 // evictBlob deletes the bytes of a blob, which manifests of mirrored repositories
-// may go on naming: it is fetched again when it is asked for.
-func (k *Keeper) evictBlob(ctx context.Context, c *catalog.Catalog, s *scope, blob catalog.Blob) error {
+// may go on naming: it is fetched again when it is asked for. w has watched since
+// the blob was chosen.
+func (k *Keeper) evictBlob(ctx context.Context, c *catalog.Catalog, s *scope, w *watch, blob catalog.Blob) error {
 	owners, err := c.Owners(ctx, blob.Digest, maxOwners)
-	if err != nil {
+	if err != nil || hosted(owners) {
 		return err
 	}
 	elsewhere := len(owners) == maxOwners
@@ -87,17 +150,18 @@ func (k *Keeper) evictBlob(ctx context.Context, c *catalog.Catalog, s *scope, bl
 			elsewhere = true
 			continue
 		}
-		if k.isPending(blob.Digest) {
+		err := k.tree.Unlink(ctx, owner.Name, blob.Digest, w.needs("", blob.Digest))
+		if errors.Is(err, tree.ErrNeeded) {
 			return nil
 		}
-		if err := k.tree.Unlink(ctx, owner.Name, blob.Digest); err != nil {
+		if err != nil {
 			return err
 		}
 	}
 	if elsewhere {
 		return nil // it is in another's budget
 	}
-	removed, err := k.tree.RemoveBlob(ctx, blob.Digest, k.wanted(blob.Digest))
+	removed, err := k.tree.RemoveBlob(ctx, blob.Digest, w.needs("", blob.Digest))
 	if err != nil || !removed {
 		return err
 	}
@@ -108,11 +172,3 @@ func (k *Keeper) evictBlob(ctx context.Context, c *catalog.Catalog, s *scope, bl
 // maxOwners is how many repositories a blob may belong to that is evicted by
 // itself.
 const maxOwners = 1_000
-
-// wanted says whether somebody has just begun to refer to a blob.
-func (k *Keeper) wanted(d digest.Digest) func() (bool, error) {
-	return func() (bool, error) {
-		_, err := k.mayDelete()
-		return err != nil || k.isPending(d), err
-	}
-}

@@ -64,7 +64,7 @@ type Hooks struct {
 	Heal func(ctx context.Context, repository string, d digest.Digest, size int64) error
 	// Partial is how many bytes of blobs that are not whole yet are on the disk,
 	// but for those that a reservation covers which is not released. It is
-	// called for every reservation; nil: none.
+	// called about once a second while there are reservations; nil: none.
 	Partial func() int64
 }
 
@@ -105,6 +105,7 @@ type Limit struct {
 // Begin opens the catalog, in the background, and keeps the store from now on.
 func (k *Keeper) Begin(t *tree.Tree, hooks Hooks) {
 	k.tree, k.hooks = t, hooks
+	t.Guard(k.stays, k.Suspect)
 	if hooks.Partial != nil {
 		k.parts.Store(&hooks.Partial)
 	}
@@ -143,7 +144,7 @@ func (k *Keeper) Close() {
 	k.Stop()
 	k.end()
 	<-k.ended
-	if !k.closed.IsZero() {
+	if !k.closed.IsZero() && k.quiet() {
 		k.leave(k.closed)
 	}
 }

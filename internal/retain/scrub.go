@@ -176,7 +176,11 @@ func (k *Keeper) whole(ctx context.Context, j *job) (*catalog.Catalog, error) {
 	}
 	defer func() { <-k.jobs.turn }()
 	if k.completeSince().IsZero() {
-		if err := k.reconcileNow(ctx, j, false, true); err != nil {
+		compare := func() error { return k.reconcileNow(ctx, j, false, true) }
+		if k.wasClosed() {
+			compare = func() error { return k.reconcileHosted(ctx, j) }
+		}
+		if err := compare(); err != nil {
 			return nil, err
 		}
 	}

@@ -43,5 +43,11 @@ func (k *Keeper) leave(closed time.Time) {
 	}
 	if err != nil {
 		k.log.Warn("the store cannot be written to, not even a note of who uses it", zap.Error(err))
+		// As on a full disk: no note is as good as one that says nothing, and
+		// better than the last one.
+		if err := k.store.Delete(context.Background(), layout.Session); err != nil {
+			k.log.Error("the store's note of the last process that used it could not be removed; remove it yourself after a loss of power",
+				zap.String("key", layout.Session), zap.Error(err))
+		}
 	}
 }

@@ -24,8 +24,8 @@ var errClosed = errors.New("the store is being closed")
 
 // OpenBlob opens the bytes of a blob, whoever it belongs to. If they may have
 // been damaged by a loss of power, they are hashed first, once for all who ask
-// and whether or not they wait. Bytes that are wrong are deleted, and the error
-// wraps [ErrDamaged] for those who waited.
+// and whether or not they wait. Bytes that are wrong are deleted, unless Guard's
+// function keeps them, and the error wraps [ErrDamaged] for those who waited.
 //
 // Small ones come from memory, and are hashed whenever they come there. One
 // that is wrong though nobody doubted it is left where it is; see Prove.
@@ -38,6 +38,9 @@ func (t *Tree) OpenBlob(ctx context.Context, canonical digest.Digest) (io.ReadCl
 	r, info, err := t.store.Open(ctx, key, 0, -1)
 	if err == nil && info.Doubtful {
 		r.Close()
+		if since, ok := t.wrong.Peek(canonical); ok && since.Equal(info.ModTime) {
+			return nil, storage.Info{}, fmt.Errorf("the stored bytes of %s are %w", canonical, ErrDamaged)
+		}
 		if err := t.proveOnce(ctx, canonical, false); err != nil {
 			return nil, storage.Info{}, err
 		}
@@ -52,6 +55,7 @@ func (t *Tree) OpenBlob(ctx context.Context, canonical digest.Digest) (io.ReadCl
 		return nil, info, fmt.Errorf("reading the stored bytes of %s: %w", canonical, err)
 	}
 	if canonical.Algorithm().FromBytes(w.body) != canonical {
+		t.suspect(canonical)
 		return nil, info, fmt.Errorf("the stored bytes of %s are %w", canonical, ErrDamaged)
 	}
 	t.hot.add(canonical, w, since)
@@ -115,9 +119,18 @@ type proofs struct {
 }
 
 // Prove hashes the stored bytes of a blob, for one who has a reason to doubt
-// them. Bytes that are wrong are deleted, and the error wraps [ErrDamaged].
+// them. Bytes that are wrong are deleted, unless Guard's function keeps them, and
+// the error wraps [ErrDamaged].
 func (t *Tree) Prove(ctx context.Context, canonical digest.Digest) error {
 	return t.proveOnce(ctx, canonical, true)
+}
+
+// Guard has stays asked before bytes that are wrong are deleted: whether they are
+// to stay, because nobody may be able to fetch them again. suspect is told of
+// those that are wrong and have not been deleted; it neither blocks nor calls the
+// tree. Guard is to be called before anything is read.
+func (t *Tree) Guard(stays func(context.Context, digest.Digest) (bool, error), suspect func(digest.Digest)) {
+	t.stays, t.suspect = stays, suspect
 }
 
 // proveOnce waits until a blob has been proven: one that is doubtful, or with
@@ -149,7 +162,7 @@ func (t *Tree) proveOnce(ctx context.Context, canonical digest.Digest, anyway bo
 	}
 }
 
-// prove hashes a blob, and vouches for it or deletes it.
+// prove hashes a blob, and vouches for it, or deletes it if it may.
 func (t *Tree) prove(ctx context.Context, canonical digest.Digest, anyway bool) error {
 	key := layout.Blob(canonical)
 	r, hashed, err := t.store.Open(ctx, key, 0, -1)
@@ -172,12 +185,21 @@ func (t *Tree) prove(ctx context.Context, canonical digest.Digest, anyway bool) 
 		t.note(Change{Kind: Hashed, Canonical: canonical, Size: hashed.Size, At: t.now()})
 		return nil
 	}
+	kept := false
 	removed, err := t.RemoveBlob(ctx, canonical, func() (bool, error) {
 		// Somebody may have stored the right bytes meanwhile.
 		now, err := t.store.Stat(ctx, key)
-		return err == nil && !now.ModTime.Equal(hashed.ModTime), err
+		if err != nil || !now.ModTime.Equal(hashed.ModTime) {
+			return err == nil, err
+		}
+		stays, err := t.stays(ctx, canonical)
+		kept = stays || err != nil // whoever cannot say does not allow it
+		return kept, nil
 	})
-	if err != nil || !removed {
+	if kept {
+		t.wrong.Add(canonical, hashed.ModTime)
+		t.suspect(canonical)
+	} else if err != nil || !removed {
 		return err
 	}
 	return fmt.Errorf("the stored bytes of %s are %w", canonical, ErrDamaged)

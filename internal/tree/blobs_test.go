@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -377,4 +378,43 @@ func TestProve(t *testing.T) {
 	if err := b.Prove(t.Context(), wrong); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestWrongStays: bytes that nobody may be able to fetch again are not served, not
+// deleted, and not hashed again for every client.
+func TestWrongStays(t *testing.T) {
+	b := newBench(t)
+	hosted, mirrored, right := b.blob("some bytes"), b.blob("more bytes"), b.blob("less bytes")
+	for _, d := range []digest.Digest{hosted, mirrored} {
+		b.write(layout.Blob(d), []byte("rotten byt"))
+		long := time.Now().Add(-time.Hour)
+		if err := os.Chtimes(b.file(layout.Blob(d)), long, long); err != nil {
+			t.Fatal(err)
+		}
+	}
+	store := b.doubt(hosted, mirrored, right)
+	read := 0
+	store.read = func() error { read++; return nil }
+	var suspects []digest.Digest
+	b.Guard(func(_ context.Context, d digest.Digest) (bool, error) {
+		return false, map[digest.Digest]error{hosted: errBroken}[d]
+	}, func(d digest.Digest) { suspects = append(suspects, d) })
+	for range 3 {
+		wantDamaged(t, "OpenBlob", third(b.OpenBlob(t.Context(), hosted)))
+	}
+	if read != 2 { // the bytes and their end
+		t.Errorf("%d pieces read", read)
+	}
+	b.holds(layout.Blob(hosted), "rotten byt")
+	if !slices.Equal(suspects, []digest.Digest{hosted}) {
+		t.Errorf("suspected: %v", suspects)
+	}
+	wantDamaged(t, "OpenBlob", third(b.OpenBlob(t.Context(), mirrored)))
+	if _, err := os.Stat(b.file(layout.Blob(mirrored))); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("what can be fetched again stays: %v", err)
+	}
+	b.opens(right, "less bytes")
+	// Whoever pushes it again has put it right.
+	b.write(layout.Blob(hosted), []byte("some bytes"))
+	b.opens(hosted, "some bytes")
 }

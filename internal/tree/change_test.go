@@ -137,11 +137,11 @@ func TestTold(t *testing.T) {
 		do   func() error
 		want string
 	}{
-		{func() error { return b.RemoveTag(ctx, "r", "v1", list) }, "untagged r v1"},
-		{func() error { return b.RemoveManifest(ctx, "r", one) }, "unmanifested r " + short(one)},
-		{func() error { return b.RemoveManifest(ctx, "s", other) }, "unmanifested s " + short(one)},
-		{func() error { return b.Unlink(ctx, "r", layer) }, "unlinked r " + short(layer)},
-		{func() error { return b.Unlink(ctx, "s", long) }, "unlinked s " + short(layer)},
+		{func() error { return b.RemoveTag(ctx, "r", "v1", list, nil) }, "untagged r v1"},
+		{func() error { return b.RemoveManifest(ctx, "r", one, nil) }, "unmanifested r " + short(one)},
+		{func() error { return b.RemoveManifest(ctx, "s", other, nil) }, "unmanifested s " + short(one)},
+		{func() error { return b.Unlink(ctx, "r", layer, nil) }, "unlinked r " + short(layer)},
+		{func() error { return b.Unlink(ctx, "s", long, nil) }, "unlinked s " + short(layer)},
 		{func() error { _, err := b.RemoveBlob(ctx, layer, nil); return err }, "removed " + short(layer)},
 		{func() error { return b.Forget(ctx, "r") }, "forgotten r"},
 	} {
@@ -193,9 +193,9 @@ func TestToldInTime(t *testing.T) {
 		func() error { return b.SetTag(ctx, "r", "v1", one, time.Now()) },
 		func() error { return b.Pin(ctx, "r", oci.Reference{Tag: "v1"}, time.Now()) },
 		func() error { return second(b.Unpin(ctx, "r", oci.Reference{Tag: "v1"})) },
-		func() error { return b.RemoveTag(ctx, "r", "v1", one) },
-		func() error { return b.RemoveManifest(ctx, "r", one) },
-		func() error { return b.Unlink(ctx, "r", layer) },
+		func() error { return b.RemoveTag(ctx, "r", "v1", one, nil) },
+		func() error { return b.RemoveManifest(ctx, "r", one, nil) },
+		func() error { return b.Unlink(ctx, "r", layer, nil) },
 		func() error { return second(b.RemoveBlob(ctx, layer, nil)) },
 		func() error { return second(b.RemoveBlob(ctx, one, nil)) },
 		func() error { return b.Forget(ctx, "r") },

@@ -69,19 +69,19 @@ func TestReadWhileRemoved(t *testing.T) {
 		"manifest": {
 			layout.Blob(d),
 			func(b *bench) error { return second(b.Manifest(b.t.Context(), "r", d)) },
-			func(b *bench) error { return b.RemoveManifest(b.t.Context(), "r", d) },
+			func(b *bench) error { return b.RemoveManifest(b.t.Context(), "r", d, nil) },
 			func(b *bench) bool { return has(b.Manifest(b.t.Context(), "r", d)) },
 		},
 		"manifest by sha512": {
 			layout.Blob(d),
 			func(b *bench) error { return second(b.Manifest(b.t.Context(), "r", long)) },
-			func(b *bench) error { return b.RemoveManifest(b.t.Context(), "r", d) },
+			func(b *bench) error { return b.RemoveManifest(b.t.Context(), "r", d, nil) },
 			func(b *bench) bool { return has(b.Manifest(b.t.Context(), "r", long)) },
 		},
 		"what a manifest names": {
 			layout.Blob(d),
 			func(b *bench) error { return third(b.Member(b.t.Context(), "r", config)) },
-			func(b *bench) error { return b.RemoveManifest(b.t.Context(), "r", d) },
+			func(b *bench) error { return b.RemoveManifest(b.t.Context(), "r", d, nil) },
 			func(b *bench) bool { _, ok, _ := b.Member(b.t.Context(), "r", config); return ok },
 		},
 		"bytes of a manifest": {
@@ -93,7 +93,7 @@ func TestReadWhileRemoved(t *testing.T) {
 		"link": {
 			layout.LayerLink("r", layer),
 			func(b *bench) error { return third(b.Member(b.t.Context(), "r", layer)) },
-			func(b *bench) error { return b.Unlink(b.t.Context(), "r", layer) },
+			func(b *bench) error { return b.Unlink(b.t.Context(), "r", layer, nil) },
 			func(b *bench) bool { _, ok, _ := b.Member(b.t.Context(), "r", layer); return ok },
 		},
 		"bytes": {
@@ -180,7 +180,7 @@ func TestScanWhileRemoved(t *testing.T) {
 		arrive(t, "the reading", h.reading)
 		b.Tree.store = b.store
 		// What it names has been learnt from the other, if that was read first.
-		b.ok(b.RemoveManifest(t.Context(), "r", digest.FromString(body)))
+		b.ok(b.RemoveManifest(t.Context(), "r", digest.FromString(body), nil))
 		close(h.goOn)
 		for {
 			select {
@@ -255,13 +255,13 @@ func TestOneAfterTheOther(t *testing.T) {
 	}{
 		"tag": {
 			layout.TagLink("r", "v1"),
-			func(b *bench) error { return b.RemoveTag(ctx, "r", "v1", d) },
+			func(b *bench) error { return b.RemoveTag(ctx, "r", "v1", d, nil) },
 			func(b *bench) error { return b.SetTag(ctx, "r", "v1", layer, time.Now()) },
 			[]string{"untagged r v1", "tagged r v1 " + short(layer)},
 		},
 		"gone tag": {
 			layout.TagRecord("r", "v1"),
-			func(b *bench) error { return b.RemoveTag(ctx, "r", "v1", d) },
+			func(b *bench) error { return b.RemoveTag(ctx, "r", "v1", d, nil) },
 			func(b *bench) error {
 				if err := b.SetGone(ctx, "r", "v1", time.Now()); !errors.Is(err, fs.ErrNotExist) {
 					return fmt.Errorf("got %w", err)
@@ -272,13 +272,13 @@ func TestOneAfterTheOther(t *testing.T) {
 		},
 		"manifest": {
 			layout.RevisionLink("r", d),
-			func(b *bench) error { return b.RemoveManifest(ctx, "r", d) },
+			func(b *bench) error { return b.RemoveManifest(ctx, "r", d, nil) },
 			put,
 			[]string{"unmanifested r " + short(d), "manifested r " + short(d)},
 		},
 		"link": {
 			layout.LayerLink("r", layer),
-			func(b *bench) error { return b.Unlink(ctx, "r", layer) },
+			func(b *bench) error { return b.Unlink(ctx, "r", layer, nil) },
 			func(b *bench) error { return b.LinkBlob(ctx, "r", layer, layer) },
 			[]string{"unlinked r " + short(layer), "linked r " + short(layer)},
 		},
@@ -408,11 +408,11 @@ func TestToldIsStored(t *testing.T) {
 				case 3:
 					b.SetTag(ctx, repository, tag, d, time.Now())
 				case 4:
-					b.RemoveTag(ctx, repository, tag, d)
+					b.RemoveTag(ctx, repository, tag, d, nil)
 				case 5:
-					b.RemoveManifest(ctx, repository, d)
+					b.RemoveManifest(ctx, repository, d, nil)
 				case 6:
-					b.Unlink(ctx, repository, l)
+					b.Unlink(ctx, repository, l, nil)
 				case 7:
 					b.RemoveBlob(ctx, []digest.Digest{d, l}[random.IntN(2)], nil)
 				case 8:

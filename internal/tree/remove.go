@@ -15,10 +15,30 @@ import (
 	"github.com/caddy-registry/mirror/internal/oci"
 )
 
+// ErrNeeded is the error of a removal of what somebody needs by then.
+var ErrNeeded = errors.New("it is needed again")
+
+// still asks whether somebody needs what is about to be removed, and nobody can
+// begin to until it has been. A nil needed asks nobody.
+func still(needed func() (bool, error)) error {
+	if needed == nil {
+		return nil
+	}
+	yes, err := needed()
+	if err == nil && yes {
+		err = ErrNeeded
+	}
+	return err
+}
+
 // RemoveTag lets a tag mean nothing any more, if it means d still, or if it means
-// nothing and something of it is left. Its record goes too.
-func (t *Tree) RemoveTag(ctx context.Context, repository, tag string, d digest.Digest) error {
+// nothing and something of it is left. Its record goes too. needed is asked as by
+// RemoveBlob; if it says yes, the error is [ErrNeeded].
+func (t *Tree) RemoveTag(ctx context.Context, repository, tag string, d digest.Digest, needed func() (bool, error)) error {
 	defer t.lockTag(repository, tag)()
+	if err := still(needed); err != nil {
+		return err
+	}
 	now, err := t.Tag(ctx, repository, tag)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -63,13 +83,17 @@ func (t *Tree) removeAll(ctx context.Context, prefix string) (keys []string, err
 }
 
 // RemoveManifest takes a manifest out of a repository, whatever digest it was
-// asked for by. Its bytes stay: see RemoveBlob.
-func (t *Tree) RemoveManifest(ctx context.Context, repository string, d digest.Digest) error {
+// asked for by. Its bytes stay: see RemoveBlob. needed is asked as by that; if it
+// says yes, the error is [ErrNeeded].
+func (t *Tree) RemoveManifest(ctx context.Context, repository string, d digest.Digest, needed func() (bool, error)) error {
 	canonical, err := t.canonical(ctx, repository, d, layout.RevisionLink(repository, d))
 	if err != nil {
 		return err
 	}
 	defer t.lockDigest(canonical)()
+	if err := still(needed); err != nil {
+		return err
+	}
 	named := t.names(ctx, canonical)
 	names, err := t.removeLinks(ctx, layout.Revisions(repository), layout.RevisionLink(repository, canonical), canonical)
 	if err != nil {
@@ -168,13 +192,17 @@ func (t *Tree) removeLinks(ctx context.Context, prefix, key string, canonical di
 }
 
 // Unlink takes a blob out of a repository, whatever digest it was asked for by,
-// unless a manifest there names it. Its bytes stay: see RemoveBlob.
-func (t *Tree) Unlink(ctx context.Context, repository string, d digest.Digest) error {
+// unless a manifest there names it. Its bytes stay: see RemoveBlob. needed is asked
+// as by that; if it says yes, the error is [ErrNeeded].
+func (t *Tree) Unlink(ctx context.Context, repository string, d digest.Digest, needed func() (bool, error)) error {
 	canonical, err := t.canonical(ctx, repository, d, layout.LayerLink(repository, d))
 	if err != nil {
 		return err
 	}
 	defer t.lockDigest(canonical)()
+	if err := still(needed); err != nil {
+		return err
+	}
 	names, err := t.removeLinks(ctx, layout.Layers(repository), layout.LayerLink(repository, canonical), canonical)
 	if err != nil {
 		return err
@@ -270,7 +298,7 @@ func (t *Tree) Forget(ctx context.Context, repository string) error {
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
-		if err := t.RemoveTag(ctx, repository, tag, means); err != nil {
+		if err := t.RemoveTag(ctx, repository, tag, means, nil); err != nil {
 			return err
 		}
 	}

@@ -69,14 +69,14 @@ func TestRemoveTag(t *testing.T) {
 	b.ok(b.SetTag(ctx, "r", "long", long, time.Now()))
 	b.told.take()
 
-	b.ok(b.RemoveTag(ctx, "r", "moved", one)) // what it meant before
-	b.ok(b.RemoveTag(ctx, "r", "long", two))
+	b.ok(b.RemoveTag(ctx, "r", "moved", one, nil)) // what it meant before
+	b.ok(b.RemoveTag(ctx, "r", "long", two, nil))
 	b.wantTold()
 	if d, err := b.Tag(ctx, "r", "moved"); err != nil || d != two {
 		t.Errorf("the tag means %s, %v", d, err)
 	}
-	b.ok(b.RemoveTag(ctx, "r", "moved", two))
-	b.ok(b.RemoveTag(ctx, "r", "long", one)) // by its sha256
+	b.ok(b.RemoveTag(ctx, "r", "moved", two, nil))
+	b.ok(b.RemoveTag(ctx, "r", "long", one, nil)) // by its sha256
 	b.wantTold("untagged r moved", "untagged r long")
 	for range 2 {
 		for _, tag := range []string{"moved", "long"} {
@@ -99,7 +99,7 @@ func TestRemoveTag(t *testing.T) {
 	if r, err := b.TagRecord(ctx, "r", "moved"); err != nil || !r.Moved.IsZero() {
 		t.Errorf("%+v, %v", r, err)
 	}
-	b.ok(b.RemoveTag(ctx, "r", "never was", one))
+	b.ok(b.RemoveTag(ctx, "r", "never was", one, nil))
 }
 
 func TestRemoveManifest(t *testing.T) {
@@ -120,7 +120,7 @@ func TestRemoveManifest(t *testing.T) {
 			b.wantMember("r", only, true)
 			b.wantMember("r", digest.FromString("never was"), false)
 			b.told.take()
-			b.ok(b.RemoveManifest(ctx, "r", by.FromString(body)))
+			b.ok(b.RemoveManifest(ctx, "r", by.FromString(body), nil))
 			b.wantTold("unmanifested r " + short(digest.FromString(body)))
 			for range 2 {
 				for _, algorithm := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
@@ -134,9 +134,9 @@ func TestRemoveManifest(t *testing.T) {
 				b.wantMember("s", only, true)
 				b.restart()
 			}
-			b.ok(b.RemoveManifest(ctx, "r", digest.FromString(list)))
+			b.ok(b.RemoveManifest(ctx, "r", digest.FromString(list), nil))
 			b.wantMember("r", child, false)
-			b.ok(b.RemoveManifest(ctx, "r", by.FromString("never was")))
+			b.ok(b.RemoveManifest(ctx, "r", by.FromString("never was"), nil))
 			b.put("r", body) // pulled again
 			b.wantManifest("r", digest.FromString(body), body)
 			b.wantMember("r", only, true)
@@ -152,7 +152,7 @@ func TestRemoveDamagedManifest(t *testing.T) {
 	d := b.put("r", image(blob))
 	b.settle()
 	b.write(layout.Blob(d), nil)
-	b.ok(b.RemoveManifest(t.Context(), "r", d))
+	b.ok(b.RemoveManifest(t.Context(), "r", d, nil))
 	b.wantMember("r", blob, false)
 }
 
@@ -164,7 +164,7 @@ func TestRemoveRemembered(t *testing.T) {
 		_, err := b.Remember("r", d, []byte(body))
 		b.ok(err)
 		b.wantWarm("r", d, true)
-		b.ok(b.RemoveManifest(t.Context(), "r", d))
+		b.ok(b.RemoveManifest(t.Context(), "r", d, nil))
 		b.wantWarm("r", d, false)
 		b.wantMember("r", digest.FromString("blob"), false)
 	}
@@ -183,9 +183,9 @@ func TestUnlink(t *testing.T) {
 	if _, ok := b.WarmBlob("r", other, time.Time{}); !ok {
 		t.Error("it is not warm")
 	}
-	b.ok(b.Unlink(ctx, "r", long))
-	b.ok(b.Unlink(ctx, "r", named))
-	b.ok(b.Unlink(ctx, "r", digest.FromString("never was")))
+	b.ok(b.Unlink(ctx, "r", long, nil))
+	b.ok(b.Unlink(ctx, "r", named, nil))
+	b.ok(b.Unlink(ctx, "r", digest.FromString("never was"), nil))
 	for range 2 {
 		for _, d := range []digest.Digest{other, long} {
 			if _, ok := b.WarmBlob("r", d, time.Time{}); ok {
@@ -283,7 +283,7 @@ func TestForget(t *testing.T) {
 		t.Error("a repository with a manifest was forgotten")
 	}
 	b.wantTold()
-	b.ok(b.RemoveManifest(ctx, "a", digest.FromString(index())))
+	b.ok(b.RemoveManifest(ctx, "a", digest.FromString(index()), nil))
 	b.told.take()
 	b.ok(b.Forget(ctx, "a"))
 	b.wantTold("untagged a v1", "forgotten a", "pinned a v1")
@@ -364,13 +364,13 @@ func TestKilledWhileRemoving(t *testing.T) {
 	body := image(digest.FromString("config"))
 	d, layer := digest.FromString(body), digest.FromString("a layer")
 	for point, step := range map[string]func(context.Context, *bench) error{
-		"evict.untagged":     func(ctx context.Context, b *bench) error { return b.RemoveTag(ctx, "r", "v1", d) },
-		"evict.unindexed":    func(ctx context.Context, b *bench) error { return b.RemoveTag(ctx, "r", "v1", d) },
-		"evict.unmanifested": func(ctx context.Context, b *bench) error { return b.RemoveManifest(ctx, "r", d) },
-		"evict.unlinked":     func(ctx context.Context, b *bench) error { return b.Unlink(ctx, "r", layer) },
+		"evict.untagged":     func(ctx context.Context, b *bench) error { return b.RemoveTag(ctx, "r", "v1", d, nil) },
+		"evict.unindexed":    func(ctx context.Context, b *bench) error { return b.RemoveTag(ctx, "r", "v1", d, nil) },
+		"evict.unmanifested": func(ctx context.Context, b *bench) error { return b.RemoveManifest(ctx, "r", d, nil) },
+		"evict.unlinked":     func(ctx context.Context, b *bench) error { return b.Unlink(ctx, "r", layer, nil) },
 		"evict.removed":      func(ctx context.Context, b *bench) error { return second(b.RemoveBlob(ctx, layer, nil)) },
 		"evict.forgotten": func(ctx context.Context, b *bench) error {
-			if err := b.RemoveManifest(ctx, "r", d); err != nil {
+			if err := b.RemoveManifest(ctx, "r", d, nil); err != nil {
 				return err
 			}
 			return b.Forget(ctx, "r")

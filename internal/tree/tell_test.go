@@ -46,13 +46,13 @@ func TestTellInOrder(t *testing.T) {
 	}{
 		"tag": {layout.TagLink(repository, "x"),
 			func(t *Tree) error { return t.TellTag(context.Background(), repository, "x") },
-			func(t *Tree) error { return t.RemoveTag(context.Background(), repository, "x", m) }, Untagged},
+			func(t *Tree) error { return t.RemoveTag(context.Background(), repository, "x", m, nil) }, Untagged},
 		"manifest": {layout.RevisionLink(repository, m),
 			func(t *Tree) error { return t.TellManifest(context.Background(), repository, m) },
-			func(t *Tree) error { return t.RemoveManifest(context.Background(), repository, m) }, Unmanifested},
+			func(t *Tree) error { return t.RemoveManifest(context.Background(), repository, m, nil) }, Unmanifested},
 		"link": {layout.LayerLink(repository, m),
 			func(t *Tree) error { return t.TellLink(context.Background(), repository, m) },
-			func(t *Tree) error { return t.Unlink(context.Background(), repository, m) }, Unlinked},
+			func(t *Tree) error { return t.Unlink(context.Background(), repository, m, nil) }, Unlinked},
 		"blob": {layout.Blob(m),
 			func(t *Tree) error { return t.TellBlob(context.Background(), m) },
 			func(t *Tree) error {

@@ -30,6 +30,7 @@ const (
 	maxRevs     = 100_000 // links to manifests remembered, about 30 MiB when full
 	maxRecords  = 20_000  // records remembered, and names that have none
 	maxScans    = 4_000   // scanned repositories remembered
+	maxWrong    = 1_000   // blobs remembered that are wrong and stay
 	scanTimeout = time.Minute
 	maxRevision = 5_000 // manifests read to answer one question about a repository
 )
@@ -49,6 +50,12 @@ type Tree struct {
 	scans     singleflight.Group
 	proofs    proofs
 	life      life
+
+	// stays and suspect are Guard's. wrong are blobs that stay, as of their
+	// ModTime, so that they are not hashed again.
+	stays   func(context.Context, digest.Digest) (bool, error)
+	suspect func(digest.Digest)
+	wrong   *lru.Cache[digest.Digest, time.Time]
 
 	note func(Change)
 	now  func() time.Time
@@ -106,10 +113,12 @@ func New(store storage.Store, note func(Change)) *Tree {
 	records, _ := lru.New[string, *Record](maxRecords)
 	scanned, _ := lru.New[string, struct{}](maxScans)
 	forgotten, _ := lru.New[string, Record](maxRecords)
+	wrong, _ := lru.New[digest.Digest, time.Time](maxWrong)
 	t := &Tree{
 		store: store, members: members, revisions: revisions, hot: newHot(), records: records, scanned: scanned,
-		note: note, now: time.Now, forgotten: forgotten,
+		note: note, now: time.Now, forgotten: forgotten, wrong: wrong,
 	}
+	t.Guard(func(context.Context, digest.Digest) (bool, error) { return false, nil }, func(digest.Digest) {})
 	t.proofs.slots = make(chan struct{}, maxProofs)
 	t.life.ctx, t.life.cancel = context.WithCancelCause(context.Background())
 	return t
@@ -277,6 +286,7 @@ func (t *Tree) load(ctx context.Context, d, canonical digest.Digest) (*Manifest,
 		return nil, err
 	}
 	if d.Algorithm().FromBytes(body) != d {
+		t.suspect(canonical)
 		return nil, fmt.Errorf("the stored bytes of manifest %s are %w", d, ErrDamaged)
 	}
 	parsed, err := oci.ParseManifest(body)
