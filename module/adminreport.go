@@ -33,15 +33,7 @@ type upstreamUsage struct {
 }
 
 func showUsage(r *http.Request, in *visit) (any, error) {
-	query, err := readQuery(r, "n")
-	if err != nil {
-		return nil, err
-	}
-	p, err := readPage(query)
-	if err != nil {
-		return nil, err
-	}
-	c, err := in.listing(r.Context())
+	_, p, c, err := in.asked(r, "n")
 	if err != nil {
 		return nil, err
 	}

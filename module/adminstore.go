@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"net/http"
+	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -147,16 +148,23 @@ func unlisted(err error) error {
 	return apiError(http.StatusServiceUnavailable, "the catalog cannot be read: %v; pulls do not need it, and `caddy registry reindex` makes it again", err)
 }
 
-func listRepositories(r *http.Request, in *visit) (any, error) {
-	query, err := readQuery(r, "containing", "after", "n")
+// asked reads what is asked of a page, with these parameters at most, and returns
+// the catalog that has it.
+func (in *visit) asked(r *http.Request, parameters ...string) (url.Values, page, *catalog.Catalog, error) {
+	query, err := readQuery(r, parameters...)
 	if err != nil {
-		return nil, err
+		return nil, page{}, nil, err
 	}
 	p, err := readPage(query)
 	if err != nil {
-		return nil, err
+		return nil, page{}, nil, err
 	}
 	c, err := in.listing(r.Context())
+	return query, p, c, err
+}
+
+func listRepositories(r *http.Request, in *visit) (any, error) {
+	query, p, c, err := in.asked(r, "containing", "after", "n")
 	if err != nil {
 		return nil, err
 	}
@@ -195,15 +203,7 @@ type tagLine struct {
 }
 
 func listTags(r *http.Request, in *visit) (any, error) {
-	query, err := readQuery(r, "repository", "after", "n")
-	if err != nil {
-		return nil, err
-	}
-	p, err := readPage(query)
-	if err != nil {
-		return nil, err
-	}
-	c, err := in.listing(r.Context())
+	query, p, c, err := in.asked(r, "repository", "after", "n")
 	if err != nil {
 		return nil, err
 	}
