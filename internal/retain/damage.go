@@ -40,7 +40,6 @@ type damage struct {
 	complete time.Time // when all had been read
 	allDone  bool      // and nothing has been read since
 
-	once  sync.Once
 	wake  chan struct{} // signalled when there is something to do for the scrub
 	heals chan struct{} // holds a value for each blob that is being fetched again
 }
@@ -59,18 +58,12 @@ type heal struct {
 	digest     digest.Digest
 }
 
-func (s *damage) init() {
-	s.once.Do(func() {
-		s.bad = map[digest.Digest]*bad{}
-		s.wake, s.heals = make(chan struct{}, 1), make(chan struct{}, maxHeals)
-	})
+func newDamage() damage {
+	return damage{bad: map[digest.Digest]*bad{}, wake: make(chan struct{}, 1), heals: make(chan struct{}, maxHeals)}
 }
 
 // rouse has the scrub look for something to do.
-func (s *damage) rouse() {
-	s.init()
-	signal(s.wake)
-}
+func (s *damage) rouse() { signal(s.wake) }
 
 // Suspect has a blob read again soon, because it was found to be wrong as it was
 // served. It does not block. One that is known to be damaged is not read again

@@ -60,7 +60,6 @@ type jobs struct {
 	closed  bool
 	wg      sync.WaitGroup
 
-	once sync.Once
 	// turn holds a value while the catalog is compared or something is removed
 	// by a job: one of them at a time.
 	turn chan struct{}
@@ -68,17 +67,12 @@ type jobs struct {
 	changed chan struct{}
 }
 
-func (j *jobs) init() {
-	j.once.Do(func() {
-		j.turn, j.changed = make(chan struct{}, 1), make(chan struct{}, 1)
-	})
+func newJobs() jobs {
+	return jobs{turn: make(chan struct{}, 1), changed: make(chan struct{}, 1)}
 }
 
 // settled says that there are other settings.
-func (j *jobs) settled() {
-	j.init()
-	signal(j.changed)
-}
+func (j *jobs) settled() { signal(j.changed) }
 
 // under reports whether a job of a kind is under way.
 func (j *jobs) under(kind string) bool {
@@ -153,7 +147,6 @@ func (k *Keeper) begin(as Job, work func(context.Context, *job) error) (*job, er
 		return nil, errNotBegun
 	}
 	js := &k.jobs
-	js.init()
 	js.mu.Lock()
 	defer js.mu.Unlock()
 	if js.closed {
@@ -210,8 +203,6 @@ func (k *Keeper) logJob(j Job) {
 // signalled, until the context ends, and waits then for the end of all jobs.
 // Begin starts it.
 func (k *Keeper) work(ctx context.Context) {
-	k.jobs.init()
-	k.damage.init()
 	var wg sync.WaitGroup
 	wg.Go(func() { k.schedule(ctx) })
 	wg.Go(func() { k.scrub(ctx) })

@@ -74,7 +74,7 @@ func New(store storage.Store, log *zap.Logger) *Keeper {
 	k := &Keeper{
 		store: store, log: log, now: time.Now, paces: standard,
 		journal: newJournal(), eviction: newEviction(),
-		reconcile: make(chan struct{}, 1),
+		jobs: newJobs(), damage: newDamage(), reconcile: make(chan struct{}, 1),
 	}
 	k.set.Store(&Settings{})
 	return k
