@@ -28,6 +28,9 @@ const (
 	scrubSoon  = time.Second
 	scrubBatch = 64
 	scrubChunk = 256 << 10 // bytes read at once, at most
+	// scrubMost is how many blobs are read in a second at most: small ones are not
+	// bytes only, but files to open and rows to write.
+	scrubMost = 50
 
 	// hotFor is how long after a pull the kernel may keep what it has of a blob
 	// in memory.
@@ -207,6 +210,9 @@ func (s *scrubber) batch(ctx context.Context, c *catalog.Catalog, before time.Ti
 			break
 		}
 		n++
+		if err := s.wait(ctx, s.settings().Scrub/scrubMost); err != nil {
+			return n, err
+		}
 		if err := s.look(ctx, c, blob, before); err != nil {
 			return n, err
 		}
