@@ -68,7 +68,8 @@ type App struct {
 	GC *GC `json:"gc,omitempty"`
 
 	// How much of the store is read again in a second, to find what the disk
-	// has damaged: a number of bytes (`10MiB`), or `off`. Default: 4MiB.
+	// has damaged: a number of bytes (`10MiB`), or `off`; no more than 50
+	// blobs in any case. Default: 4MiB.
 	Scrub string `json:"scrub,omitempty"`
 
 	// Networks, in CIDR notation, that upstreams may send the mirror into by a
