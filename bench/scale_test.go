@@ -10,6 +10,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
 	"net/http"
@@ -33,11 +34,10 @@ import (
 	"github.com/caddy-registry/mirror/storage/catalog/sqlite"
 )
 
-const (
-	manifests = 1_000_000
-	links     = 5_000_000
-	evicted   = 100_000 // blobs, which have real files
-)
+var manifests = flag.Int("manifests", 1_000_000, "how many there are, with five links each")
+
+// evicted is how many blobs are, which have real files.
+const evicted = 100_000
 
 // A mirror is the product at work, as a process of its own.
 type mirror struct {
@@ -221,7 +221,7 @@ func TestScale(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(t.TempDir(), "catalog.db")
 	begun := time.Now()
-	shape := catalogtest.Shape{Manifests: manifests, Links: links}
+	shape := catalogtest.Shape{Manifests: *manifests, Links: 5 * *manifests}
 	allocated, cold := fill(t, dir, file, shape)
 	t.Logf("making the catalog: %s, %d MiB", time.Since(begun).Round(time.Second), size(t, file)>>20)
 	large, first := start(t, binary, dir, file, "min_free 1%", upstream, path)

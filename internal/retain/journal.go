@@ -515,7 +515,9 @@ func (k *Keeper) finish(c *catalog.Catalog) {
 	for left := 1; left > 0 && err == nil; {
 		left, _, err = k.writeBatch(ctx, c)
 	}
-	if err == nil && !k.completeSince().IsZero() {
+	// One that was closed with everything has it still, though the comparison of
+	// what is hosted was not over.
+	if err == nil && (!k.completeSince().IsZero() || k.wasClosed()) {
 		// Each close has a time of its own: the copy of an earlier catalog is
 		// not mistaken for this one.
 		k.closed = k.now().UTC().Truncate(time.Second)

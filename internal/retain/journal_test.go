@@ -362,3 +362,19 @@ func parsed(t *testing.T, body []byte) tree.Change {
 	}
 	return tree.Change{Kind: tree.Manifested, Repository: "r", Canonical: digest.FromBytes(body), Size: int64(len(body)), Manifest: m}
 }
+
+// TestClosedEarly: a process that ends before it has compared what is hosted
+// leaves a catalog that is as good as it found it.
+func TestClosedEarly(t *testing.T) {
+	b := keep(t)
+	b.ready()
+	b.stop()
+	b.start()
+	eventually(t, "the catalog", until(func() bool { return b.wasClosed() }))
+	b.stop() // compared or not
+	b.start()
+	b.ready()
+	if !b.wasClosed() {
+		t.Error("not believed")
+	}
+}
