@@ -155,6 +155,26 @@ func (m *mirror) ask(method, path string, body, answer any) error {
 	return json.NewDecoder(resp.Body).Decode(answer)
 }
 
+// complete waits until the catalog has everything: one that is closed before is
+// compared with the store at the next start.
+func (m *mirror) complete(t *testing.T) {
+	t.Helper()
+	for {
+		var status struct{ Complete time.Time }
+		if err := m.ask(http.MethodGet, "/registry/status", nil, &status); err != nil {
+			t.Fatal(err)
+		}
+		if !status.Complete.IsZero() {
+			return
+		}
+		select {
+		case <-t.Context().Done():
+			t.Fatal("the test ended")
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
 // cpu is what the process has used.
 func (m *mirror) cpu(t *testing.T) time.Duration {
 	t.Helper()
@@ -226,6 +246,7 @@ func TestScale(t *testing.T) {
 	t.Logf("making the catalog: %s, %d MiB", time.Since(begun).Round(time.Second), size(t, file)>>20)
 	large, first := start(t, binary, dir, file, "min_free 1%", upstream, path)
 	t.Logf("first pull served %s after the start of the process", first.Round(time.Millisecond))
+	large.complete(t)
 	large.stop()
 	large, first = start(t, binary, dir, file, "min_free 1%", upstream, path)
 	t.Logf("and again, all of it in the page cache: %s", first.Round(time.Millisecond))
@@ -239,6 +260,7 @@ func TestScale(t *testing.T) {
 	small.stop()
 
 	pages(t, large, shape)
+	large.complete(t)
 	large.stop()
 
 	over := "min_free 1%\n max_size " + strconv.FormatInt(allocated*100/96, 10)
