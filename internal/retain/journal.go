@@ -515,9 +515,7 @@ func (k *Keeper) finish(c *catalog.Catalog) {
 	for left := 1; left > 0 && err == nil; {
 		left, _, err = k.writeBatch(ctx, c)
 	}
-	// One that was closed with everything has it still, though the comparison of
-	// what is hosted was not over.
-	if err == nil && (!k.completeSince().IsZero() || k.wasClosed()) {
+	if err == nil && k.quiet() {
 		// Each close has a time of its own: the copy of an earlier catalog is
 		// not mistaken for this one.
 		k.closed = k.now().UTC().Truncate(time.Second)
@@ -530,11 +528,20 @@ func (k *Keeper) finish(c *catalog.Catalog) {
 	k.dismiss(c, errClosed)
 }
 
-// quiet says that nothing has been noted that the catalog has not.
+// quiet says that the catalog misses nothing that was noted: because it is
+// complete, or was when it was last closed, though what is hosted has not been
+// compared since.
 func (k *Keeper) quiet() bool {
 	k.journal.mu.Lock()
 	defer k.journal.mu.Unlock()
-	return !k.journal.complete.IsZero() && len(k.journal.noted) == 0
+	return (!k.journal.complete.IsZero() || k.journal.closed) && len(k.journal.noted) == 0
+}
+
+// untouched says that nothing has been noted, nor any catalog been opened.
+func (k *Keeper) untouched() bool {
+	k.journal.mu.Lock()
+	defer k.journal.mu.Unlock()
+	return !k.before.IsZero() && k.journal.head == 0 && k.journal.drops == 0
 }
 
 // listingPatience is how long a listing waits until the catalog has what has

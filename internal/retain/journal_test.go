@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"iter"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,13 +13,13 @@ import (
 	"testing"
 	"time"
 
-	"github.com/opencontainers/go-digest"
-	"go.uber.org/zap"
-
 	"github.com/caddy-registry/mirror/internal/catalog"
 	"github.com/caddy-registry/mirror/internal/layout"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/tree"
+	"github.com/caddy-registry/mirror/storage"
+	"github.com/opencontainers/go-digest"
+	"go.uber.org/zap"
 )
 
 func linked(i int) tree.Change {
@@ -363,18 +364,52 @@ func parsed(t *testing.T, body []byte) tree.Change {
 	return tree.Change{Kind: tree.Manifested, Repository: "r", Canonical: digest.FromBytes(body), Size: int64(len(body)), Manifest: m}
 }
 
-// TestClosedEarly: a process that ends before it has compared what is hosted
-// leaves a catalog that is as good as it found it.
+// unlisted is a store whose listings take for ever once it is on.
+type unlisted struct {
+	storage.Store
+	on atomic.Bool
+}
+
+func (u *unlisted) List(ctx context.Context, prefix string, deep bool) iter.Seq2[storage.Info, error] {
+	if !u.on.Load() {
+		return u.Store.List(ctx, prefix, deep)
+	}
+	return func(yield func(storage.Info, error) bool) {
+		<-ctx.Done()
+		yield(storage.Info{}, ctx.Err())
+	}
+}
+
+// TestClosedEarly: a process that ends before it has compared what is hosted, or
+// before it has the catalog, leaves one that is as good as it was.
 func TestClosedEarly(t *testing.T) {
-	b := keep(t)
+	u := &unlisted{}
+	b := keep(t, func(b *kept) {
+		b.wrap = func(s storage.Store) storage.Store { u.Store = s; return u }
+	})
 	b.ready()
 	b.stop()
+
+	u.on.Store(true)
 	b.start()
-	eventually(t, "the catalog", until(func() bool { return b.wasClosed() }))
-	b.stop() // compared or not
+	eventually(t, "the catalog", until(func() bool { _, err := b.Catalog(); return err == nil }))
+	if !b.completeSince().IsZero() {
+		t.Fatal("compared already")
+	}
+	b.stop()
+	u.on.Store(false)
 	b.start()
-	b.ready()
-	if !b.wasClosed() {
-		t.Error("not believed")
+	if b.ready(); !b.wasClosed() {
+		t.Error("not believed after an end before the comparison")
+	}
+	b.stop()
+
+	b.catalog = func(ctx context.Context) (*catalog.Catalog, error) { <-ctx.Done(); return nil, ctx.Err() }
+	b.start()
+	b.stop()
+	b.catalog = nil
+	b.start()
+	if b.ready(); !b.wasClosed() {
+		t.Error("not believed after an end before the catalog was open")
 	}
 }

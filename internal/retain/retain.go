@@ -42,7 +42,7 @@ type Keeper struct {
 	// Since Begin.
 	tree   *tree.Tree
 	hooks  Hooks
-	before time.Time // when the last process has closed a catalog with everything
+	before time.Time // when the last process has closed a catalog with everything; until there is one
 	closed time.Time // when this one has
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -144,8 +144,11 @@ func (k *Keeper) Close() {
 	k.Stop()
 	k.end()
 	<-k.ended
-	if !k.closed.IsZero() && k.quiet() {
+	switch {
+	case !k.closed.IsZero() && k.quiet():
 		k.leave(k.closed)
+	case k.untouched():
+		k.leave(k.before)
 	}
 }
 
