@@ -14,6 +14,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/caddy-registry/mirror/internal/mirror"
+	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/upstream"
 	"github.com/caddy-registry/mirror/module"
 )
@@ -437,6 +438,10 @@ func parseTTL(d *caddyfile.Dispenser) (caddy.Duration, error) {
 //		ns        on|ignore
 //		hosted    <pattern...>
 //		shadow_default
+//		access {
+//			identity   <placeholder>
+//			allow|deny <pull|push|delete|any...> [to <who...>] [on <pattern...>]
+//		}
 //	}
 func parseMirror(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 	h.Next() // registry_mirror
@@ -471,12 +476,14 @@ func parseMirror(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 				err = d.ArgErr()
 			}
 			for _, pattern := range m.Hosted {
-				if _, patternErr := mirror.ParsePattern(pattern); patternErr != nil {
+				if _, patternErr := oci.ParsePattern(pattern); patternErr != nil {
 					err = d.WrapErr(patternErr)
 				}
 			}
 		case "shadow_default":
 			m.ShadowDefault, err = parseFlag(d)
+		case "access":
+			m.Access, err = parseAccess(d)
 		default:
 			err = d.Errf("unrecognized option %q of registry_mirror", d.Val())
 		}

@@ -25,6 +25,7 @@ import (
 	"github.com/robfig/cron/v3"
 	"go.uber.org/zap"
 
+	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/mirror"
 	"github.com/caddy-registry/mirror/internal/retain"
 	"github.com/caddy-registry/mirror/internal/upstream"
@@ -287,6 +288,7 @@ func (a *App) Start() error {
 		catalog:   a.catalog,
 		log:       a.log,
 		mirror:    mirror.Settings{Hot: a.hot, MaxBlob: a.backend.Limits().MaxBlobSize, Emit: a.emit},
+		hosted:    hosted.Settings{MaxBlob: a.backend.Limits().MaxBlobSize},
 		keep:      a.keep,
 		upstreams: a.upstreams,
 	}); err != nil {

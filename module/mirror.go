@@ -49,6 +49,10 @@ type Mirror struct {
 	// the place of that registry's names.
 	ShadowDefault bool `json:"shadow_default,omitempty"`
 
+	// Who may do what here. Default: anyone may pull what is mirrored, and nobody
+	// anything that is hosted.
+	Access *Access `json:"access,omitempty"`
+
 	state *state
 	site  *mirror.Site
 	log   *zap.Logger
@@ -110,13 +114,15 @@ func (m *Mirror) config() (mirror.SiteConfig, error) {
 		return cfg, fmt.Errorf("ns: %q is neither on nor ignore", m.NS)
 	}
 	for _, s := range m.Hosted {
-		pattern, err := mirror.ParsePattern(s)
+		pattern, err := oci.ParsePattern(s)
 		if err != nil {
 			return cfg, fmt.Errorf("hosted: %w", err)
 		}
 		cfg.Hosted = append(cfg.Hosted, pattern)
 	}
-	return cfg, nil
+	var err error
+	cfg.Rules, err = m.Access.rules()
+	return cfg, err
 }
 
 func (m *Mirror) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
@@ -138,7 +144,7 @@ func (m *Mirror) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhtt
 		return nil
 	}
 	to := newSender(w, r)
-	report := m.site.ServeHTTP(open.mirror, to, r, route)
+	report := m.site.ServeHTTP(open.mirror, to, r, route, m.Access.caller(r))
 	if extra, ok := r.Context().Value(caddyhttp.ExtraLogFieldsCtxKey).(*caddyhttp.ExtraLogFields); ok {
 		line := zap.Inline(&logged{report})
 		line.Key = "registry" // is not written, but tells it from another handler's

@@ -12,6 +12,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
 
+	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/mirror"
 	"github.com/caddy-registry/mirror/internal/retain"
 	"github.com/caddy-registry/mirror/internal/tree"
@@ -55,6 +56,7 @@ type state struct {
 type opened struct {
 	keeper *retain.Keeper
 	tree   *tree.Tree
+	hosted *hosted.Registry
 	mirror *mirror.Mirror
 }
 
@@ -156,6 +158,7 @@ func (s *state) close() {
 	defer s.opening.Unlock()
 	if o := s.works.Load(); o != nil {
 		o.mirror.Close()
+		o.hosted.Close()
 		o.keeper.Stop()
 		o.tree.Close() // which writes links behind, and tells of them
 		o.keeper.Close()
@@ -198,14 +201,15 @@ func (s *state) open(ctx context.Context) (*opened, error) {
 			m.Note(c)
 		}
 	})
-	o.mirror = mirror.New(mirror.Parts{Store: o.keeper.Store(), Tree: o.tree, Room: o.keeper.Room, Catalog: o.keeper.Listing, Suspect: o.keeper.Suspect, Log: s.log})
+	o.hosted = hosted.New(hosted.Parts{Store: o.keeper.Store(), Tree: o.tree, Room: o.keeper.Room, Log: s.log})
+	o.mirror = mirror.New(mirror.Parts{Store: o.keeper.Store(), Tree: o.tree, Hosted: o.hosted, Room: o.keeper.Room, Catalog: o.keeper.Listing, Suspect: o.keeper.Suspect, Log: s.log})
 	m.Store(o.mirror)
 	o.keeper.Begin(o.tree, retain.Hooks{
 		Catalog: s.openCatalog,
 		Heal: func(ctx context.Context, repository string, d digest.Digest, size int64) error {
 			return s.heal(ctx, o, repository, d, size)
 		},
-		Partial: o.mirror.Partial,
+		Partial: func() int64 { return o.mirror.Partial() + o.hosted.Partial() },
 	})
 	s.works.Store(o)
 	return o, nil
@@ -244,6 +248,7 @@ type tuning struct {
 	catalog   database.Backend
 	log       *zap.Logger
 	mirror    mirror.Settings
+	hosted    hosted.Settings
 	keep      retain.Settings
 	upstreams *mirror.Upstreams
 }
@@ -271,6 +276,7 @@ func (s *state) set(to tuning) {
 	s.upstreams.Store(to.upstreams)
 	o := s.works.Load()
 	o.mirror.Set(to.mirror)
+	o.hosted.Set(to.hosted)
 	o.keeper.Set(to.keep)
 	s.warnCatalog(to.catalog)
 }

@@ -10,8 +10,10 @@ import (
 	"time"
 
 	"github.com/caddy-registry/mirror/internal/fill"
+	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/upstream"
+	"github.com/caddy-registry/mirror/storage"
 )
 
 // A situation is why nothing can be served.
@@ -31,8 +33,21 @@ const (
 	deniedUpstream // our credentials were refused
 	privateName
 	readOnly
-	noUpstream // no usable answer in time
-	limited    // by the upstream
+	denied       // by the rules of the site
+	noUpload     // an upload that is not there
+	badUpload    // a request that makes no sense to an upload
+	outOfOrder   // a chunk that does not begin where the upload ends
+	wrongDigest  // of what was pushed
+	wrongLength  // of what was pushed
+	badManifest  // that was pushed
+	missingBlob  // that a pushed manifest names
+	oversized    // what was pushed
+	immutableTag // that is to be moved or removed
+	deleteOff    // in the repository
+	stillNamed   // a blob that is to be deleted
+	noRoom       // for what is pushed
+	noUpstream   // no usable answer in time
+	limited      // by the upstream
 	storeFailed
 )
 
@@ -69,6 +84,19 @@ var codes = map[situation]struct {
 	deniedUpstream:  {manifest: cell{http.StatusForbidden, oci.CodeDenied}, remedy: "check the credentials in the mirror's configuration"},
 	privateName:     {manifest: cell{http.StatusForbidden, oci.CodeDenied}},
 	readOnly:        {manifest: cell{http.StatusMethodNotAllowed, oci.CodeUnsupported}},
+	denied:          {manifest: cell{http.StatusForbidden, oci.CodeDenied}},
+	noUpload:        {manifest: cell{http.StatusNotFound, oci.CodeBlobUploadUnknown}, remedy: "begin the upload again"},
+	badUpload:       {manifest: cell{http.StatusBadRequest, oci.CodeBlobUploadInvalid}},
+	outOfOrder:      {manifest: cell{http.StatusRequestedRangeNotSatisfiable, oci.CodeBlobUploadInvalid}, remedy: "GET the upload to learn where it ends, and go on from there"},
+	wrongDigest:     {manifest: cell{http.StatusBadRequest, oci.CodeDigestInvalid}},
+	wrongLength:     {manifest: cell{http.StatusBadRequest, oci.CodeSizeInvalid}},
+	badManifest:     {manifest: cell{http.StatusBadRequest, oci.CodeManifestInvalid}},
+	missingBlob:     {manifest: cell{http.StatusNotFound, oci.CodeManifestBlobUnknown}, remedy: "push it first"},
+	oversized:       {manifest: cell{http.StatusRequestEntityTooLarge, oci.CodeSizeInvalid}},
+	immutableTag:    {manifest: cell{http.StatusForbidden, oci.CodeDenied}, remedy: "push another tag"},
+	deleteOff:       {manifest: cell{http.StatusMethodNotAllowed, oci.CodeUnsupported}},
+	stillNamed:      {manifest: cell{http.StatusMethodNotAllowed, oci.CodeUnsupported}, remedy: "delete the manifests that name it first"},
+	noRoom:          {manifest: cell{http.StatusInsufficientStorage, oci.CodeDenied}, remedy: "delete images that nobody needs, or raise max_size"},
 	noUpstream: {
 		manifest: cell{http.StatusServiceUnavailable, oci.CodeUnavailable},
 		patient:  cell{http.StatusTooManyRequests, oci.CodeTooManyRequests},
@@ -144,6 +172,28 @@ func judge(err error) *failure {
 	case errors.Is(err, fill.ErrDigest), errors.Is(err, fill.ErrSize), errors.Is(err, fill.ErrTooLarge), errors.Is(err, fill.ErrBusy), errors.Is(err, fill.ErrClosed),
 		errors.Is(err, context.DeadlineExceeded), errors.Is(err, errNoAnswer):
 		f.situation = noUpstream
+	case errors.Is(err, hosted.ErrNoUpload):
+		f.situation = noUpload
+	case errors.Is(err, hosted.ErrOffset):
+		f.situation = outOfOrder
+	case errors.Is(err, hosted.ErrLength):
+		f.situation = wrongLength
+	case errors.Is(err, hosted.ErrDigest):
+		f.situation = wrongDigest
+	case errors.Is(err, hosted.ErrManifest):
+		f.situation = badManifest
+	case errors.As(err, new(*hosted.Missing)):
+		f.situation = missingBlob
+	case errors.Is(err, hosted.ErrTooLarge):
+		f.situation = oversized
+	case errors.Is(err, hosted.ErrImmutable):
+		f.situation = immutableTag
+	case errors.Is(err, hosted.ErrNoDelete):
+		f.situation = deleteOff
+	case errors.Is(err, hosted.ErrNamed):
+		f.situation = stillNamed
+	case errors.Is(err, storage.ErrFull):
+		f.situation = noRoom
 	case errors.Is(err, fs.ErrNotExist):
 		f.situation = unknownContent
 	}

@@ -16,6 +16,8 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/catalog"
 	"github.com/caddy-registry/mirror/internal/fill"
+	"github.com/caddy-registry/mirror/internal/hosted"
+	"github.com/caddy-registry/mirror/internal/notify"
 	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/internal/upstream"
 	"github.com/caddy-registry/mirror/storage"
@@ -37,6 +39,7 @@ const (
 // configurations.
 type Mirror struct {
 	tree     *tree.Tree
+	hosted   *hosted.Registry
 	fills    *fill.Table
 	log      *zap.Logger
 	now      func() time.Time
@@ -65,6 +68,7 @@ type Mirror struct {
 	probes   *lru.Cache[string, tree.Verdict] // verdicts not worth a record
 	told     *lru.Cache[trouble, time.Time]   // when it was last told of
 	emit     atomic.Pointer[func(string, map[string]any)]
+	notify   atomic.Pointer[func(notify.Event)]
 	coming   *lru.Cache[member, *layers] // of manifests that have just come
 	untagged atomic.Uint64               // tags that were removed
 	maxBlob  atomic.Int64
@@ -82,6 +86,8 @@ type manifestKey struct {
 type Parts struct {
 	Store storage.Store
 	Tree  *tree.Tree // in the store
+	// Hosted is what is hosted in the store.
+	Hosted *hosted.Registry
 	// Room makes room for n bytes where there is none, and reports whether it is
 	// worth trying again; nil: nobody does.
 	Room func(ctx context.Context, n int64) bool
@@ -96,7 +102,7 @@ type Parts struct {
 
 // New returns a mirror.
 func New(p Parts) *Mirror {
-	m := &Mirror{tree: p.Tree, complete: p.Catalog, suspect: p.Suspect, log: p.Log, now: time.Now, patience: blobPatience, aheads: make(chan struct{}, checksAhead)}
+	m := &Mirror{tree: p.Tree, hosted: p.Hosted, complete: p.Catalog, suspect: p.Suspect, log: p.Log, now: time.Now, patience: blobPatience, aheads: make(chan struct{}, checksAhead)}
 	if m.suspect == nil {
 		m.suspect = func(digest.Digest) {}
 	}
@@ -166,6 +172,9 @@ type Settings struct {
 	// storage_full no more. Each comes once a minute at most, for each upstream
 	// or repository.
 	Emit func(event string, data map[string]any)
+	// Notify is told of every push, pull, mount and delete, before the client
+	// is answered; nil: nobody is.
+	Notify func(notify.Event)
 }
 
 // Set replaces the settings.
@@ -173,6 +182,7 @@ func (m *Mirror) Set(s Settings) {
 	m.tree.Heat(s.Hot)
 	m.maxBlob.Store(s.MaxBlob)
 	m.emit.Store(&s.Emit)
+	m.notify.Store(&s.Notify)
 }
 
 // share runs f once for all who ask with the same key at the same time, on the

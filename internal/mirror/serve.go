@@ -13,6 +13,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/caddy-registry/mirror/internal/access"
 	"github.com/caddy-registry/mirror/internal/oci"
 )
 
@@ -56,11 +57,12 @@ type Report struct {
 	Abort bool
 }
 
-// ServeHTTP answers a request below /v2 from a mirror. See [oci.ParsePath].
-func (s *Site) ServeHTTP(m *Mirror, w http.ResponseWriter, r *http.Request, route oci.Route) Report {
+// ServeHTTP answers a caller's request below /v2 from a mirror. See
+// [oci.ParsePath].
+func (s *Site) ServeHTTP(m *Mirror, w http.ResponseWriter, r *http.Request, route oci.Route, caller access.Caller) Report {
 	header := w.Header()
 	set(header, "Docker-Distribution-Api-Version", "registry/2.0")
-	x := &exchange{site: s, mirror: m, w: w, r: r, route: route, began: m.now()}
+	x := &exchange{site: s, mirror: m, w: w, r: r, route: route, caller: caller, began: m.now()}
 	if err := x.serve(); err != nil {
 		x.report.Err = err
 		if r.Context().Err() == nil {
@@ -81,6 +83,7 @@ type exchange struct {
 	w      http.ResponseWriter
 	r      *http.Request
 	route  oci.Route
+	caller access.Caller
 	target Target
 	report Report
 	began  time.Time
@@ -105,11 +108,53 @@ func (x *exchange) about() string {
 	}
 }
 
+// action is what a request asks to be allowed, or 0 if nothing at its path
+// answers its method.
+func (x *exchange) action() access.Action {
+	kind := x.route.Kind
+	switch method := x.r.Method; {
+	case kind == oci.KindUpload:
+		switch method {
+		case http.MethodPost:
+			if x.route.Ref == "" {
+				return access.Push
+			}
+		case http.MethodGet, http.MethodHead, http.MethodPatch, http.MethodPut, http.MethodDelete:
+			if x.route.Ref != "" {
+				return access.Push
+			}
+		}
+	case method == http.MethodGet, method == http.MethodHead:
+		return access.Pull
+	case method == http.MethodPut && kind == oci.KindManifest:
+		return access.Push
+	case method == http.MethodDelete && (kind == oci.KindManifest || kind == oci.KindBlob):
+		return access.Delete
+	}
+	return 0
+}
+
+// allow are the methods that a kind of path answers, for what is hosted here.
+func allow(route oci.Route) string {
+	switch {
+	case route.Kind == oci.KindUpload && route.Ref == "":
+		return "POST"
+	case route.Kind == oci.KindUpload:
+		return "GET, HEAD, PATCH, PUT, DELETE"
+	case route.Kind == oci.KindManifest:
+		return "GET, HEAD, PUT, DELETE"
+	case route.Kind == oci.KindBlob:
+		return "GET, HEAD, DELETE"
+	}
+	return "GET, HEAD"
+}
+
 func (x *exchange) serve() error {
 	head := x.r.Method == http.MethodHead
-	if x.r.Method != http.MethodGet && !head || x.route.Kind == oci.KindUpload {
-		x.w.Header().Set("Allow", "GET, HEAD")
-		return fail(readOnly, "this mirror answers GET and HEAD only; push to the registry itself")
+	action := x.action()
+	if action == 0 {
+		x.w.Header().Set("Allow", allow(x.route))
+		return fail(readOnly, "nothing at this path answers %s", printable(x.r.Method))
 	}
 	switch x.route.Kind {
 	case oci.KindPing:
@@ -131,7 +176,7 @@ func (x *exchange) serve() error {
 		x.w.Header().Set("OCI-Namespace", ns)
 	}
 	var ref oci.Reference
-	if x.route.Kind != oci.KindTags {
+	if x.route.Kind != oci.KindTags && x.route.Kind != oci.KindUpload {
 		if ref, err = oci.ParseReference(x.route.Ref); err == nil && x.route.Kind != oci.KindManifest && ref.Digest == "" {
 			err = fmt.Errorf("%q is not a digest", printable(x.route.Ref))
 		}
@@ -139,8 +184,22 @@ func (x *exchange) serve() error {
 			return fail(badReference, "%v", err)
 		}
 	}
+	if x.target.Upstream != nil && action != access.Pull {
+		x.w.Header().Set("Allow", "GET, HEAD")
+		return fail(readOnly, "what is mirrored answers GET and HEAD only; push to %s itself, or to a name that is hosted here", x.target.Upstream.Name)
+	}
+	verdict := x.verdict(action)
+	if !verdict.Allowed {
+		return x.denied(action)
+	}
 	if err := x.mirror.admit(x.r.Context(), x.target); err != nil {
 		return err
+	}
+	switch {
+	case x.route.Kind == oci.KindUpload:
+		return x.upload()
+	case action != access.Pull:
+		return x.change(ref)
 	}
 	if done, err := x.warm(ref, head); done {
 		return err

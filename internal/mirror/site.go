@@ -6,6 +6,9 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+
+	"github.com/caddy-registry/mirror/internal/access"
+	"github.com/caddy-registry/mirror/internal/oci"
 )
 
 // A Site is one place where clients ask: which registries it answers for, and
@@ -15,7 +18,8 @@ type Site struct {
 	allowed   map[string]bool // names; nil: all
 	byDefault *Upstream       // nil: off
 	ns        bool
-	hosted    []Pattern
+	hosted    []oci.Pattern
+	rules     access.Rules
 }
 
 // SiteConfig configures a Site.
@@ -28,10 +32,12 @@ type SiteConfig struct {
 	// IgnoreNS lets ?ns= pass unread.
 	IgnoreNS bool
 	// Hosted are the names of this site that no upstream has.
-	Hosted []Pattern
+	Hosted []oci.Pattern
 	// ShadowDefault permits hosted names on a site that has a default
 	// registry, and so may have the same names.
 	ShadowDefault bool
+	// Rules say who may do what.
+	Rules access.Rules
 }
 
 // Check reports what contradicts itself, whatever registries there are.
@@ -52,7 +58,7 @@ func NewSite(cfg SiteConfig) (*Site, error) {
 	if err := cfg.Check(); err != nil {
 		return nil, err
 	}
-	s := &Site{upstreams: cfg.Upstreams, ns: !cfg.IgnoreNS, hosted: cfg.Hosted}
+	s := &Site{upstreams: cfg.Upstreams, ns: !cfg.IgnoreNS, hosted: cfg.Hosted, rules: cfg.Rules}
 	if len(cfg.Allowed) > 0 {
 		s.allowed = map[string]bool{}
 		for _, name := range cfg.Allowed {
@@ -89,7 +95,7 @@ func NewSite(cfg SiteConfig) (*Site, error) {
 // overlap reports a hosted pattern whose first component means a registry, or
 // lies where a registry's images are stored. A pattern that begins with a
 // wildcard overlaps nothing: registries' path names are looked at first.
-func (u *Upstreams) overlap(pattern Pattern) error {
+func (u *Upstreams) overlap(pattern oci.Pattern) error {
 	first := pattern[0]
 	if strings.HasPrefix(first, "*") {
 		return nil
@@ -228,7 +234,7 @@ func (s *Site) hosts(repository string) bool {
 			return false
 		}
 	}
-	return slices.ContainsFunc(s.hosted, func(p Pattern) bool { return p.Match(repository) })
+	return slices.ContainsFunc(s.hosted, func(p oci.Pattern) bool { return p.Match(repository) })
 }
 
 // queryValue reads one parameter without building a map of all.

@@ -1,0 +1,77 @@
+package oci
+
+import (
+	"fmt"
+	"strings"
+)
+
+// A Pattern matches repository names: "*" stands for one component, "**" for
+// any number of them, none included, and anything else for itself.
+type Pattern []string
+
+// ParsePattern reads a pattern such as apps/** or team/*/web.
+func ParsePattern(s string) (Pattern, error) {
+	p := Pattern(strings.Split(s, "/"))
+	for _, part := range p {
+		if part != "*" && part != "**" && !ValidComponent(part) {
+			return nil, fmt.Errorf("%q is no pattern of repository names: %q is neither a component of a name, * nor **", s, part)
+		}
+	}
+	return p, nil
+}
+
+func (p Pattern) String() string { return strings.Join(p, "/") }
+
+// Match reports whether a repository name fits the pattern.
+func (p Pattern) Match(name string) bool { return match(p, strings.Split(name, "/")) }
+
+func match(pattern, name []string) bool {
+	for len(pattern) > 0 {
+		if pattern[0] == "**" {
+			for i := range len(name) + 1 {
+				if match(pattern[1:], name[i:]) {
+					return true
+				}
+			}
+			return false
+		}
+		if len(name) == 0 || pattern[0] != "*" && pattern[0] != name[0] {
+			return false
+		}
+		pattern, name = pattern[1:], name[1:]
+	}
+	return len(name) == 0
+}
+
+// A TagPattern matches tags: "*" stands for any characters, none included, and
+// anything else for itself.
+type TagPattern string
+
+// ParseTagPattern reads a pattern such as v* or release-*-final.
+func ParseTagPattern(s string) (TagPattern, error) {
+	if !ValidTag(strings.ReplaceAll(s, "*", "x")) {
+		return "", fmt.Errorf("%.150q is no pattern of tags: want what a tag may have, and * for any of it", s)
+	}
+	return TagPattern(s), nil
+}
+
+// Match reports whether a tag fits the pattern.
+func (p TagPattern) Match(tag string) bool {
+	parts := strings.Split(string(p), "*")
+	first, last := parts[0], parts[len(parts)-1]
+	if len(parts) == 1 {
+		return tag == first
+	}
+	if len(tag) < len(first)+len(last) || !strings.HasPrefix(tag, first) || !strings.HasSuffix(tag, last) {
+		return false
+	}
+	tag = tag[len(first) : len(tag)-len(last)]
+	for _, part := range parts[1 : len(parts)-1] {
+		i := strings.Index(tag, part)
+		if i < 0 {
+			return false
+		}
+		tag = tag[i+len(part):]
+	}
+	return true
+}
