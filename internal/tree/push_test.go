@@ -100,13 +100,15 @@ func (l *ledger) lasts(t *testing.T, what string) {
 	l.syncs, l.atStake = 0, nil
 }
 
+func writeFile(path, data string) error { return os.WriteFile(path, []byte(data), 0o600) }
+
 // upload is a file as an upload leaves it.
 func (b *bench) upload(data string) string {
 	b.t.Helper()
 	dir, err := b.store.Spool("uploads")
 	b.ok(err)
 	path := filepath.Join(dir, digest.FromString(data).Encoded())
-	b.ok(os.WriteFile(path, []byte(data), 0o600))
+	b.ok(writeFile(path, data))
 	return path
 }
 
