@@ -366,7 +366,9 @@ func TestTaggedAtOnce(t *testing.T) {
 	var wg sync.WaitGroup
 	for _, d := range all[1:] {
 		wg.Go(func() {
-			b.ok(b.SetTag(ctx, "r", "v1", d, time.Now(), nil))
+			if err := b.SetTag(ctx, "r", "v1", d, time.Now(), nil); err != nil {
+				t.Error(err)
+			}
 		})
 	}
 	wg.Wait()

@@ -197,6 +197,19 @@ func TestPush(t *testing.T) {
 		b.wantMember("s", name, true)
 	}
 
+	// What a mirrored repository has need not be on the disk yet.
+	lazy := digest.FromString("mirrored")
+	b.ok(b.PutRecord(ctx, "mirrored", Record{Class: Mirrored}))
+	b.ok(l.Put(ctx, layout.Blob(lazy), []byte("mirrored"), storage.Lazy))
+	b.ok(b.LinkBlob(ctx, "mirrored", lazy, lazy))
+	if l.syncs != 0 {
+		t.Error("what is mirrored is synced")
+	}
+	clear(l.lazy)
+	l.lazy[layout.Blob(lazy)] = true
+	b.ok(second(b.Mount(ctx, "s", "mirrored", lazy)))
+	l.lasts(t, "mount of what is mirrored")
+
 	first, next := image(d), image(d, d)
 	one, two := digest.FromString(first), digest.FromString(next)
 	b.told.take()
