@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -16,7 +15,6 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
-	"github.com/caddy-registry/mirror/internal/failpoint"
 	"github.com/caddy-registry/mirror/internal/layout"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/storage"
@@ -506,84 +504,6 @@ func TestHistory(t *testing.T) {
 	events, err := b.History(ctx, "r", "v1")
 	if err != nil || len(events) != maxHistory || events[0].Digest != one {
 		t.Errorf("%d events, %v", len(events), err)
-	}
-}
-
-// TestKilledWhilePushing: a process dies after a step. What can be seen then is
-// whole, and doing it again completes it.
-func TestKilledWhilePushing(t *testing.T) {
-	data := "some layer."
-	layer, long := digest.FromString(data), digest.SHA512.FromString(data)
-	body := image(layer)
-	d := digest.FromString(body)
-	for point, do := range map[string]func(b *bench) error{
-		"claim.recorded":  func(b *bench) error { return b.Host(b.t.Context(), "new") },
-		"push.stored":     nil,
-		"push.linked":     nil,
-		"push.synced":     nil,
-		"mount.linked":    func(b *bench) error { return second(b.Mount(b.t.Context(), "s", "r", layer)) },
-		"mount.synced":    func(b *bench) error { return second(b.Mount(b.t.Context(), "s", "r", layer)) },
-		"manifest.stored": nil,
-		"manifest.linked": nil,
-		"manifest.synced": nil,
-		"tag.indexed":     nil,
-		"tag.linked":      nil,
-		"tag.synced":      nil,
-	} {
-		t.Run(point, func(t *testing.T) {
-			b := newBench(t)
-			ctx := t.Context()
-			push := func() error {
-				err := b.PutBlob(ctx, "r", []digest.Digest{layer, long}, b.upload(data), int64(len(data)))
-				if err == nil {
-					_, err = b.PutManifest(ctx, "r", d, []byte(body), b.complete("r"))
-				}
-				if err == nil {
-					err = b.SetTag(ctx, "r", "v1", d, time.Now(), nil)
-				}
-				return err
-			}
-			if do == nil {
-				do = func(*bench) error { return push() }
-			} else {
-				b.ok(push())
-			}
-			b.dies(point, func() error { return do(b) })
-			b.restart()
-			b.whole("r")
-			b.ok(do(b))
-			b.whole("r")
-			if point == "claim.recorded" {
-				return
-			}
-			b.ok(push())
-			b.wantTag("r", "v1", d)
-			for _, name := range []digest.Digest{layer, long} {
-				b.wantMember("r", name, true)
-			}
-		})
-	}
-}
-
-// dies lets a goroutine end where do comes to a failpoint, as if the process had.
-func (b *bench) dies(point string, do func() error) {
-	b.t.Helper()
-	died := make(chan bool)
-	failpoint.Set(func(name string) {
-		if name == point {
-			runtime.Goexit()
-		}
-	})
-	defer failpoint.Set(nil)
-	go func() {
-		defer close(died)
-		if err := do(); err != nil {
-			b.t.Error(err)
-		}
-		died <- false
-	}()
-	if _, survived := <-died; survived {
-		b.t.Fatalf("it did not come to %s", point)
 	}
 }
 
