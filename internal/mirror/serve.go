@@ -87,6 +87,7 @@ type exchange struct {
 	target Target
 	report Report
 	began  time.Time
+	id     string // by which events name the request, once there is one
 }
 
 // about names what was asked for, for error messages.
@@ -301,6 +302,7 @@ func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) (err er
 		return err
 	}
 	describe(c)
+	x.pulled(d, "", size, "")
 	switch {
 	case sum < 0:
 		x.mirror.ahead(x.target, d)
