@@ -152,6 +152,9 @@ func allow(route oci.Route) string {
 
 func (x *exchange) serve() error {
 	head := x.r.Method == http.MethodHead
+	if x.route.Kind == oci.KindObsolete {
+		return fail(unknownEndpoint, "this registry speaks version 2 of the registry API; a client that asks for /v1/ is too old: use Docker 1.6 or a later one")
+	}
 	action := x.action()
 	if action == 0 {
 		x.w.Header().Set("Allow", allow(x.route))
@@ -162,6 +165,10 @@ func (x *exchange) serve() error {
 		return x.json([]byte("{}"))
 	case oci.KindCatalog:
 		return x.catalog()
+	case oci.KindSearchPing:
+		return x.searchPing()
+	case oci.KindSearch:
+		return x.search()
 	case oci.KindUnknown:
 		return fail(unknownEndpoint, "there is nothing at this path of the registry API")
 	}
