@@ -92,7 +92,7 @@ type App struct {
 	webhooks  []notify.Webhook
 	state     *state
 	upstreams *mirror.Upstreams
-	sites     int // mirror sites of this configuration
+	open      int // mirror sites of this configuration where anyone may pull
 }
 
 // GC is when unreferenced content is deleted.
@@ -307,9 +307,9 @@ func (a *App) Start() error {
 	}); err != nil {
 		return err
 	}
-	if a.sites > 0 {
-		a.log.Warn("registry_mirror itself refuses nobody who reaches it; keep it inside your network, or put remote_ip, basic_auth or forward_auth in front of it",
-			zap.Int("sites", a.sites))
+	if a.open > 0 {
+		a.log.Warn("registry_mirror lets everyone who reaches it pull; keep it inside your network, put remote_ip, basic_auth or forward_auth in front of it, or say in its access block who may pull",
+			zap.Int("sites", a.open))
 	}
 	running.add(a)
 	return nil

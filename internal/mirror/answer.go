@@ -20,7 +20,7 @@ const (
 // warm answers for a manifest or a small blob from memory alone. It reports
 // whether it has; if not, nothing has been sent.
 func (x *exchange) warm(ref oci.Reference, head bool) (bool, error) {
-	if !x.mirror.readable(x.target) {
+	if !x.opened && !x.mirror.readable(x.target) {
 		return false, nil
 	}
 	switch {

@@ -85,6 +85,9 @@ type exchange struct {
 	route  oci.Route
 	caller access.Caller
 	target Target
+	// opened says that a rule names the repository for the caller to read, who
+	// need not ask whether everyone may.
+	opened bool
 	report Report
 	began  time.Time
 	id     string // by which events name the request, once there is one
@@ -200,6 +203,7 @@ func (x *exchange) serve() error {
 	if !verdict.Allowed {
 		return x.denied(action)
 	}
+	x.opened = verdict.Explicit
 	if err := x.mirror.admit(x.r.Context(), x.target); err != nil {
 		return err
 	}
@@ -219,8 +223,10 @@ func (x *exchange) serve() error {
 	}
 	ctx, cancel := context.WithTimeoutCause(x.r.Context(), budget, errNoAnswer)
 	defer cancel()
-	if err := x.mirror.public(ctx, x.target, x.route.Kind, ref); err != nil {
-		return err
+	if !x.opened {
+		if err := x.mirror.public(ctx, x.target, x.route.Kind, ref); err != nil {
+			return err
+		}
 	}
 	switch x.route.Kind {
 	case oci.KindManifest:
