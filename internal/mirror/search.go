@@ -87,7 +87,7 @@ func (x *exchange) search() error {
 				short, result.Official = strings.CutPrefix(short, "library/")
 			}
 		}
-		if result.rank = rank(name, short, q); result.rank == 0 || !x.listed(ctx, repository, up) {
+		if result.rank = rank(name, short, q); result.rank == 0 || !x.sees(ctx, name, repository, up) {
 			continue
 		}
 		found = append(found, result)
