@@ -44,7 +44,7 @@ type queue struct {
 
 	mu      sync.Mutex
 	waiting []entry // the oldest first
-	sending bool    // the first of them is being delivered, and not dropped meanwhile
+	sending bool    // the first of them is being delivered
 	bytes   int64   // of waiting
 	in      map[int64]int
 	out     *os.File // nil: a new one is to be begun
@@ -68,10 +68,10 @@ var table = crc32.MakeTable(crc32.Castagnoli)
 
 const events = ".events"
 
-// openQueue opens the queue in a directory, or makes one. It reports how many
-// lines were not right.
-func openQueue(dir string) (q *queue, damaged int, err error) {
-	q = &queue{dir: dir, maxEvents: maxPending, maxBytes: maxBytes, in: map[int64]int{}, ready: make(chan struct{}, 1)}
+// openQueue opens the queue in a directory, or makes one, for so many events at
+// most. It reports how many lines were not right.
+func openQueue(dir string, most int) (q *queue, damaged int, err error) {
+	q = &queue{dir: dir, maxEvents: most, maxBytes: maxBytes, in: map[int64]int{}, ready: make(chan struct{}, 1)}
 	if err := os.MkdirAll(dir, 0o750); err != nil {
 		return nil, 0, err
 	}
@@ -114,7 +114,7 @@ func openQueue(dir string) (q *queue, damaged int, err error) {
 	if len(q.waiting) > 0 {
 		q.ready <- struct{}{}
 	}
-	return q, damaged, nil
+	return q, damaged + q.trim(), nil
 }
 
 func (q *queue) path(number int64) string {
@@ -126,7 +126,8 @@ func (q *queue) path(number int64) string {
 func (q *queue) taken() (after entry) {
 	var text [50]byte
 	n, _ := q.cursor.ReadAt(text[:], 0)
-	if body, ok := checked(bytes.TrimSuffix(text[:n], []byte("\n"))); ok {
+	first, _, _ := bytes.Cut(text[:n], []byte("\n"))
+	if body, ok := checked(first); ok {
 		fmt.Sscanf(string(body), "%x %x", &after.file, &after.offset)
 	}
 	return after
@@ -219,10 +220,7 @@ func (q *queue) add(event []byte) (dropped int, err error) {
 	q.push(entry{q.number, q.size, len(text)})
 	q.size += int64(len(text))
 	q.dirty = true
-	for len(q.waiting) > q.maxEvents || q.bytes > q.maxBytes {
-		q.drop()
-		dropped++
-	}
+	dropped = q.trim()
 	select {
 	case q.ready <- struct{}{}:
 	default:
@@ -260,29 +258,27 @@ func (q *queue) release(number int64) {
 	}
 }
 
-// drop gives up the oldest event that is not being delivered.
-func (q *queue) drop() {
-	if q.sending {
-		q.waiting[0], q.waiting[1] = q.waiting[1], q.waiting[0]
+// trim drops the oldest events where there are too many. It returns how many
+// that were; one that is being delivered may be among them.
+func (q *queue) trim() (dropped int) {
+	for ; len(q.waiting) > q.maxEvents || q.bytes > q.maxBytes; dropped++ {
+		q.pop()
 	}
-	dropped := q.pop()
-	if !q.sending {
-		q.take(dropped.file, dropped.offset+int64(dropped.length))
-	}
+	return dropped
 }
 
-func (q *queue) pop() entry {
+// pop forgets the oldest event.
+func (q *queue) pop() {
 	e := q.waiting[0]
-	q.waiting = q.waiting[1:]
+	q.waiting, q.sending = q.waiting[1:], false
 	q.bytes -= int64(e.length)
+	q.take(e.file, e.offset+int64(e.length))
 	q.in[e.file]--
 	q.release(e.file)
-	return e
 }
 
-// first returns the oldest event, which then is not dropped until done or again
-// is called. It returns nil where there is none. What cannot be read is passed
-// over; lost counts it.
+// first returns the oldest event, until done or again is called. It returns nil
+// where there is none. What cannot be read is passed over; lost counts it.
 func (q *queue) first() (event []byte, lost int, err error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -295,7 +291,7 @@ func (q *queue) first() (event []byte, lost int, err error) {
 		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, errDamaged) {
 			return nil, lost, err
 		}
-		q.drop()
+		q.pop()
 		lost++
 	}
 	return nil, lost, nil
@@ -326,12 +322,9 @@ func (q *queue) load(e entry) ([]byte, error) {
 func (q *queue) done() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.sending = false
-	if q.closed {
-		return
+	if q.sending && !q.closed {
+		q.pop()
 	}
-	e := q.pop()
-	q.take(e.file, e.offset+int64(e.length))
 }
 
 // again says that the first event has not been taken.

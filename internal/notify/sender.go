@@ -65,6 +65,7 @@ type Sender struct {
 	pause  func(ctx context.Context, d time.Duration, early <-chan struct{})
 	client *http.Client
 	source source
+	most   int // events that wait for one webhook
 
 	setting   sync.Mutex       // one Set at a time, or Close
 	closed    bool             // guarded by setting
@@ -104,6 +105,7 @@ func New(dir string, log *zap.Logger) *Sender {
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
 		source: source{Addr: host, InstanceID: NewID()},
+		most:   maxPending,
 		hooks:  map[string]*hook{}, written: make(chan struct{}, 1),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
@@ -170,7 +172,7 @@ func signal(c chan struct{}) {
 // begin opens the queue of a webhook and sends what waits.
 func (s *Sender) begin(w *Webhook) (*hook, error) {
 	dir := filepath.Join(s.dir, w.Name)
-	queue, damaged, err := openQueue(dir)
+	queue, lost, err := openQueue(dir, s.most)
 	if err != nil {
 		return nil, err
 	}
@@ -178,12 +180,12 @@ func (s *Sender) begin(w *Webhook) (*hook, error) {
 		queue.close()
 		return nil, err
 	}
-	if damaged > 0 {
-		s.log.Warn("events for a webhook were damaged and are lost", zap.String("webhook", w.Name), zap.Int("events", damaged))
+	if lost > 0 {
+		s.log.Warn("events for a webhook were damaged and are lost", zap.String("webhook", w.Name), zap.Int("events", lost))
 	}
 	h := &hook{name: w.Name, queue: queue, change: make(chan struct{}, 1), ended: make(chan struct{})}
 	h.set.Store(w)
-	h.dropped.Store(int64(damaged))
+	h.dropped.Store(int64(lost))
 	ctx, cancel := context.WithCancel(s.ctx)
 	h.cancel = cancel
 	go func() {
