@@ -27,6 +27,7 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/mirror"
+	"github.com/caddy-registry/mirror/internal/notify"
 	"github.com/caddy-registry/mirror/internal/retain"
 	"github.com/caddy-registry/mirror/internal/upstream"
 	"github.com/caddy-registry/mirror/storage"
@@ -77,12 +78,18 @@ type App struct {
 	// redirect or a token realm, besides public addresses. Default: none.
 	TrustNetworks []string `json:"trust_networks,omitempty"`
 
+	// Who is told of what becomes of the images that are hosted here. Default:
+	// nobody.
+	Webhooks []*Webhook `json:"webhooks,omitempty"`
+
 	log       *zap.Logger
 	backend   storage.Backend
 	catalog   catalog.Backend
 	hot       int64
 	keep      retain.Settings
 	emit      func(event string, data map[string]any)
+	emits     func(event string) bool
+	webhooks  []notify.Webhook
 	state     *state
 	upstreams *mirror.Upstreams
 	open      int // mirror sites of this configuration where anyone may pull
@@ -171,7 +178,11 @@ func (a *App) Provision(ctx caddy.Context) error {
 		return fmt.Errorf("events app: %w", err)
 	}
 	a.emit = func(name string, data map[string]any) { events.(*caddyevents.App).Emit(ctx, name, data) }
+	a.emits = events.(*caddyevents.App).ShouldEmit
 	a.keep.Emit = a.emit
+	if err := a.provisionWebhooks(); err != nil {
+		return err
+	}
 
 	var trusted []netip.Prefix
 	for i, cidr := range a.TrustNetworks {
@@ -290,6 +301,8 @@ func (a *App) Start() error {
 		mirror:    mirror.Settings{Hot: a.hot, MaxBlob: a.backend.Limits().MaxBlobSize, Emit: a.emit},
 		hosted:    hosted.Settings{MaxBlob: a.backend.Limits().MaxBlobSize},
 		keep:      a.keep,
+		webhooks:  a.webhooks,
+		emits:     a.emits,
 		upstreams: a.upstreams,
 	}); err != nil {
 		return err

@@ -90,6 +90,7 @@ type exchange struct {
 	opened bool
 	report Report
 	began  time.Time
+	id     string // by which events name the request, once there is one
 }
 
 // about names what was asked for, for error messages.
@@ -154,6 +155,9 @@ func allow(route oci.Route) string {
 
 func (x *exchange) serve() error {
 	head := x.r.Method == http.MethodHead
+	if x.route.Kind == oci.KindObsolete {
+		return fail(unknownEndpoint, "this registry speaks version 2 of the registry API; a client that asks for /v1/ is too old: use Docker 1.6 or a later one")
+	}
 	action := x.action()
 	if action == 0 {
 		x.w.Header().Set("Allow", allow(x.route))
@@ -164,6 +168,10 @@ func (x *exchange) serve() error {
 		return x.json([]byte("{}"))
 	case oci.KindCatalog:
 		return x.catalog()
+	case oci.KindSearchPing:
+		return x.searchPing()
+	case oci.KindSearch:
+		return x.search()
 	case oci.KindUnknown:
 		return fail(unknownEndpoint, "there is nothing at this path of the registry API")
 	}
@@ -307,6 +315,7 @@ func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) (err er
 		return err
 	}
 	describe(c)
+	x.pulled(d, "", size, "")
 	switch {
 	case sum < 0:
 		x.mirror.ahead(x.target, d)
