@@ -59,6 +59,8 @@ type Registry struct {
 	log      *zap.Logger
 	now      func() time.Time
 	settings atomic.Pointer[Settings]
+	// repositories keep pushes of manifests and deletions apart; see delete.go.
+	repositories stripes
 }
 
 // Parts are what a registry works with. It closes none of them, and they outlive
