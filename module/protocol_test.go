@@ -46,7 +46,7 @@ func TestProtocolMethods(t *testing.T) {
 			if slices.Contains(strings.Split(c.allow, ", "), method) {
 				continue
 			}
-			a := m.ask(405, method, c.path, nil)
+			a := m.sends(405, method, c.path, nil)
 			if got := a.Header.Get("Allow"); got != c.allow {
 				t.Errorf("%s %s: Allow %q, want %q", method, c.path, got, c.allow)
 			}
@@ -61,7 +61,7 @@ func TestProtocolMethods(t *testing.T) {
 	// Nothing of it has changed anything.
 	p.pull("apps/web", "v1", image)
 	for _, method := range []string{"GET", "HEAD"} {
-		a := m.ask(200, method, "/v2/", nil)
+		a := m.sends(200, method, "/v2/", nil)
 		if a.Header.Get("Docker-Distribution-Api-Version") != "registry/2.0" || a.Header.Get("Content-Type") != "application/json" {
 			t.Errorf("%s /v2/: %v", method, a.Header)
 		}
@@ -103,7 +103,7 @@ func TestProtocolAbsent(t *testing.T) {
 		} {
 			for method := range strings.FieldsSeq(c.methods) {
 				if method == "HEAD" {
-					if a := m.ask(c.status, method, c.path, nil); len(a.body) > 0 || a.Header.Get("Content-Type") != "application/json" {
+					if a := m.sends(c.status, method, c.path, nil); len(a.body) > 0 || a.Header.Get("Content-Type") != "application/json" {
 						t.Errorf("HEAD %s: %v", c.path, a.Header)
 					}
 					continue
@@ -302,7 +302,7 @@ func (k kind) through(p pusher, algorithm digest.Algorithm) {
 		}
 	}
 	for _, h := range all {
-		head := p.ask(200, "HEAD", h.path, nil)
+		head := p.sends(200, "HEAD", h.path, nil)
 		if len(head.body) != 0 {
 			t.Errorf("HEAD %s has a body", h.path)
 		}
@@ -310,21 +310,21 @@ func (k kind) through(p pusher, algorithm digest.Algorithm) {
 		if err := check(head, h.Content); err != nil {
 			t.Errorf("HEAD %s: %v", h.path, err)
 		}
-		if err := check(p.ask(200, "GET", h.path, nil, "Accept", v1.MediaTypeImageIndex, "Accept", v1.MediaTypeImageManifest), h.Content); err != nil {
+		if err := check(p.sends(200, "GET", h.path, nil, "Accept", v1.MediaTypeImageIndex, "Accept", v1.MediaTypeImageManifest), h.Content); err != nil {
 			t.Errorf("GET %s: %v", h.path, err)
 		}
-		p.ask(304, "GET", h.path, nil, "If-None-Match", `"`+h.Digest.String()+`"`)
-		p.ask(200, "GET", h.path, nil, "If-None-Match", `"`+digest.FromString("other").String()+`"`)
+		p.sends(304, "GET", h.path, nil, "If-None-Match", `"`+h.Digest.String()+`"`)
+		p.sends(200, "GET", h.path, nil, "If-None-Match", `"`+digest.FromString("other").String()+`"`)
 	}
 	k.wantReferrers(p, k.images)
 	gone := map[string]bool{}
 	for _, h := range all {
 		if !gone[h.path] {
-			p.ask(202, "DELETE", h.path, nil)
+			p.sends(202, "DELETE", h.path, nil)
 		}
-		p.ask(404, "HEAD", h.path, nil)
-		p.ask(404, "GET", h.path, nil)
-		p.ask(404, "DELETE", h.path, nil)
+		p.sends(404, "HEAD", h.path, nil)
+		p.sends(404, "GET", h.path, nil)
+		p.sends(404, "DELETE", h.path, nil)
 		gone[h.path] = true
 		for _, other := range all { // the same content by another digest
 			if strings.Contains(h.path, "/blobs/") && bytes.Equal(other.Data, h.Data) {
@@ -381,7 +381,7 @@ func (k kind) wantReferrers(p pusher, there []regtest.Content) {
 			if got, want := plain(found), plain(alike); got != want {
 				t.Errorf("referrers of %s with %s:\n%s, want\n%s", subject, kind, got, want)
 			}
-			a := p.ask(200, "GET", p.path("referrers", subject.String()+"?artifactType="+kind), nil)
+			a := p.sends(200, "GET", p.path("referrers", subject.String()+"?artifactType="+kind), nil)
 			if a.Header.Get("OCI-Filters-Applied") != "artifactType" {
 				t.Errorf("%v", a.Header)
 			}

@@ -112,7 +112,7 @@ func TestProtocolRefusedManifests(t *testing.T) {
 			if tags, _ := p.tags(""); len(tags) != 0 {
 				t.Errorf("tags %q", tags)
 			}
-			m.ask(404, "HEAD", p.path("manifests", digest.FromString(c.body).String()), nil)
+			m.sends(404, "HEAD", p.path("manifests", digest.FromString(c.body).String()), nil)
 		})
 	}
 	m.t = t
@@ -123,7 +123,7 @@ func TestProtocolRefusedManifests(t *testing.T) {
 		if kind != "" {
 			header = []string{"Content-Type", kind}
 		}
-		m.ask(201, "PUT", p.path("manifests", fmt.Sprint("v", i)), []byte(image()), header...)
+		m.sends(201, "PUT", p.path("manifests", fmt.Sprint("v", i)), []byte(image()), header...)
 	}
 	if tags, _ := p.tags(""); len(tags) != 5 {
 		t.Errorf("tags %q", tags)
@@ -274,15 +274,15 @@ func TestProtocolTagList(t *testing.T) {
 	}
 	// A tag that goes is on no page from that moment on, and its name still says
 	// where to go on.
-	p.ask(202, "DELETE", p.path("manifests", "a"), nil)
+	p.sends(202, "DELETE", p.path("manifests", "a"), nil)
 	if got, _ := p.tags("?n=2&last=a"); !slices.Equal(got, all[6:]) {
 		t.Errorf("after a tag that is gone: %q", got)
 	}
-	p.ask(202, "DELETE", p.path("manifests", image.Digest.String()), nil)
+	p.sends(202, "DELETE", p.path("manifests", image.Digest.String()), nil)
 	if got, _ := p.tags(""); len(got) != 0 {
 		t.Errorf("of a manifest that is gone: %q", got)
 	}
-	a := p.ask(200, "HEAD", p.path("tags", "list"), nil)
+	a := p.sends(200, "HEAD", p.path("tags", "list"), nil)
 	if len(a.body) != 0 || a.Header.Get("Content-Type") != "application/json" {
 		t.Errorf("HEAD: %q %v", a.body, a.Header)
 	}
@@ -331,13 +331,13 @@ func TestProtocolReferrerPages(t *testing.T) {
 	}
 	m.refused(400, oci.CodePageInvalid, "GET", p.path("referrers", subject.Digest.String()+"?last=x"), nil, "last=x")
 	// The one a page ended at may go meanwhile.
-	first := p.ask(200, "GET", p.path("referrers", subject.Digest.String()), nil)
+	first := p.sends(200, "GET", p.path("referrers", subject.Digest.String()), nil)
 	var page v1.Index
 	if err := json.Unmarshal(first.body, &page); err != nil {
 		t.Fatal(err)
 	}
-	p.ask(202, "DELETE", p.path("manifests", page.Manifests[len(page.Manifests)-1].Digest.String()), nil)
-	second := p.ask(200, "GET", nextOf(first), nil)
+	p.sends(202, "DELETE", p.path("manifests", page.Manifests[len(page.Manifests)-1].Digest.String()), nil)
+	second := p.sends(200, "GET", nextOf(first), nil)
 	var next v1.Index
 	if err := json.Unmarshal(second.body, &next); err != nil || next.Manifests[0].Digest != want[len(page.Manifests)].Digest {
 		t.Errorf("the next page begins at %s: %v", next.Manifests[0].Digest, err)
@@ -346,7 +346,7 @@ func TestProtocolReferrerPages(t *testing.T) {
 	huge := artifact("application/vnd.huge", &subject, map[string]string{"long": strings.Repeat("x", 4<<20-900)}, layer)
 	p.image(huge)
 	found, _ = p.referrers(subject.Digest, "?artifactType=application/vnd.huge")
-	a := p.ask(200, "GET", p.path("referrers", subject.Digest.String()+"?artifactType=application/vnd.huge"), nil)
+	a := p.sends(200, "GET", p.path("referrers", subject.Digest.String()+"?artifactType=application/vnd.huge"), nil)
 	if len(found) != 1 || found[0].Digest != huge.Digest || len(found[0].Annotations["long"]) != 4<<20-900 && !strings.Contains(a.Header.Get("Warning"), "left out") {
 		t.Errorf("%d referrers, %v", len(found), a.Header)
 	}
@@ -386,11 +386,11 @@ func TestProtocolFallbackTag(t *testing.T) {
 	if got := digests(); !slices.Equal(got, want) {
 		t.Errorf("%q, want %q", got, want)
 	}
-	p.ask(202, "DELETE", p.path("manifests", silent.Digest.String()), nil)
+	p.sends(202, "DELETE", p.path("manifests", silent.Digest.String()), nil)
 	if got := digests(); !slices.Equal(got, []digest.Digest{listed.Digest}) {
 		t.Errorf("%q after one was deleted", got)
 	}
-	p.ask(202, "DELETE", p.path("manifests", listed.Digest.String()), nil)
+	p.sends(202, "DELETE", p.path("manifests", listed.Digest.String()), nil)
 	if got := digests(); len(got) != 0 {
 		t.Errorf("%q after all were deleted", got)
 	}
@@ -398,7 +398,7 @@ func TestProtocolFallbackTag(t *testing.T) {
 	if got := digests(); !slices.Equal(got, []digest.Digest{silent.Digest}) {
 		t.Errorf("%q after one is back", got)
 	}
-	p.ask(202, "DELETE", p.path("manifests", tag), nil)
+	p.sends(202, "DELETE", p.path("manifests", tag), nil)
 	if got := digests(); len(got) != 0 {
 		t.Errorf("%q without the tag", got)
 	}

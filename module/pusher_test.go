@@ -60,8 +60,8 @@ func (m *mirror) try(method, to string, body []byte, header ...string) (*answer,
 	return a, nil
 }
 
-// ask is try, and checks the status.
-func (m *mirror) ask(status int, method, to string, body []byte, header ...string) *answer {
+// sends is try, and checks the status.
+func (m *mirror) sends(status int, method, to string, body []byte, header ...string) *answer {
 	m.t.Helper()
 	a, err := m.try(method, to, body, header...)
 	if err != nil {
@@ -73,10 +73,10 @@ func (m *mirror) ask(status int, method, to string, body []byte, header ...strin
 	return a
 }
 
-// refused is ask, and checks the code of the error, and what it says.
+// refused is sends, and checks the code of the error, and what it says.
 func (m *mirror) refused(status int, code, method, to string, body []byte, says string, header ...string) *answer {
 	m.t.Helper()
-	a := m.ask(status, method, to, body, header...)
+	a := m.sends(status, method, to, body, header...)
 	var reply struct {
 		Errors []struct{ Code, Message string }
 	}
@@ -95,8 +95,8 @@ func (p pusher) blob(data []byte) digest.Digest { return p.blobAs(digest.FromByt
 // blobAs does so with a digest of any algorithm.
 func (p pusher) blobAs(d digest.Digest, data []byte) digest.Digest {
 	p.t.Helper()
-	begun := p.ask(202, "POST", p.path("blobs", "uploads", ""), nil)
-	p.ask(201, "PUT", withQuery(begun.Header.Get("Location"), "digest", d.String()), append([]byte{}, data...), "Content-Type", "application/octet-stream")
+	begun := p.sends(202, "POST", p.path("blobs", "uploads", ""), nil)
+	p.sends(201, "PUT", withQuery(begun.Header.Get("Location"), "digest", d.String()), append([]byte{}, data...), "Content-Type", "application/octet-stream")
 	return d
 }
 
@@ -112,7 +112,7 @@ func withQuery(location, key, value string) string {
 // put pushes a manifest, whose answer is checked as conformance suites do.
 func (p pusher) put(ref string, manifest regtest.Content) *answer {
 	p.t.Helper()
-	a := p.ask(201, "PUT", p.path("manifests", ref), manifest.Data, "Content-Type", manifest.MediaType)
+	a := p.sends(201, "PUT", p.path("manifests", ref), manifest.Data, "Content-Type", manifest.MediaType)
 	d := manifest.Digest
 	if strings.HasPrefix(ref, "sha") && strings.Contains(ref, ":") {
 		d, _, _ = cutQuery(ref)
@@ -124,7 +124,7 @@ func (p pusher) put(ref string, manifest regtest.Content) *answer {
 	if err := json.Unmarshal(manifest.Data, &subject); err != nil || a.Header.Get("OCI-Subject") != string(subject.Subject.Digest) {
 		p.t.Errorf("%s: OCI-Subject %q, want %q: %v", ref, a.Header.Get("OCI-Subject"), subject.Subject.Digest, err)
 	}
-	got := p.ask(200, "GET", a.Header.Get("Location"), nil)
+	got := p.sends(200, "GET", a.Header.Get("Location"), nil)
 	manifest.Digest = d
 	if err := check(got, manifest); err != nil {
 		p.t.Errorf("%s: at its Location %s: %v", ref, a.Header.Get("Location"), err)
@@ -159,7 +159,7 @@ func (p pusher) image(image regtest.Image, tags ...string) {
 func (p pusher) tags(query string) (all []string, pages int) {
 	p.t.Helper()
 	for to := p.path("tags", "list") + query; to != ""; pages++ {
-		a := p.ask(200, "GET", to, nil)
+		a := p.sends(200, "GET", to, nil)
 		var list struct {
 			Name string
 			Tags []string
@@ -176,7 +176,7 @@ func (p pusher) tags(query string) (all []string, pages int) {
 func (p pusher) referrers(subject digest.Digest, query string) (all []v1.Descriptor, pages int) {
 	p.t.Helper()
 	for to := p.path("referrers", subject.String()) + query; to != ""; pages++ {
-		a := p.ask(200, "GET", to, nil)
+		a := p.sends(200, "GET", to, nil)
 		var index v1.Index
 		if err := json.Unmarshal(a.body, &index); err != nil || index.Manifests == nil || index.SchemaVersion != 2 ||
 			index.MediaType != v1.MediaTypeImageIndex || a.Header.Get("Content-Type") != v1.MediaTypeImageIndex || len(a.body) > 4<<20 {

@@ -12,8 +12,8 @@ import (
 	"github.com/caddy-registry/mirror/internal/oci"
 )
 
-// maxTags are set by one push. The spec asks for ten at least.
-const maxTags = 50
+// maxPushedTags are set by one push. The spec asks for ten at least.
+const maxPushedTags = 50
 
 // change answers PUT of a manifest, and DELETE.
 func (x *exchange) change(ref oci.Reference) error {
@@ -108,8 +108,8 @@ func tagsOf(rawQuery string, tags *[]string) error {
 		if slices.Contains(*tags, tag) {
 			continue
 		}
-		if len(*tags) == maxTags {
-			return fail(tooManyTags, "more than %d tags at once", maxTags)
+		if len(*tags) == maxPushedTags {
+			return fail(tooManyTags, "more than %d tags at once", maxPushedTags)
 		}
 		*tags = append(*tags, tag)
 	}
