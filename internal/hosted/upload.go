@@ -266,8 +266,22 @@ func (h *Registry) Upload(ctx context.Context, repository, id string) (*Upload, 
 }
 
 // Mount makes a blob of one repository one of another, and returns its size. The
-// error is fs.ErrNotExist if the one does not have it, or its bytes are not held.
+// error is fs.ErrNotExist if the one does not have it, or its bytes are not held or
+// not right.
 func (h *Registry) Mount(ctx context.Context, repository, from string, d digest.Digest) (int64, error) {
+	// What was mirrored before a loss of power may be damaged, and what is hosted
+	// nobody can fetch again.
+	known, ok, err := h.tree.Member(ctx, from, d)
+	if err != nil {
+		return 0, err
+	}
+	if ok && known.Canonical != "" {
+		if info, err := h.tree.StatBlob(ctx, known.Canonical); err == nil && info.Doubtful {
+			if err := h.tree.Prove(ctx, known.Canonical); err != nil {
+				return 0, err
+			}
+		}
+	}
 	return h.tree.Mount(ctx, repository, from, d)
 }
 
