@@ -27,6 +27,7 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/mirror"
+	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/retain"
 	"github.com/caddy-registry/mirror/internal/upstream"
 	"github.com/caddy-registry/mirror/storage"
@@ -59,6 +60,9 @@ type App struct {
 	// Registries to add to the built-in ones, and changes to those.
 	Upstreams []*Upstream `json:"upstreams,omitempty"`
 
+	// How hosted repositories are kept, by patterns of their names.
+	Hosted []*Hosted `json:"hosted,omitempty"`
+
 	// How much memory there is for manifests, image configs and other blobs of
 	// up to 64 KiB that are asked for often: a number of bytes (`256MiB`), or
 	// `off`. Default: 64MiB.
@@ -85,7 +89,9 @@ type App struct {
 	emit      func(event string, data map[string]any)
 	state     *state
 	upstreams *mirror.Upstreams
-	sites     int // mirror sites of this configuration
+	hosted    []hosted.Options
+	sites     int           // mirror sites of this configuration
+	served    []oci.Pattern // what they host
 }
 
 // GC is when unreferenced content is deleted.
@@ -164,6 +170,9 @@ func (a *App) Provision(ctx caddy.Context) error {
 		return err
 	}
 	if a.keep.Scrub, err = parseSize("scrub", a.Scrub, 4<<20); err != nil {
+		return err
+	}
+	if err := a.provisionHosted(); err != nil {
 		return err
 	}
 	events, err := ctx.App("events")
@@ -288,7 +297,7 @@ func (a *App) Start() error {
 		catalog:   a.catalog,
 		log:       a.log,
 		mirror:    mirror.Settings{Hot: a.hot, MaxBlob: a.backend.Limits().MaxBlobSize, Emit: a.emit},
-		hosted:    hosted.Settings{MaxBlob: a.backend.Limits().MaxBlobSize},
+		hosted:    hosted.Settings{MaxBlob: a.backend.Limits().MaxBlobSize, Options: a.hosted},
 		keep:      a.keep,
 		upstreams: a.upstreams,
 	}); err != nil {
@@ -298,6 +307,7 @@ func (a *App) Start() error {
 		a.log.Warn("registry_mirror itself refuses nobody who reaches it; keep it inside your network, or put remote_ip, basic_auth or forward_auth in front of it",
 			zap.Int("sites", a.sites))
 	}
+	a.warnHosted()
 	running.add(a)
 	return nil
 }

@@ -84,6 +84,7 @@ func (m *Mirror) Provision(ctx caddy.Context) error {
 	}
 	m.state = app.state
 	app.sites++
+	app.served = append(app.served, cfg.Hosted...)
 	return nil
 }
 

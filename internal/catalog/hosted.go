@@ -56,3 +56,29 @@ func (c *Catalog) Together(ctx context.Context, match func(repository string) bo
 	})
 	return sum.usage(), err
 }
+
+// Hosted returns up to n names of hosted repositories in their order, after a
+// name, whether or not they have a record.
+func (c *Catalog) Hosted(ctx context.Context, after string, n int) ([]string, error) {
+	return c.names(ctx, "SELECT name FROM repositories WHERE present = 1 AND class = ? AND name > ? ORDER BY name LIMIT ?",
+		string(tree.Hosted), after, n)
+}
+
+// TagsByAge returns the tags of a repository, those first that began to mean what
+// they do last. Bytes are not counted.
+func (c *Catalog) TagsByAge(ctx context.Context, repository string) (tags []Tag, err error) {
+	err = c.read(ctx, func(r *reader) error {
+		return r.each(`SELECT t.name, b.digest, t.since, t.touched, t.pinned + t.kept
+			FROM repositories r JOIN tags t ON t.repository = r.id JOIN blobs b ON b.id = t.blob
+			WHERE r.name = ? ORDER BY t.since DESC, t.name DESC`, []any{repository}, func(scan func(...any) error) error {
+			var tag Tag
+			var raw []byte
+			var since, read, pinned int64
+			err := scan(&tag.Name, &raw, &since, &read, &pinned)
+			tag.Digest, tag.Since, tag.Read, tag.Pinned = unpack(raw), fromSeconds(since), fromSeconds(read), pinned > 0
+			tags = append(tags, tag)
+			return err
+		})
+	})
+	return tags, err
+}
