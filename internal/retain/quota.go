@@ -55,13 +55,13 @@ type quota struct {
 
 	mu     sync.Mutex
 	set    *Settings // those that scopes are of
-	scopes []measured
+	scopes []measurement
 	grants map[*grant]struct{}
 	done   int // how many of grants
 }
 
-// measured is what a pattern takes.
-type measured struct {
+// A measurement is what a pattern takes.
+type measurement struct {
 	at    time.Time // zero: it has not been
 	bytes int64
 	// journal is how many changes the catalog had then.
@@ -185,18 +185,18 @@ func (q *quota) adapt(set *Settings) {
 	if q.set == set {
 		return
 	}
-	before := map[string]measured{}
+	before := map[string]measurement{}
 	if q.set != nil {
 		for i, m := range q.scopes {
 			before[q.set.Hosted[i].Pattern.String()] = m
 		}
 	}
-	q.set, q.scopes = set, make([]measured, len(set.Hosted))
+	q.set, q.scopes = set, make([]measurement, len(set.Hosted))
 	for i := range q.scopes {
 		// What it took at least, in case there is no catalog to say so. It is
 		// measured again: a pattern before it may have others now.
 		m := before[set.Hosted[i].Pattern.String()]
-		q.scopes[i] = measured{bytes: m.bytes, sure: m.sure}
+		q.scopes[i] = measurement{bytes: m.bytes, sure: m.sure}
 	}
 	for g := range q.grants {
 		g.scope = set.hosted(g.repository)
@@ -239,7 +239,7 @@ func (k *Keeper) measure(ctx context.Context, repository string) error {
 		// Something may be missing from the catalog.
 		bytes = max(bytes, m.bytes)
 	}
-	*m = measured{at: k.now(), bytes: bytes, journal: written, sure: complete || m.sure}
+	*m = measurement{at: k.now(), bytes: bytes, journal: written, sure: complete || m.sure}
 	q.prune()
 	return nil
 }
