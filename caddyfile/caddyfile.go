@@ -36,6 +36,13 @@ func init() {
 //		gc <cron>|off [<grace>]
 //		scrub <bytes/s>|off
 //		trust_networks <cidr...>
+//		webhook <name> <url> {
+//			header    <field> <value>
+//			timeout   <duration>
+//			threshold <n>
+//			backoff   <duration>
+//			ignore    mediatypes|actions <word...>
+//		}
 //		upstream <host[:port]> {
 //			path_name         <name>
 //			repository_prefix <prefix>
@@ -81,7 +88,7 @@ func parseApp(d *caddyfile.Dispenser, earlier any) (any, error) {
 	var seen options
 	hosts := map[string]bool{}
 	for d.NextBlock(0) {
-		if d.Val() != "upstream" && d.Val() != "hosted" {
+		if d.Val() != "upstream" && d.Val() != "hosted" && d.Val() != "webhook" {
 			if err := seen.once(d); err != nil {
 				return nil, err
 			}
@@ -130,6 +137,12 @@ func parseApp(d *caddyfile.Dispenser, earlier any) (any, error) {
 					return nil, d.Errf("trust_networks: %q is not a network such as 10.0.0.0/8", cidr)
 				}
 			}
+		case "webhook":
+			w, err := parseWebhook(d, app.Webhooks)
+			if err != nil {
+				return nil, err
+			}
+			app.Webhooks = append(app.Webhooks, w)
 		case "upstream":
 			u, err := parseUpstream(d, hosts)
 			if err != nil {

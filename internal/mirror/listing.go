@@ -264,7 +264,8 @@ func (x *exchange) fallbackHeld(ctx context.Context, subject digest.Digest, foun
 	return found
 }
 
-// catalog lists what is held, under the names by which this site answers.
+// catalog lists what is held and the caller may pull, under the names by which
+// this site answers.
 func (x *exchange) catalog() error {
 	n, last, err := x.page()
 	if err != nil {
@@ -292,8 +293,7 @@ func (x *exchange) catalog() error {
 			x.w.Header().Set("Warning", `299 - "there are more repositories than could be listed"`)
 			break
 		}
-		name, up, ok := x.site.address(repository)
-		if ok && name > last && x.listed(ctx, repository, up) {
+		if name, ok := x.visible(ctx, repository); ok && name > last {
 			names = append(names, name)
 		}
 		if inOrder && len(names) > n {
@@ -338,16 +338,6 @@ func cataloged(ctx context.Context, c *catalog.Catalog, after string) iter.Seq2[
 			}
 		}
 	}
-}
-
-// listed keeps private repositories out of the catalog, and of an upstream that
-// is asked with credentials those nobody has looked at.
-func (x *exchange) listed(ctx context.Context, repository string, up *Upstream) bool {
-	record, err := x.mirror.tree.Record(ctx, repository)
-	if err == nil && record.Public != nil {
-		return record.Public.Public
-	}
-	return up == nil || up.Client.Anonymous() == nil
 }
 
 // address is the name by which a stored repository can be asked for at this

@@ -85,8 +85,12 @@ type exchange struct {
 	route  oci.Route
 	caller access.Caller
 	target Target
+	// opened says that a rule names the repository for the caller to read, who
+	// need not ask whether everyone may.
+	opened bool
 	report Report
 	began  time.Time
+	id     string // by which events name the request, once there is one
 }
 
 // about names what was asked for, for error messages.
@@ -99,7 +103,7 @@ func (x *exchange) about() string {
 		name = x.target.Upstream.Name + "/" + name
 	}
 	switch ref := x.route.Ref; {
-	case ref == "":
+	case ref == "", x.route.Kind == oci.KindUpload:
 		return name
 	case strings.Contains(ref, ":"):
 		return name + "@" + printable(ref)
@@ -151,6 +155,9 @@ func allow(route oci.Route) string {
 
 func (x *exchange) serve() error {
 	head := x.r.Method == http.MethodHead
+	if x.route.Kind == oci.KindObsolete {
+		return fail(unknownEndpoint, "this registry speaks version 2 of the registry API; a client that asks for /v1/ is too old: use Docker 1.6 or a later one")
+	}
 	action := x.action()
 	if action == 0 {
 		x.w.Header().Set("Allow", allow(x.route))
@@ -161,6 +168,10 @@ func (x *exchange) serve() error {
 		return x.json([]byte("{}"))
 	case oci.KindCatalog:
 		return x.catalog()
+	case oci.KindSearchPing:
+		return x.searchPing()
+	case oci.KindSearch:
+		return x.search()
 	case oci.KindUnknown:
 		return fail(unknownEndpoint, "there is nothing at this path of the registry API")
 	}
@@ -192,6 +203,7 @@ func (x *exchange) serve() error {
 	if !verdict.Allowed {
 		return x.denied(action)
 	}
+	x.opened = verdict.Explicit
 	if err := x.mirror.admit(x.r.Context(), x.target); err != nil {
 		return err
 	}
@@ -211,8 +223,10 @@ func (x *exchange) serve() error {
 	}
 	ctx, cancel := context.WithTimeoutCause(x.r.Context(), budget, errNoAnswer)
 	defer cancel()
-	if err := x.mirror.public(ctx, x.target, x.route.Kind, ref); err != nil {
-		return err
+	if !x.opened {
+		if err := x.mirror.public(ctx, x.target, x.route.Kind, ref); err != nil {
+			return err
+		}
 	}
 	switch x.route.Kind {
 	case oci.KindManifest:
@@ -301,6 +315,7 @@ func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) (err er
 		return err
 	}
 	describe(c)
+	x.pulled(d, "", size, "")
 	switch {
 	case sum < 0:
 		x.mirror.ahead(x.target, d)

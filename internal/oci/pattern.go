@@ -22,25 +22,32 @@ func ParsePattern(s string) (Pattern, error) {
 
 func (p Pattern) String() string { return strings.Join(p, "/") }
 
-// Match reports whether a repository name fits the pattern.
-func (p Pattern) Match(name string) bool { return match(p, strings.Split(name, "/")) }
+// Match reports whether a repository name fits the pattern. It allocates
+// nothing: rules ask it at every request.
+func (p Pattern) Match(name string) bool { return match(p, name, true) }
 
-func match(pattern, name []string) bool {
+// match matches what is left of a name; left is false if nothing is.
+func match(pattern Pattern, name string, left bool) bool {
 	for len(pattern) > 0 {
 		if pattern[0] == "**" {
-			for i := range len(name) + 1 {
-				if match(pattern[1:], name[i:]) {
-					return true
+			for !match(pattern[1:], name, left) {
+				if !left {
+					return false
 				}
+				_, name, left = strings.Cut(name, "/")
 			}
+			return true
+		}
+		if !left {
 			return false
 		}
-		if len(name) == 0 || pattern[0] != "*" && pattern[0] != name[0] {
+		var first string
+		if first, name, left = strings.Cut(name, "/"); pattern[0] != "*" && pattern[0] != first {
 			return false
 		}
-		pattern, name = pattern[1:], name[1:]
+		pattern = pattern[1:]
 	}
-	return len(name) == 0
+	return !left
 }
 
 // Overlaps reports whether a name may fit both patterns.
