@@ -67,6 +67,9 @@ type Hooks struct {
 	// but for those that a reservation covers which is not released. It is
 	// called about once a second while there are reservations; nil: none.
 	Partial func() int64
+	// Alone keeps pushes to a hosted repository out until done; nil: nobody
+	// pushes.
+	Alone func(repository string) (done func())
 }
 
 // New returns a keeper of an open store, which it does not close. It does
