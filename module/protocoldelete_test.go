@@ -146,33 +146,6 @@ func TestProtocolDelete(t *testing.T) {
 	}
 }
 
-// TestDeleteOff: no route deletes anything where deleting is off, and whether there
-// is something to delete is not told.
-func TestDeleteOff(t *testing.T) {
-	m := start(t, "hosted apps/locked/** {\n delete off\n}", hostedSite)
-	p, open := pusher{m, "apps/locked/web"}, pusher{m, "apps/web"}
-	image := regtest.NewImage("x", regtest.Random("x", 1000))
-	loose := regtest.Random("loose", 10)
-	for _, p := range []pusher{p, open} {
-		p.image(image, "v1")
-		p.blob(loose.Data)
-	}
-	none := digest.FromString("none").String()
-	for _, path := range []string{
-		p.path("manifests", "v1"), p.path("manifests", image.Digest.String()), p.path("manifests", "none"), p.path("manifests", none),
-		p.path("blobs", loose.Digest.String()), p.path("blobs", image.Blobs[0].Digest.String()), p.path("blobs", none),
-	} {
-		m.refused(405, oci.CodeUnsupported, "DELETE", path, nil, "delete off")
-	}
-	p.pull(p.repository, "v1", image)
-	p.sends(200, "GET", p.path("blobs", loose.Digest.String()), nil)
-	// To cancel an upload is not to delete something.
-	p.sends(204, "DELETE", p.begin(""), nil)
-	for _, path := range []string{open.path("manifests", "v1"), open.path("manifests", image.Digest.String()), open.path("blobs", loose.Digest.String())} {
-		p.sends(202, "DELETE", path, nil)
-	}
-}
-
 // TestImmutableTags: a tag that fits a pattern means for ever what it meant first.
 func TestImmutableTags(t *testing.T) {
 	m := start(t, "hosted apps/** {\n immutable v* *-final\n}", hostedSite)
