@@ -459,7 +459,7 @@ func TestHosted(t *testing.T) {
 	m.stop()
 	forgetRecords(t, m.dir)
 	up.Down()
-	if err := m.load("", "default off\nhosted apps/**\naccess {\nallow any\n}"); err != nil {
+	if err := m.load("", "default off\nhosted apps/**\naccess {\nallow any to anyone\n}"); err != nil {
 		t.Fatal(err)
 	}
 	m.pull("apps/web", "v1", image)
@@ -474,7 +474,7 @@ func TestHosted(t *testing.T) {
 	m.wantError(404, oci.CodeManifestUnknown, "GET", "/v2/apps/web/manifests/none", "hosted")
 	m.wantError(404, oci.CodeNameUnknown, "GET", "/v2/apps/none/tags/list")
 	m.wantError(404, oci.CodeNameUnknown, "GET", "/v2/other/web/manifests/v1")
-	m.wantError(405, oci.CodeUnsupported, "PUT", "/v2/apps/web/manifests/v1")
+	m.wantError(400, oci.CodeManifestInvalid, "PUT", "/v2/apps/web/manifests/v1")
 }
 
 // TestClassIsForEver: a record outweighs any later configuration.
@@ -485,7 +485,7 @@ func TestClassIsForEver(t *testing.T) {
 	other.Push("apps/web", image, "v1")
 	m := start(t, upstreamFor("docker.io", up, `repository_prefix ""`), "")
 	m.pull("apps/web", "v1", image)
-	if err := m.load("", "default off\nhosted apps/**\naccess {\nallow any\n}"); err != nil {
+	if err := m.load("", "default off\nhosted apps/**\naccess {\nallow any to anyone\n}"); err != nil {
 		t.Fatal(err)
 	}
 	m.wantError(404, oci.CodeNameUnknown, "GET", "/v2/apps/web/manifests/v1", "mirror of docker.io")

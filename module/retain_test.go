@@ -305,7 +305,7 @@ func TestStoredNames(t *testing.T) {
 	if err := os.Rename(repositories+"hub", repositories+"apps"); err != nil {
 		t.Fatal(err)
 	}
-	if err := m.load(configured, "default off\nhosted apps/**\naccess {\nallow any\n}"); err != nil {
+	if err := m.load(configured, "default off\nhosted apps/**\naccess {\nallow any to anyone\n}"); err != nil {
 		t.Fatal(err)
 	}
 	m.want(200, "GET", "/v2/apps/org/x/manifests/v1")

@@ -68,8 +68,10 @@ type Mirror struct {
 	told     *lru.Cache[trouble, time.Time]   // when it was last told of
 	emit     atomic.Pointer[func(string, map[string]any)]
 	notify   atomic.Pointer[func(notify.Event)]
+	pulls    atomic.Bool                 // notify is told of pulls
 	coming   *lru.Cache[member, *layers] // of manifests that have just come
 	untagged atomic.Uint64               // tags that were removed
+	changes  atomic.Uint64               // pushes and deletes that were answered
 	maxBlob  atomic.Int64
 	proven   *lru.Cache[digest.Digest, struct{}] // blobs that were hashed on suspicion
 }
@@ -171,9 +173,11 @@ type Settings struct {
 	// storage_full no more. Each comes once a minute at most, for each upstream
 	// or repository.
 	Emit func(event string, data map[string]any)
-	// Notify is told of every push, pull, mount and delete, before the client
-	// is answered; nil: nobody is.
+	// Notify is told of every push, mount and delete, before the client is
+	// answered; nil: nobody is. With Pulls it is told of every pull of what is
+	// hosted here, too.
 	Notify func(notify.Event)
+	Pulls  bool
 }
 
 // Set replaces the settings.
@@ -181,6 +185,7 @@ func (m *Mirror) Set(s Settings) {
 	m.tree.Heat(s.Hot)
 	m.maxBlob.Store(s.MaxBlob)
 	m.emit.Store(&s.Emit)
+	m.pulls.Store(s.Pulls)
 	m.notify.Store(&s.Notify)
 }
 

@@ -62,6 +62,9 @@ type Report struct {
 func (s *Site) ServeHTTP(m *Mirror, w http.ResponseWriter, r *http.Request, route oci.Route, caller access.Caller) Report {
 	header := w.Header()
 	set(header, "Docker-Distribution-Api-Version", "registry/2.0")
+	if r.ContentLength != 0 {
+		r.Body = &incoming{ReadCloser: r.Body}
+	}
 	x := &exchange{site: s, mirror: m, w: w, r: r, route: route, caller: caller, began: m.now()}
 	if err := x.serve(); err != nil {
 		x.report.Err = err
@@ -69,7 +72,8 @@ func (s *Site) ServeHTTP(m *Mirror, w http.ResponseWriter, r *http.Request, rout
 			m.tell(x.target, x.about(), err, false)
 			m.learnLack(x.target, route.Kind, route.Ref, x.began, err)
 		}
-		if r.Context().Err() == nil && !x.report.Abort {
+		if x.listens() && !x.report.Abort {
+			x.hasten()
 			refusal(err, route.Kind, r.UserAgent(), x.about()).Write(w, r)
 		}
 	}
@@ -85,8 +89,12 @@ type exchange struct {
 	route  oci.Route
 	caller access.Caller
 	target Target
+	// opened says that a rule names the repository for the caller to read, who
+	// need not ask whether everyone may.
+	opened bool
 	report Report
 	began  time.Time
+	id     string // by which events name the request, once there is one
 }
 
 // about names what was asked for, for error messages.
@@ -99,7 +107,7 @@ func (x *exchange) about() string {
 		name = x.target.Upstream.Name + "/" + name
 	}
 	switch ref := x.route.Ref; {
-	case ref == "":
+	case ref == "", x.route.Kind == oci.KindUpload:
 		return name
 	case strings.Contains(ref, ":"):
 		return name + "@" + printable(ref)
@@ -151,6 +159,9 @@ func allow(route oci.Route) string {
 
 func (x *exchange) serve() error {
 	head := x.r.Method == http.MethodHead
+	if x.route.Kind == oci.KindObsolete {
+		return fail(unknownEndpoint, "this registry speaks version 2 of the registry API; a client that asks for /v1/ is too old: use Docker 1.6 or a later one")
+	}
 	action := x.action()
 	if action == 0 {
 		x.w.Header().Set("Allow", allow(x.route))
@@ -161,6 +172,10 @@ func (x *exchange) serve() error {
 		return x.json([]byte("{}"))
 	case oci.KindCatalog:
 		return x.catalog()
+	case oci.KindSearchPing:
+		return x.searchPing()
+	case oci.KindSearch:
+		return x.search()
 	case oci.KindUnknown:
 		return fail(unknownEndpoint, "there is nothing at this path of the registry API")
 	}
@@ -180,8 +195,15 @@ func (x *exchange) serve() error {
 		if ref, err = oci.ParseReference(x.route.Ref); err == nil && x.route.Kind != oci.KindManifest && ref.Digest == "" {
 			err = fmt.Errorf("%q is not a digest", printable(x.route.Ref))
 		}
-		if err != nil {
+		switch {
+		case err == nil:
+		case x.route.Kind != oci.KindManifest || strings.Contains(x.route.Ref, ":"):
 			return fail(badReference, "%v", err)
+		case action == access.Push:
+			return fail(badTag, "%v", err)
+		default:
+			// There cannot be such a tag: a 404, says the conformance suite of 1.1.
+			return fail(unknownContent, "%v", err)
 		}
 	}
 	if x.target.Upstream != nil && action != access.Pull {
@@ -192,6 +214,7 @@ func (x *exchange) serve() error {
 	if !verdict.Allowed {
 		return x.denied(action)
 	}
+	x.opened = verdict.Explicit
 	if err := x.mirror.admit(x.r.Context(), x.target); err != nil {
 		return err
 	}
@@ -211,8 +234,10 @@ func (x *exchange) serve() error {
 	}
 	ctx, cancel := context.WithTimeoutCause(x.r.Context(), budget, errNoAnswer)
 	defer cancel()
-	if err := x.mirror.public(ctx, x.target, x.route.Kind, ref); err != nil {
-		return err
+	if !x.opened {
+		if err := x.mirror.public(ctx, x.target, x.route.Kind, ref); err != nil {
+			return err
+		}
 	}
 	switch x.route.Kind {
 	case oci.KindManifest:
@@ -301,6 +326,7 @@ func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) (err er
 		return err
 	}
 	describe(c)
+	x.pulled(d, "", size, "")
 	switch {
 	case sum < 0:
 		x.mirror.ahead(x.target, d)

@@ -88,8 +88,43 @@ func NewSite(cfg SiteConfig) (*Site, error) {
 			return nil, fmt.Errorf("hosted %s: %w", pattern, err)
 		}
 	}
+	for i, rule := range cfg.Rules {
+		for _, pattern := range rule.On {
+			if err := s.means(pattern); err != nil {
+				return nil, fmt.Errorf("access: rules[%d]: on %s: %w", i, pattern, err)
+			}
+		}
+	}
 	cfg.Upstreams.serve(s)
 	return s, nil
+}
+
+// means checks that a rule's pattern can fit what this site is asked for: a name
+// that is not the one rules go by would let a deny pass unnoticed.
+func (s *Site) means(pattern oci.Pattern) error {
+	first := pattern[0]
+	if strings.HasPrefix(first, "*") {
+		return nil
+	}
+	if entry, host := s.upstreams.inPath(first); entry != nil && len(pattern) > 1 {
+		pathName := entry.PathName
+		if entry.Client == nil { // a wildcard's
+			pathName = host
+		}
+		if first != pathName {
+			return fmt.Errorf("%s is another name of %s; write %s/%s", first, pathName, pathName, strings.Join(pattern[1:], "/"))
+		}
+		if entry.Name == "docker.io" && len(pattern) == 2 && pattern[1] != "**" {
+			return fmt.Errorf("names of %s without a slash are in library; write %[1]s/library/%s", first, pattern[1])
+		}
+		return nil
+	}
+	for _, hosted := range s.hosted {
+		if hosted[0] == first || strings.HasPrefix(hosted[0], "*") {
+			return nil
+		}
+	}
+	return fmt.Errorf("%s is neither the path name of a registry nor hosted here; what is mirrored from docker.io is docker.io/..., whatever the default is", first)
 }
 
 // overlap reports a hosted pattern whose first component means a registry, or
