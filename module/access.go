@@ -141,19 +141,42 @@ func (m *Mirror) caller(r *http.Request) access.Caller {
 	if m.identity == "" {
 		return c
 	}
-	if replacer, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
-		c.Identity, _ = replacer.GetString(m.identity)
-	} else {
-		c.Err = errors.New("Caddy has not prepared this request")
-	}
-	if len(c.Identity) > access.MaxIdentity || !utf8.ValidString(c.Identity) {
-		c.Identity, c.Err = "", fmt.Errorf("the name that an authenticator gives is not UTF-8 of at most %d bytes", access.MaxIdentity)
-	}
+	c.Identity, c.Err = m.named(r)
 	ip, _ := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string)
 	if addr, err := netip.ParseAddr(ip); err == nil {
 		c.Addr = addr.WithZone("")
 	}
 	return c
+}
+
+// named is the name that an authenticator gives who asks. What is no name is an
+// error, and so lets nobody in.
+func (m *Mirror) named(r *http.Request) (string, error) {
+	if m.certificate && (r.TLS == nil || len(r.TLS.PeerCertificates) == 0) {
+		// Caddy has values for a certificate that is not there: the hash of
+		// nothing is a fingerprint.
+		return "", nil
+	}
+	replacer, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	if !ok {
+		return "", errors.New("Caddy has not prepared this request")
+	}
+	var name string
+	switch value, _ := replacer.Get(m.identity); value := value.(type) {
+	case nil:
+	case string:
+		name = value
+	case []byte:
+		name = string(value)
+	case fmt.Stringer:
+		name = value.String()
+	default:
+		return "", fmt.Errorf("{%s} is no name, but %T", m.identity, value)
+	}
+	if len(name) > access.MaxIdentity || !utf8.ValidString(name) {
+		return "", fmt.Errorf("what {%s} says is not UTF-8 of at most %d bytes", m.identity, access.MaxIdentity)
+	}
+	return name, nil
 }
 
 // warn tells of rules that are seldom meant.

@@ -3,6 +3,7 @@ package module
 import (
 	"fmt"
 	"net/http"
+	"strings"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -58,8 +59,9 @@ type Mirror struct {
 	site  *mirror.Site
 	// identity is the placeholder of who asks, without braces; "": no rule needs
 	// to know.
-	identity string
-	log      *zap.Logger
+	identity    string
+	certificate bool // the placeholder is of a client's certificate
+	log         *zap.Logger
 }
 
 // CaddyModule returns the Caddy module information.
@@ -90,6 +92,8 @@ func (m *Mirror) Provision(ctx caddy.Context) error {
 		if m.identity, err = m.Access.placeholder(); err != nil {
 			return err
 		}
+		// Caddy reads the rest of such a placeholder in any case.
+		m.certificate = strings.HasPrefix(strings.ToLower(m.identity), "http.request.tls.client.")
 	}
 	m.warn(cfg.Rules)
 	m.state = app.state

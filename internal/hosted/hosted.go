@@ -59,6 +59,7 @@ type Registry struct {
 	log      *zap.Logger
 	now      func() time.Time
 	settings atomic.Pointer[Settings]
+	uploads  uploads
 }
 
 // Parts are what a registry works with. It closes none of them, and they outlive
@@ -76,6 +77,7 @@ type Parts struct {
 func New(p Parts) *Registry {
 	h := &Registry{store: p.Store, tree: p.Tree, room: p.Room, log: p.Log, now: time.Now}
 	h.settings.Store(&Settings{})
+	h.begin()
 	return h
 }
 
@@ -116,8 +118,9 @@ func (h *Registry) options(repository string) Options {
 }
 
 // Close ends what is under way. What has been uploaded so far stays for the next
-// process.
-func (h *Registry) Close() {}
+// process. Nobody may be writing any more.
+func (h *Registry) Close() { h.closeUploads() }
 
-// Partial is how many bytes on the disk are of uploads that are not finished.
-func (h *Registry) Partial() int64 { return 0 }
+// Partial is how many bytes on the disk are of uploads that are not finished,
+// less what requests under way have set aside and not given back.
+func (h *Registry) Partial() int64 { return h.uploads.partial.Load() }

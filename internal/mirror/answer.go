@@ -15,7 +15,24 @@ import (
 const (
 	forever = "max-age=31536000, immutable, no-transform"
 	asked   = "no-cache, no-transform" // of a tag
+	// personal is added on a site that has rules: no cache in front of it may
+	// answer one caller with what another was allowed.
+	personal = "private, "
 )
+
+// lifetime is the Cache-Control of an answer that is good for everyone for so
+// long.
+func (x *exchange) lifetime(ofTag bool) string {
+	switch personally := x.site.rules != nil; {
+	case ofTag && personally:
+		return personal + asked
+	case ofTag:
+		return asked
+	case personally:
+		return personal + forever
+	}
+	return forever
+}
 
 // warm answers for a manifest or a small blob from memory alone. It reports
 // whether it has; if not, nothing has been sent.
@@ -85,11 +102,7 @@ func (x *exchange) sendManifest(answer *manifestAnswer, ref oci.Reference, head 
 	}
 	x.cached(answer.cache)
 	header := x.w.Header()
-	lifetime := forever
-	if ref.Tag != "" {
-		lifetime = asked
-	}
-	set(header, "Content-Type", mediaType, "Docker-Content-Digest", string(d), "Etag", etag, "Cache-Control", lifetime)
+	set(header, "Content-Type", mediaType, "Docker-Content-Digest", string(d), "Etag", etag, "Cache-Control", x.lifetime(ref.Tag != ""))
 	if answer.stale != "" {
 		if answer.age > 0 {
 			header.Set("Age", strconv.Itoa(int(answer.age/time.Second)))
@@ -118,7 +131,7 @@ func (x *exchange) sendManifest(answer *manifestAnswer, ref oci.Reference, head 
 func (x *exchange) blobHeaders(d digest.Digest) {
 	// Encoding a blob would take its length and its ranges away; containerd
 	// invites it by offering zstd and gzip.
-	set(x.w.Header(), "Content-Type", "application/octet-stream", "Docker-Content-Digest", string(d), "Etag", quoted(d), "Accept-Ranges", "bytes", "Cache-Control", forever)
+	set(x.w.Header(), "Content-Type", "application/octet-stream", "Docker-Content-Digest", string(d), "Etag", quoted(d), "Accept-Ranges", "bytes", "Cache-Control", x.lifetime(false))
 }
 
 func quoted(d digest.Digest) string { return `"` + string(d) + `"` }

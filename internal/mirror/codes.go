@@ -46,6 +46,7 @@ const (
 	deleteOff    // in the repository
 	stillNamed   // a blob that is to be deleted
 	noRoom       // for what is pushed
+	tooMany      // uploads that are not finished
 	noUpstream   // no usable answer in time
 	limited      // by the upstream
 	storeFailed
@@ -97,6 +98,7 @@ var codes = map[situation]struct {
 	deleteOff:       {manifest: cell{http.StatusMethodNotAllowed, oci.CodeUnsupported}},
 	stillNamed:      {manifest: cell{http.StatusMethodNotAllowed, oci.CodeUnsupported}, remedy: "delete the manifests that name it first"},
 	noRoom:          {manifest: cell{http.StatusInsufficientStorage, oci.CodeDenied}, remedy: "delete images that nobody needs, or raise max_size"},
+	tooMany:         {manifest: cell{http.StatusTooManyRequests, oci.CodeTooManyRequests}, remedy: "finish them, cancel them with DELETE, or wait until they expire"},
 	noUpstream: {
 		manifest: cell{http.StatusServiceUnavailable, oci.CodeUnavailable},
 		patient:  cell{http.StatusTooManyRequests, oci.CodeTooManyRequests},
@@ -174,17 +176,19 @@ func judge(err error) *failure {
 		f.situation = noUpstream
 	case errors.Is(err, hosted.ErrNoUpload):
 		f.situation = noUpload
-	case errors.Is(err, hosted.ErrOffset):
+	case errors.Is(err, hosted.ErrBusy):
+		f.situation = tooMany
+	case errors.Is(err, hosted.ErrOffset), errors.Is(err, hosted.ErrTaken):
 		f.situation = outOfOrder
 	case errors.Is(err, hosted.ErrLength):
 		f.situation = wrongLength
-	case errors.Is(err, hosted.ErrDigest):
+	case errors.Is(err, hosted.ErrDigest), errors.Is(err, hosted.ErrAlgorithm):
 		f.situation = wrongDigest
 	case errors.Is(err, hosted.ErrManifest):
 		f.situation = badManifest
 	case errors.As(err, new(*hosted.Missing)):
 		f.situation = missingBlob
-	case errors.Is(err, hosted.ErrTooLarge):
+	case errors.Is(err, hosted.ErrTooLarge), errors.As(err, new(*http.MaxBytesError)):
 		f.situation = oversized
 	case errors.Is(err, hosted.ErrImmutable):
 		f.situation = immutableTag

@@ -59,7 +59,6 @@ type Mirror struct {
 	tagLocks [64]sync.Mutex
 	seed     maphash.Seed
 	pending  *lru.Cache[manifestKey, []string]
-	claims   sync.Mutex
 	pendMu   sync.Mutex // makes changes of pending whole
 	flights  singleflight.Group
 	aheads   chan struct{} // holds a value for each check ahead
@@ -284,28 +283,19 @@ func conflict(t Target, record tree.Record) error {
 
 // claim records a mirrored repository before anything is stored in it.
 func (m *Mirror) claim(ctx context.Context, t Target) error {
-	if _, err := m.tree.Record(ctx, t.Repository); !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	m.claims.Lock()
-	defer m.claims.Unlock()
-	record, err := m.tree.Record(ctx, t.Repository)
-	if err == nil {
-		return conflict(t, record)
-	}
-	if !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	err = m.tree.PutRecord(ctx, t.Repository, tree.Record{
+	record, err := m.tree.Claim(ctx, t.Repository, tree.Record{
 		Class:    tree.Mirrored,
 		Upstream: t.Upstream.Name,
 		Prefix:   t.Upstream.Prefix,
 		Created:  m.now().UTC(),
 	})
-	if err != nil {
-		// A repository without a record belongs to whoever's prefix it is
-		// under.
-		m.diskTrouble("recording a repository", t.Repository, err)
+	if err == nil {
+		return conflict(t, record)
 	}
+	if _, known := m.tree.Record(ctx, t.Repository); !errors.Is(known, fs.ErrNotExist) {
+		return known
+	}
+	// A repository without a record belongs to whoever's prefix it is under.
+	m.diskTrouble("recording a repository", t.Repository, err)
 	return nil
 }

@@ -103,7 +103,7 @@ func (x *exchange) about() string {
 		name = x.target.Upstream.Name + "/" + name
 	}
 	switch ref := x.route.Ref; {
-	case ref == "":
+	case ref == "", x.route.Kind == oci.KindUpload:
 		return name
 	case strings.Contains(ref, ":"):
 		return name + "@" + printable(ref)

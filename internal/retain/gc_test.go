@@ -137,7 +137,7 @@ func TestPeers26GCBesideWriters(t *testing.T) {
 			for i := 0; ctx.Err() == nil; i++ {
 				body := image("m", nil, content(writer, 10+i%3))
 				d := digest.FromBytes(body)
-				if _, err := b.tree.PutManifest(t.Context(), "docker.io/busy", d, body); err != nil {
+				if _, err := b.tree.PutManifest(t.Context(), "docker.io/busy", d, body, nil); err != nil {
 					t.Error(err)
 					return
 				}
@@ -187,7 +187,7 @@ func TestPeers26NamedMeanwhile(t *testing.T) {
 		for i := range 3 {
 			go func() {
 				body := image(fmt.Sprint(i), nil, both[1])
-				_, err := b.tree.PutManifest(context.Background(), "docker.io/a", digest.FromBytes(body), body)
+				_, err := b.tree.PutManifest(context.Background(), "docker.io/a", digest.FromBytes(body), body, nil)
 				named <- err
 			}()
 		}

@@ -52,6 +52,11 @@ func (t *Tree) RemoveTag(ctx context.Context, repository, tag string, d digest.D
 			return err
 		}
 	}
+	return t.untag(ctx, repository, tag)
+}
+
+// untag removes a tag. Its lock is held.
+func (t *Tree) untag(ctx context.Context, repository, tag string) error {
 	// From here on it means nothing. What is left behind it by a process that dies
 	// is removed the next time, or said again by the next SetTag.
 	if err := t.store.Delete(ctx, layout.TagLink(repository, tag)); err != nil {
