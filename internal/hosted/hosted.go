@@ -60,6 +60,8 @@ type Registry struct {
 	now      func() time.Time
 	settings atomic.Pointer[Settings]
 	uploads  uploads
+	// repositories keep pushes of manifests and deletions apart; see delete.go.
+	repositories stripes
 }
 
 // Parts are what a registry works with. It closes none of them, and they outlive

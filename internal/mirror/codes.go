@@ -22,6 +22,8 @@ type situation int
 const (
 	badName situation = iota
 	badReference
+	badTag      // of a push
+	tooManyTags // of a push
 	badPage
 	badRange
 	tooManyRanges
@@ -74,6 +76,8 @@ var codes = map[situation]struct {
 }{
 	badName:         {manifest: cell{http.StatusBadRequest, oci.CodeNameInvalid}},
 	badReference:    {manifest: cell{http.StatusBadRequest, oci.CodeManifestInvalid}, blob: cell{http.StatusBadRequest, oci.CodeDigestInvalid}},
+	badTag:          {manifest: cell{http.StatusBadRequest, oci.CodeTagInvalid}},
+	tooManyTags:     {manifest: cell{http.StatusRequestURITooLong, oci.CodeTagInvalid}, remedy: "set the others by further pushes"},
 	badPage:         {manifest: cell{http.StatusBadRequest, oci.CodePageInvalid}},
 	badRange:        {manifest: cell{http.StatusRequestedRangeNotSatisfiable, oci.CodeRangeInvalid}},
 	tooManyRanges:   {manifest: cell{http.StatusBadRequest, oci.CodeRangeInvalid}, remedy: "ask for fewer at once"},

@@ -71,6 +71,7 @@ type Mirror struct {
 	pulls    atomic.Bool                 // notify is told of pulls
 	coming   *lru.Cache[member, *layers] // of manifests that have just come
 	untagged atomic.Uint64               // tags that were removed
+	changes  atomic.Uint64               // pushes and deletes that were answered
 	maxBlob  atomic.Int64
 	proven   *lru.Cache[digest.Digest, struct{}] // blobs that were hashed on suspicion
 }

@@ -191,8 +191,15 @@ func (x *exchange) serve() error {
 		if ref, err = oci.ParseReference(x.route.Ref); err == nil && x.route.Kind != oci.KindManifest && ref.Digest == "" {
 			err = fmt.Errorf("%q is not a digest", printable(x.route.Ref))
 		}
-		if err != nil {
+		switch {
+		case err == nil:
+		case x.route.Kind != oci.KindManifest || strings.Contains(x.route.Ref, ":"):
 			return fail(badReference, "%v", err)
+		case action == access.Push:
+			return fail(badTag, "%v", err)
+		default:
+			// There cannot be such a tag: a 404, says the conformance suite of 1.1.
+			return fail(unknownContent, "%v", err)
 		}
 	}
 	if x.target.Upstream != nil && action != access.Pull {
