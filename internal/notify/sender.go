@@ -224,7 +224,7 @@ func (s *Sender) Wants(a Action) bool {
 // may.
 func (s *Sender) Notify(e Event) {
 	list := s.listening.Load()
-	if list == nil {
+	if list == nil || len(*list) == 0 {
 		return
 	}
 	var text []byte
@@ -346,7 +346,9 @@ func (s *Sender) keep() {
 			s.sync()
 		case <-sweep.C:
 			s.setting.Lock()
-			s.sweep()
+			if !s.closed {
+				s.sweep()
+			}
 			s.setting.Unlock()
 		case <-s.ctx.Done():
 			return
@@ -402,16 +404,13 @@ func (s *Sender) sweep() {
 // Close ends every attempt. What waits stays for the next process.
 func (s *Sender) Close() {
 	s.setting.Lock()
-	defer s.setting.Unlock()
-	if s.closed {
-		return
-	}
-	s.closed = true
+	hooks := slices.Collect(maps.Values(s.hooks))
+	s.closed, s.hooks = true, nil
+	s.setting.Unlock()
 	s.listening.Store(nil)
 	s.cancel()
 	s.wg.Wait()
-	s.end(slices.Collect(maps.Values(s.hooks))...)
-	s.hooks = nil
+	s.end(hooks...)
 	s.client.CloseIdleConnections()
 }
 
