@@ -40,6 +40,18 @@ type storeStatus struct {
 	LastGC    *retain.Job     `json:"last_gc,omitempty"`
 	LastScrub time.Time       `json:"last_scrub,omitzero"`
 	Damaged   []retain.Damage `json:"damaged"`
+	Webhooks  []webhookStatus `json:"webhooks,omitempty"`
+}
+
+// webhookStatus is how a webhook does since it was configured in this process.
+type webhookStatus struct {
+	Name      string `json:"name"`
+	Pending   int    `json:"pending"`
+	Bytes     int64  `json:"bytes"`
+	Delivered int64  `json:"delivered"`
+	Failed    int64  `json:"failed"`
+	Dropped   int64  `json:"dropped"`
+	Trouble   string `json:"trouble,omitempty"`
 }
 
 type upstreamUsed struct {
@@ -81,6 +93,9 @@ func (in *visit) storeStatus(ctx context.Context) (storeStatus, error) {
 		LastGC:    kept.LastGC,
 		LastScrub: kept.LastScrub,
 		Damaged:   append([]retain.Damage{}, kept.Damaged...),
+	}
+	for _, webhook := range in.sender.Status() {
+		status.Webhooks = append(status.Webhooks, webhookStatus(webhook))
 	}
 	for name, used := range kept.Upstreams {
 		status.Upstreams = append(status.Upstreams, upstreamUsed{name, used.Bytes, used.MaxSize, used.TTL.Seconds()})

@@ -32,7 +32,8 @@ func TestTables(t *testing.T) {
 				Store: "disk:/srv/registry", Usage: use, MaxSize: 500 * gib, Partial: gib, Reserved: 2 * gib,
 				Upstreams: []upstreamUsed{{"docker.io", 180 * gib, 200 * gib, 0}, {"ghcr.io", 95 * gib, 0, (30 * 24 * time.Hour).Seconds()}, {"quay.io", 0, 0, 5400}},
 				Catalog:   "ready", Complete: now.Add(-time.Hour), Evicted: evicted{41, 388, 19 * gib}, LastGC: &gc, LastScrub: now.Add(-72 * time.Hour),
-				Damaged: []retain.Damage{{Digest: "sha256:77ab", Repositories: []string{"apps/web", "apps/db"}, Found: now}},
+				Damaged:  []retain.Damage{{Digest: "sha256:77ab", Repositories: []string{"apps/web", "apps/db"}, Found: now}},
+				Webhooks: []webhookStatus{{Name: "audit", Pending: 2204, Delivered: 31877, Failed: 17, Trouble: "it answers 503"}, {Name: "ci", Delivered: 12}},
 			}.print(w, now)
 		},
 		"status_rebuilding": func(w *strings.Builder) error {

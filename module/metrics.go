@@ -48,6 +48,7 @@ func (*collector) Describe(descs chan<- *prometheus.Desc) {
 	for _, desc := range []*prometheus.Desc{
 		storeAllocated, storeReserved, storePartial, storeMaxSize, storeComplete, storeDamaged,
 		evictedRoots, evictedBlobs, evictedBytes, upstreamBytes, upstreamLimit,
+		webhookPending, webhookSent, webhookFailed, webhookDropped,
 	} {
 		descs <- desc
 	}

@@ -474,7 +474,7 @@ func TestHosted(t *testing.T) {
 	m.wantError(404, oci.CodeManifestUnknown, "GET", "/v2/apps/web/manifests/none", "hosted")
 	m.wantError(404, oci.CodeNameUnknown, "GET", "/v2/apps/none/tags/list")
 	m.wantError(404, oci.CodeNameUnknown, "GET", "/v2/other/web/manifests/v1")
-	m.wantError(405, oci.CodeUnsupported, "PUT", "/v2/apps/web/manifests/v1")
+	m.wantError(400, oci.CodeManifestInvalid, "PUT", "/v2/apps/web/manifests/v1")
 }
 
 // TestClassIsForEver: a record outweighs any later configuration.

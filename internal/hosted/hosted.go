@@ -56,9 +56,13 @@ type Registry struct {
 	store    storage.Store
 	tree     *tree.Tree
 	room     func(ctx context.Context, n int64) bool
+	quota    func(ctx context.Context, repository string, n int64) (done func(), err error)
 	log      *zap.Logger
 	now      func() time.Time
 	settings atomic.Pointer[Settings]
+	uploads  uploads
+	// repositories keep pushes of manifests and deletions apart; see delete.go.
+	repositories stripes
 }
 
 // Parts are what a registry works with. It closes none of them, and they outlive
@@ -69,13 +73,23 @@ type Parts struct {
 	// Room makes room for n bytes where there is none, and reports whether it is
 	// worth trying again; nil: nobody does.
 	Room func(ctx context.Context, n int64) bool
-	Log  *zap.Logger
+	// Quota sets n bytes aside for what is pushed to a repository, beside those of
+	// earlier calls. Where its hosted pattern may not take so many more, the error
+	// wraps [storage.ErrFull] and names the pattern. They count until done is
+	// called, once: when the tree has told of what they were for, or it is given
+	// up. nil: nothing is limited.
+	Quota func(ctx context.Context, repository string, n int64) (done func(), err error)
+	Log   *zap.Logger
 }
 
 // New returns a registry.
 func New(p Parts) *Registry {
-	h := &Registry{store: p.Store, tree: p.Tree, room: p.Room, log: p.Log, now: time.Now}
+	if p.Quota == nil {
+		p.Quota = func(context.Context, string, int64) (func(), error) { return func() {}, nil }
+	}
+	h := &Registry{store: p.Store, tree: p.Tree, room: p.Room, quota: p.Quota, log: p.Log, now: time.Now}
 	h.settings.Store(&Settings{})
+	h.begin()
 	return h
 }
 
@@ -116,8 +130,9 @@ func (h *Registry) options(repository string) Options {
 }
 
 // Close ends what is under way. What has been uploaded so far stays for the next
-// process.
-func (h *Registry) Close() {}
+// process. Nobody may be writing any more.
+func (h *Registry) Close() { h.closeUploads() }
 
-// Partial is how many bytes on the disk are of uploads that are not finished.
-func (h *Registry) Partial() int64 { return 0 }
+// Partial is how many bytes on the disk are of uploads that are not finished,
+// less what requests under way have set aside and not given back.
+func (h *Registry) Partial() int64 { return h.uploads.partial.Load() }

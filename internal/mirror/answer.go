@@ -50,6 +50,7 @@ func (x *exchange) warm(ref oci.Reference, head bool) (bool, error) {
 			x.cached(hit)
 			x.blobHeaders(ref.Digest)
 			set(x.w.Header(), "Content-Length", strconv.Itoa(len(body)))
+			x.pulled(ref.Digest, "", int64(len(body)), "")
 			x.w.WriteHeader(http.StatusOK)
 			if !head {
 				x.w.Write(body)
@@ -116,6 +117,9 @@ func (x *exchange) sendManifest(answer *manifestAnswer, ref oci.Reference, head 
 		return nil
 	}
 	set(header, "Content-Length", length)
+	if !head {
+		x.pulled(d, mediaType, int64(len(answer.held.Body)), ref.Tag)
+	}
 	x.w.WriteHeader(http.StatusOK)
 	if !head {
 		x.w.Write(answer.held.Body)

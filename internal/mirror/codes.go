@@ -22,6 +22,8 @@ type situation int
 const (
 	badName situation = iota
 	badReference
+	badTag      // of a push
+	tooManyTags // of a push
 	badPage
 	badRange
 	tooManyRanges
@@ -46,6 +48,7 @@ const (
 	deleteOff    // in the repository
 	stillNamed   // a blob that is to be deleted
 	noRoom       // for what is pushed
+	tooMany      // uploads that are not finished
 	noUpstream   // no usable answer in time
 	limited      // by the upstream
 	storeFailed
@@ -73,6 +76,8 @@ var codes = map[situation]struct {
 }{
 	badName:         {manifest: cell{http.StatusBadRequest, oci.CodeNameInvalid}},
 	badReference:    {manifest: cell{http.StatusBadRequest, oci.CodeManifestInvalid}, blob: cell{http.StatusBadRequest, oci.CodeDigestInvalid}},
+	badTag:          {manifest: cell{http.StatusBadRequest, oci.CodeTagInvalid}},
+	tooManyTags:     {manifest: cell{http.StatusRequestURITooLong, oci.CodeTagInvalid}, remedy: "set the others by further pushes"},
 	badPage:         {manifest: cell{http.StatusBadRequest, oci.CodePageInvalid}},
 	badRange:        {manifest: cell{http.StatusRequestedRangeNotSatisfiable, oci.CodeRangeInvalid}},
 	tooManyRanges:   {manifest: cell{http.StatusBadRequest, oci.CodeRangeInvalid}, remedy: "ask for fewer at once"},
@@ -97,6 +102,7 @@ var codes = map[situation]struct {
 	deleteOff:       {manifest: cell{http.StatusMethodNotAllowed, oci.CodeUnsupported}},
 	stillNamed:      {manifest: cell{http.StatusMethodNotAllowed, oci.CodeUnsupported}, remedy: "delete the manifests that name it first"},
 	noRoom:          {manifest: cell{http.StatusInsufficientStorage, oci.CodeDenied}, remedy: "delete images that nobody needs, or raise max_size"},
+	tooMany:         {manifest: cell{http.StatusTooManyRequests, oci.CodeTooManyRequests}, remedy: "finish them, cancel them with DELETE, or wait until they expire"},
 	noUpstream: {
 		manifest: cell{http.StatusServiceUnavailable, oci.CodeUnavailable},
 		patient:  cell{http.StatusTooManyRequests, oci.CodeTooManyRequests},
@@ -174,17 +180,19 @@ func judge(err error) *failure {
 		f.situation = noUpstream
 	case errors.Is(err, hosted.ErrNoUpload):
 		f.situation = noUpload
-	case errors.Is(err, hosted.ErrOffset):
+	case errors.Is(err, hosted.ErrBusy):
+		f.situation = tooMany
+	case errors.Is(err, hosted.ErrOffset), errors.Is(err, hosted.ErrTaken):
 		f.situation = outOfOrder
 	case errors.Is(err, hosted.ErrLength):
 		f.situation = wrongLength
-	case errors.Is(err, hosted.ErrDigest):
+	case errors.Is(err, hosted.ErrDigest), errors.Is(err, hosted.ErrAlgorithm):
 		f.situation = wrongDigest
 	case errors.Is(err, hosted.ErrManifest):
 		f.situation = badManifest
 	case errors.As(err, new(*hosted.Missing)):
 		f.situation = missingBlob
-	case errors.Is(err, hosted.ErrTooLarge):
+	case errors.Is(err, hosted.ErrTooLarge), errors.As(err, new(*http.MaxBytesError)):
 		f.situation = oversized
 	case errors.Is(err, hosted.ErrImmutable):
 		f.situation = immutableTag

@@ -146,7 +146,7 @@ func (m *Mirror) fetch(ctx context.Context, t Target, ref oci.Reference, must bo
 	if err := m.claim(ctx, t); err != nil {
 		return nil, err
 	}
-	stored, err := m.tree.PutManifest(ctx, t.Repository, got.Digest, got.Body)
+	stored, err := m.tree.PutManifest(ctx, t.Repository, got.Digest, got.Body, nil)
 	if err != nil {
 		m.diskTrouble("storing a manifest", ref.Join(t.Repository), err)
 		return m.tree.Remember(t.Repository, got.Digest, got.Body)

@@ -59,7 +59,6 @@ type Mirror struct {
 	tagLocks [64]sync.Mutex
 	seed     maphash.Seed
 	pending  *lru.Cache[manifestKey, []string]
-	claims   sync.Mutex
 	pendMu   sync.Mutex // makes changes of pending whole
 	flights  singleflight.Group
 	aheads   chan struct{} // holds a value for each check ahead
@@ -69,8 +68,10 @@ type Mirror struct {
 	told     *lru.Cache[trouble, time.Time]   // when it was last told of
 	emit     atomic.Pointer[func(string, map[string]any)]
 	notify   atomic.Pointer[func(notify.Event)]
+	pulls    atomic.Bool                 // notify is told of pulls
 	coming   *lru.Cache[member, *layers] // of manifests that have just come
 	untagged atomic.Uint64               // tags that were removed
+	changes  atomic.Uint64               // pushes and deletes that were answered
 	maxBlob  atomic.Int64
 	proven   *lru.Cache[digest.Digest, struct{}] // blobs that were hashed on suspicion
 }
@@ -172,9 +173,11 @@ type Settings struct {
 	// storage_full no more. Each comes once a minute at most, for each upstream
 	// or repository.
 	Emit func(event string, data map[string]any)
-	// Notify is told of every push, pull, mount and delete, before the client
-	// is answered; nil: nobody is.
+	// Notify is told of every push, mount and delete, before the client is
+	// answered; nil: nobody is. With Pulls it is told of every pull of what is
+	// hosted here, too.
 	Notify func(notify.Event)
+	Pulls  bool
 }
 
 // Set replaces the settings.
@@ -182,6 +185,7 @@ func (m *Mirror) Set(s Settings) {
 	m.tree.Heat(s.Hot)
 	m.maxBlob.Store(s.MaxBlob)
 	m.emit.Store(&s.Emit)
+	m.pulls.Store(s.Pulls)
 	m.notify.Store(&s.Notify)
 }
 
@@ -280,28 +284,19 @@ func conflict(t Target, record tree.Record) error {
 
 // claim records a mirrored repository before anything is stored in it.
 func (m *Mirror) claim(ctx context.Context, t Target) error {
-	if _, err := m.tree.Record(ctx, t.Repository); !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	m.claims.Lock()
-	defer m.claims.Unlock()
-	record, err := m.tree.Record(ctx, t.Repository)
-	if err == nil {
-		return conflict(t, record)
-	}
-	if !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	err = m.tree.PutRecord(ctx, t.Repository, tree.Record{
+	record, err := m.tree.Claim(ctx, t.Repository, tree.Record{
 		Class:    tree.Mirrored,
 		Upstream: t.Upstream.Name,
 		Prefix:   t.Upstream.Prefix,
 		Created:  m.now().UTC(),
 	})
-	if err != nil {
-		// A repository without a record belongs to whoever's prefix it is
-		// under.
-		m.diskTrouble("recording a repository", t.Repository, err)
+	if err == nil {
+		return conflict(t, record)
 	}
+	if _, known := m.tree.Record(ctx, t.Repository); !errors.Is(known, fs.ErrNotExist) {
+		return known
+	}
+	// A repository without a record belongs to whoever's prefix it is under.
+	m.diskTrouble("recording a repository", t.Repository, err)
 	return nil
 }

@@ -90,6 +90,7 @@ type exchange struct {
 	opened bool
 	report Report
 	began  time.Time
+	id     string // by which events name the request, once there is one
 }
 
 // about names what was asked for, for error messages.
@@ -102,7 +103,7 @@ func (x *exchange) about() string {
 		name = x.target.Upstream.Name + "/" + name
 	}
 	switch ref := x.route.Ref; {
-	case ref == "":
+	case ref == "", x.route.Kind == oci.KindUpload:
 		return name
 	case strings.Contains(ref, ":"):
 		return name + "@" + printable(ref)
@@ -154,6 +155,9 @@ func allow(route oci.Route) string {
 
 func (x *exchange) serve() error {
 	head := x.r.Method == http.MethodHead
+	if x.route.Kind == oci.KindObsolete {
+		return fail(unknownEndpoint, "this registry speaks version 2 of the registry API; a client that asks for /v1/ is too old: use Docker 1.6 or a later one")
+	}
 	action := x.action()
 	if action == 0 {
 		x.w.Header().Set("Allow", allow(x.route))
@@ -164,6 +168,10 @@ func (x *exchange) serve() error {
 		return x.json([]byte("{}"))
 	case oci.KindCatalog:
 		return x.catalog()
+	case oci.KindSearchPing:
+		return x.searchPing()
+	case oci.KindSearch:
+		return x.search()
 	case oci.KindUnknown:
 		return fail(unknownEndpoint, "there is nothing at this path of the registry API")
 	}
@@ -183,8 +191,15 @@ func (x *exchange) serve() error {
 		if ref, err = oci.ParseReference(x.route.Ref); err == nil && x.route.Kind != oci.KindManifest && ref.Digest == "" {
 			err = fmt.Errorf("%q is not a digest", printable(x.route.Ref))
 		}
-		if err != nil {
+		switch {
+		case err == nil:
+		case x.route.Kind != oci.KindManifest || strings.Contains(x.route.Ref, ":"):
 			return fail(badReference, "%v", err)
+		case action == access.Push:
+			return fail(badTag, "%v", err)
+		default:
+			// There cannot be such a tag: a 404, says the conformance suite of 1.1.
+			return fail(unknownContent, "%v", err)
 		}
 	}
 	if x.target.Upstream != nil && action != access.Pull {
@@ -307,6 +322,7 @@ func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) (err er
 		return err
 	}
 	describe(c)
+	x.pulled(d, "", size, "")
 	switch {
 	case sum < 0:
 		x.mirror.ahead(x.target, d)

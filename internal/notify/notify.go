@@ -3,6 +3,8 @@
 package notify
 
 import (
+	"crypto/rand"
+	"fmt"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -32,8 +34,17 @@ type Event struct {
 	// Who did it, and how.
 	Actor     string // the identity; empty: nobody known
 	Addr      string // of the client, without its port
+	Request   string // by NewID, one for all events of a request; empty: as the event's own
 	Method    string
 	Host      string
 	UserAgent string
-	URL       string // of the content, absolute
+	URL       string // of the content, absolute; empty where there is none any more
+}
+
+// NewID returns a random UUID (RFC 9562, version 4).
+func NewID() string {
+	var b [16]byte
+	rand.Read(b[:]) // it never fails
+	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }

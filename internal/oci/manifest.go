@@ -15,6 +15,10 @@ import (
 // is willing to read.
 const MaxManifestSize = 4 << 20
 
+// MaxStoredManifest is the largest manifest that is stored and served, in bytes:
+// what is pushed may be as large if a configuration says so.
+const MaxStoredManifest = 32 << 20
+
 // A Manifest is what this program reads of a manifest's bytes, of whatever
 // type. The bytes themselves are what is stored and served; they are never
 // written again from this.

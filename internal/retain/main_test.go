@@ -277,7 +277,7 @@ func (b *kept) repository(name, upstream string) {
 func (b *kept) manifest(repository string, body []byte) digest.Digest {
 	b.t.Helper()
 	d := digest.FromBytes(body)
-	if _, err := b.tree.PutManifest(b.t.Context(), repository, d, body); err != nil {
+	if _, err := b.tree.PutManifest(b.t.Context(), repository, d, body, nil); err != nil {
 		b.t.Fatal(err)
 	}
 	return d
@@ -313,7 +313,7 @@ func (b *kept) blob(repository string, data []byte) bool {
 
 func (b *kept) tag(repository, tag string, d digest.Digest) {
 	b.t.Helper()
-	if err := b.tree.SetTag(b.t.Context(), repository, tag, d, b.clock.time()); err != nil {
+	if err := b.tree.SetTag(b.t.Context(), repository, tag, d, b.clock.time(), nil); err != nil {
 		b.t.Fatal(err)
 	}
 	b.read(repository, tag)
