@@ -66,6 +66,15 @@ func init() {
 //			max_size <size>|off
 //			ttl      <duration>|off
 //		}
+//		hosted <pattern> {
+//			max_size          <size>|off
+//			max_manifest_size <size>
+//			delete            on|off
+//			immutable         <tag-pattern...>
+//			require_blobs     on|off
+//			keep  <n>        [on <tag-pattern...>]
+//			newer <duration> [on <tag-pattern...>]
+//		}
 //	}
 func parseApp(d *caddyfile.Dispenser, earlier any) (any, error) {
 	d.Next() // registry
@@ -79,7 +88,7 @@ func parseApp(d *caddyfile.Dispenser, earlier any) (any, error) {
 	var seen options
 	hosts := map[string]bool{}
 	for d.NextBlock(0) {
-		if d.Val() != "upstream" && d.Val() != "webhook" {
+		if d.Val() != "upstream" && d.Val() != "hosted" && d.Val() != "webhook" {
 			if err := seen.once(d); err != nil {
 				return nil, err
 			}
@@ -140,6 +149,11 @@ func parseApp(d *caddyfile.Dispenser, earlier any) (any, error) {
 				return nil, err
 			}
 			app.Upstreams = append(app.Upstreams, u)
+		case "hosted":
+			var err error
+			if app.Hosted, err = parseHosted(d, app.Hosted); err != nil {
+				return nil, err
+			}
 		default:
 			return nil, d.Errf("unrecognized option %q of registry", d.Val())
 		}
@@ -312,16 +326,23 @@ func parseDurations(d *caddyfile.Dispenser, into ...*caddy.Duration) error {
 		return d.ArgErr()
 	}
 	for i, arg := range args {
-		value, err := caddy.ParseDuration(arg)
-		if err == nil && value < 0 {
-			err = errors.New("it cannot be negative")
+		var err error
+		if *into[i], err = parseDuration(d, arg); err != nil {
+			return err
 		}
-		if err != nil {
-			return d.Errf("bad duration %q: %v", arg, err)
-		}
-		*into[i] = caddy.Duration(value)
 	}
 	return nil
+}
+
+func parseDuration(d *caddyfile.Dispenser, arg string) (caddy.Duration, error) {
+	value, err := caddy.ParseDuration(arg)
+	if err == nil && value < 0 {
+		err = errors.New("it cannot be negative")
+	}
+	if err != nil {
+		return 0, d.Errf("bad duration %q: %v", arg, err)
+	}
+	return caddy.Duration(value), nil
 }
 
 func parseConnections(d *caddyfile.Dispenser) (int, error) {

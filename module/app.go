@@ -28,6 +28,7 @@ import (
 	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/mirror"
 	"github.com/caddy-registry/mirror/internal/notify"
+	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/retain"
 	"github.com/caddy-registry/mirror/internal/upstream"
 	"github.com/caddy-registry/mirror/storage"
@@ -59,6 +60,9 @@ type App struct {
 
 	// Registries to add to the built-in ones, and changes to those.
 	Upstreams []*Upstream `json:"upstreams,omitempty"`
+
+	// How hosted repositories are kept, by patterns of their names.
+	Hosted []*Hosted `json:"hosted,omitempty"`
 
 	// How much memory there is for manifests, image configs and other blobs of
 	// up to 64 KiB that are asked for often: a number of bytes (`256MiB`), or
@@ -92,7 +96,9 @@ type App struct {
 	webhooks  []notify.Webhook
 	state     *state
 	upstreams *mirror.Upstreams
-	open      int // mirror sites of this configuration where anyone may pull
+	hosted    []hosted.Options
+	served    []oci.Pattern // what the mirror sites of this configuration host
+	open      int           // mirror sites of this configuration where anyone may pull
 }
 
 // GC is when unreferenced content is deleted.
@@ -171,6 +177,9 @@ func (a *App) Provision(ctx caddy.Context) error {
 		return err
 	}
 	if a.keep.Scrub, err = parseSize("scrub", a.Scrub, 4<<20); err != nil {
+		return err
+	}
+	if err := a.provisionHosted(); err != nil {
 		return err
 	}
 	events, err := ctx.App("events")
@@ -299,7 +308,7 @@ func (a *App) Start() error {
 		catalog:   a.catalog,
 		log:       a.log,
 		mirror:    mirror.Settings{Hot: a.hot, MaxBlob: a.backend.Limits().MaxBlobSize, Emit: a.emit},
-		hosted:    hosted.Settings{MaxBlob: a.backend.Limits().MaxBlobSize},
+		hosted:    hosted.Settings{MaxBlob: a.backend.Limits().MaxBlobSize, Options: a.hosted},
 		keep:      a.keep,
 		webhooks:  a.webhooks,
 		emits:     a.emits,
@@ -311,6 +320,7 @@ func (a *App) Start() error {
 		a.log.Warn("registry_mirror lets everyone who reaches it pull; keep it inside your network, put remote_ip, basic_auth or forward_auth in front of it, or say in its access block who may pull",
 			zap.Int("sites", a.open))
 	}
+	a.warnHosted()
 	running.add(a)
 	return nil
 }

@@ -97,6 +97,7 @@ func (m *Mirror) Provision(ctx caddy.Context) error {
 	}
 	m.warn(cfg.Rules)
 	m.state = app.state
+	app.served = append(app.served, cfg.Hosted...)
 	if cfg.Rules.Open(access.Pull) {
 		app.open++
 	}

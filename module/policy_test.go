@@ -474,7 +474,7 @@ func TestHosted(t *testing.T) {
 	m.wantError(404, oci.CodeManifestUnknown, "GET", "/v2/apps/web/manifests/none", "hosted")
 	m.wantError(404, oci.CodeNameUnknown, "GET", "/v2/apps/none/tags/list")
 	m.wantError(404, oci.CodeNameUnknown, "GET", "/v2/other/web/manifests/v1")
-	m.wantError(405, oci.CodeUnsupported, "PUT", "/v2/apps/web/manifests/v1")
+	m.wantError(400, oci.CodeManifestInvalid, "PUT", "/v2/apps/web/manifests/v1")
 }
 
 // TestClassIsForEver: a record outweighs any later configuration.
@@ -489,6 +489,11 @@ func TestClassIsForEver(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.wantError(404, oci.CodeNameUnknown, "GET", "/v2/apps/web/manifests/v1", "mirror of docker.io")
+	// Nor is it shown, or mounted from, as what it is not.
+	if a := m.want(200, "GET", "/v2/_catalog"); string(a.body) != `{"repositories":[]}` {
+		t.Errorf("catalog: %s", a.body)
+	}
+	m.want(202, "POST", "/v2/apps/mine/blobs/uploads/?mount="+image.Blobs[0].Digest.String()+"&from=apps/web")
 	if err := m.load(upstreamFor("other.test", other, `repository_prefix ""`), "default other.test"); err != nil {
 		t.Fatal(err)
 	}

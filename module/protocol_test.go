@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"net/url"
 	"slices"
 	"strings"
 	"testing"
@@ -377,9 +378,11 @@ func (k kind) wantReferrers(p pusher, there []regtest.Content) {
 				continue
 			}
 			alike := slices.DeleteFunc(slices.Clone(referrers), func(d v1.Descriptor) bool { return d.ArtifactType != kind })
-			found, _ := p.referrers(subject, "?artifactType="+kind)
-			if got, want := plain(found), plain(alike); got != want {
-				t.Errorf("referrers of %s with %s:\n%s, want\n%s", subject, kind, got, want)
+			for _, written := range []string{kind, url.QueryEscape(kind)} {
+				found, _ := p.referrers(subject, "?artifactType="+written)
+				if got, want := plain(found), plain(alike); got != want {
+					t.Errorf("referrers of %s with %s:\n%s, want\n%s", subject, written, got, want)
+				}
 			}
 			a := p.sends(200, "GET", p.path("referrers", subject.String()+"?artifactType="+kind), nil)
 			if a.Header.Get("OCI-Filters-Applied") != "artifactType" {

@@ -15,7 +15,7 @@ import (
 )
 
 // hostedSite is a site that hosts apps/** and lets anyone do anything.
-const hostedSite = "default off\nhosted apps/**\naccess {\nallow any\n}"
+const hostedSite = "default off\nhosted apps/**\naccess {\nallow any to anyone\n}"
 
 // A pusher is a client of one hosted repository.
 type pusher struct {

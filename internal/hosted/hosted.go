@@ -56,6 +56,7 @@ type Registry struct {
 	store    storage.Store
 	tree     *tree.Tree
 	room     func(ctx context.Context, n int64) bool
+	quota    func(ctx context.Context, repository string, n int64) (done func(), err error)
 	log      *zap.Logger
 	now      func() time.Time
 	settings atomic.Pointer[Settings]
@@ -72,12 +73,21 @@ type Parts struct {
 	// Room makes room for n bytes where there is none, and reports whether it is
 	// worth trying again; nil: nobody does.
 	Room func(ctx context.Context, n int64) bool
-	Log  *zap.Logger
+	// Quota sets n bytes aside for what is pushed to a repository, beside those of
+	// earlier calls. Where its hosted pattern may not take so many more, the error
+	// wraps [storage.ErrFull] and names the pattern. They count until done is
+	// called, once: when the tree has told of what they were for, or it is given
+	// up. nil: nothing is limited.
+	Quota func(ctx context.Context, repository string, n int64) (done func(), err error)
+	Log   *zap.Logger
 }
 
 // New returns a registry.
 func New(p Parts) *Registry {
-	h := &Registry{store: p.Store, tree: p.Tree, room: p.Room, log: p.Log, now: time.Now}
+	if p.Quota == nil {
+		p.Quota = func(context.Context, string, int64) (func(), error) { return func() {}, nil }
+	}
+	h := &Registry{store: p.Store, tree: p.Tree, room: p.Room, quota: p.Quota, log: p.Log, now: time.Now}
 	h.settings.Store(&Settings{})
 	h.begin()
 	return h

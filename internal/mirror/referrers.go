@@ -39,7 +39,9 @@ func (x *exchange) referrers(ctx context.Context, subject digest.Digest) error {
 	wanted := map[string]bool{}
 	for _, kind := range query["artifactType"] {
 		if kind != "" {
-			wanted[kind] = true
+			// Who does not write the + of +json as %2B means it all the same: no
+			// media type has a space.
+			wanted[strings.ReplaceAll(kind, " ", "+")] = true
 		}
 	}
 	told, err := x.toldReferrers(ctx, subject, last)

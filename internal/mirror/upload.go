@@ -12,7 +12,6 @@ import (
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
 
-	"github.com/caddy-registry/mirror/internal/access"
 	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/notify"
 	"github.com/caddy-registry/mirror/internal/oci"
@@ -191,66 +190,40 @@ func chunkRange(s string) (first, last int64, ok bool) {
 	return first, last, true
 }
 
-// mount takes a blob over from another repository that the caller may read: the
-// one that is named, or any. It reports whether it has answered.
+// mount takes a blob over from another repository that the caller may pull from:
+// the one that is named, or any. It reports whether it has answered.
 func (x *exchange) mount(ctx context.Context, d digest.Digest, from string) bool {
-	ctx, cancel := context.WithTimeout(ctx, manifestBudget)
-	defer cancel()
-	for _, name := range x.mountable(ctx, d, from) {
-		source, err := x.site.Resolve(x.r.Host, "", name)
-		if err != nil || !x.mayTake(ctx, source, d, from != "") {
-			continue
-		}
-		size, err := x.mirror.hosted.Mount(ctx, x.target.Repository, source.Repository, d)
-		if err != nil {
-			if !errors.Is(err, fs.ErrNotExist) {
-				x.mirror.log.Warn("mounting a blob", zap.String("from", source.Repository), zap.String("to", x.target.Repository), zap.Error(err))
-			}
-			continue
-		}
-		x.report.Reference = string(d)
-		x.notify(notify.Mount, d, "", size, "", source.addressed())
-		x.created(d)
-		return true
-	}
-	return false
-}
-
-// mountable are the repositories that a blob may be mounted from, by the names
-// they have at this site.
-func (x *exchange) mountable(ctx context.Context, d digest.Digest, from string) []string {
 	if from != "" {
-		return []string{from}
+		source, ok := x.source(ctx, from)
+		return ok && x.mountFrom(ctx, d, source.Repository, source.addressed())
 	}
 	c := x.mirror.catalog(ctx)
 	if c == nil {
-		return nil
+		return false
 	}
 	owners, err := c.Owners(ctx, d, maxOwners)
 	if err != nil {
 		x.mirror.log.Warn("asking the catalog who has a blob", zap.Error(err))
-		return nil
+		return false
 	}
-	var names []string
 	for _, owner := range owners {
-		if name, _, ok := x.site.address(owner.Name); ok {
-			names = append(names, name)
+		if name, ok := x.visible(ctx, owner.Name); ok && x.mountFrom(ctx, d, owner.Name, name) {
+			return true
 		}
 	}
-	return names
+	return false
 }
 
-// mayTake reports whether the caller may read a blob of a repository. An upstream
-// is asked about one that may be private only if the client has named it.
-func (x *exchange) mayTake(ctx context.Context, source Target, d digest.Digest, named bool) bool {
-	if !x.site.rules.Decide(x.caller, access.Pull, source.addressed(), source.Upstream == nil).Allowed {
+func (x *exchange) mountFrom(ctx context.Context, d digest.Digest, repository, name string) bool {
+	size, err := x.mirror.hosted.Mount(ctx, x.target.Repository, repository, d)
+	if err != nil {
+		if !errors.Is(err, fs.ErrNotExist) {
+			x.mirror.log.Warn("mounting a blob", zap.String("from", repository), zap.String("to", x.target.Repository), zap.Error(err))
+		}
 		return false
 	}
-	if err := x.mirror.admit(ctx, source); err != nil {
-		return false
-	}
-	if !named && !x.mirror.readable(source) {
-		return false
-	}
-	return x.mirror.public(ctx, source, oci.KindBlob, oci.Reference{Digest: d}) == nil
+	x.report.Reference = string(d)
+	x.notify(notify.Mount, d, "", size, "", name)
+	x.created(d)
+	return true
 }

@@ -50,6 +50,52 @@ func match(pattern Pattern, name string, left bool) bool {
 	return !left
 }
 
+// Overlaps reports whether a name may fit both patterns.
+func (p Pattern) Overlaps(q Pattern) bool {
+	// meet[j] says of the rest of p and of q[j:] whether a name fits both.
+	meet := make([]bool, len(q)+1)
+	for i := len(p); i >= 0; i-- {
+		below := meet
+		meet = make([]bool, len(q)+1)
+		for j := len(q); j >= 0; j-- {
+			more, other := i < len(p), j < len(q)
+			switch {
+			case !more && !other:
+				meet[j] = true
+			case more && p[i] == "**":
+				meet[j] = below[j] || other && meet[j+1]
+			case other && q[j] == "**":
+				meet[j] = meet[j+1] || more && below[j]
+			case more && other && (p[i] == "*" || q[j] == "*" || p[i] == q[j]):
+				meet[j] = below[j+1]
+			}
+		}
+	}
+	return meet[0]
+}
+
+// Covers reports whether every name that fits q fits p. It may miss that two or
+// more parts of p together do what one of q does.
+func (p Pattern) Covers(q Pattern) bool { return covers(p, q) }
+
+func covers(p, q []string) bool {
+	for len(p) > 0 {
+		if p[0] == "**" {
+			for i := range len(q) + 1 {
+				if covers(p[1:], q[i:]) {
+					return true
+				}
+			}
+			return false
+		}
+		if len(q) == 0 || q[0] == "**" || p[0] != "*" && p[0] != q[0] {
+			return false
+		}
+		p, q = p[1:], q[1:]
+	}
+	return len(q) == 0
+}
+
 // A TagPattern matches tags: "*" stands for any characters, none included, and
 // anything else for itself.
 type TagPattern string

@@ -33,6 +33,7 @@ type Keeper struct {
 	paces    paces
 	journal  journal
 	account  account
+	quota    quota
 	eviction eviction
 	jobs     jobs
 	damage   damage
@@ -73,7 +74,7 @@ type Hooks struct {
 func New(store storage.Store, log *zap.Logger) *Keeper {
 	k := &Keeper{
 		store: store, log: log, now: time.Now, paces: standard,
-		journal: newJournal(), eviction: newEviction(),
+		journal: newJournal(), eviction: newEviction(), quota: newQuota(),
 		jobs: newJobs(), damage: newDamage(), reconcile: make(chan struct{}, 1),
 	}
 	k.set.Store(&Settings{})
@@ -86,6 +87,9 @@ type Settings struct {
 	MaxSize int64
 	// Limits are those of upstreams, by name.
 	Limits map[string]Limit
+	// Hosted are those of hosted repositories: the first whose pattern matches
+	// are a repository's.
+	Hosted []Hosted
 	// GC is when the catalog is compared with the store and what nothing refers
 	// to is deleted; nil: when somebody asks for it. Grace is how old that must be.
 	GC    cron.Schedule
@@ -156,6 +160,9 @@ func (k *Keeper) Close() {
 func (k *Keeper) Set(s Settings) {
 	s.Limits = maps.Clone(s.Limits)
 	k.set.Store(&s)
+	k.quota.mu.Lock()
+	k.quota.adapt(&s)
+	k.quota.mu.Unlock()
 	k.eviction.hope()
 	signal(k.eviction.kick)
 	k.jobs.settled()

@@ -37,6 +37,10 @@ func (t *Tree) Claim(ctx context.Context, repository string, r Record) (Record, 
 	if record, err := t.Record(ctx, repository); !errors.Is(err, fs.ErrNotExist) {
 		return record, err
 	}
+	if was, ok := t.forgotten.Peek(repository); ok && was.Class == Hosted {
+		// Somebody may be pushing who has found it recorded.
+		r = was
+	}
 	if err := t.putRecord(ctx, repository, r); err != nil {
 		return Record{}, fmt.Errorf("recording repository %s: %w", repository, err)
 	}

@@ -69,7 +69,7 @@ func (t *Tree) putTagRecord(ctx context.Context, w *writing, repository, tag str
 // nil permit always agrees.
 //
 // In a hosted repository the manifest must be stored there; if it is not, the error
-// is an fs.ErrNotExist.
+// is an fs.ErrNotExist. A tag that means d already counts as pushed again there.
 func (t *Tree) SetTag(ctx context.Context, repository, tag string, d digest.Digest, at time.Time, permit func(before digest.Digest) error) error {
 	w := t.write(ctx, repository)
 	defer w.end()
@@ -101,7 +101,7 @@ func (t *Tree) setTag(ctx context.Context, w *writing, repository, tag string, d
 			return err
 		}
 	}
-	if before == d {
+	if before == d && !t.isHosted(ctx, repository) {
 		w.touch(layout.TagLink(repository, tag))
 		return nil
 	}
@@ -152,7 +152,7 @@ func (t *Tree) pointTag(ctx context.Context, w *writing, repository, tag string,
 		}
 		w.rest(stored...)
 	}
-	if before != "" {
+	if before != "" && before != d {
 		r, err := t.TagRecord(ctx, repository, tag)
 		if err != nil {
 			return err
