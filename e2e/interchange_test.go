@@ -68,7 +68,7 @@ func TestInterchange(t *testing.T) {
 		r.push(t, "apps/web", img)
 		r.stop(t)
 
-		m := startMirror(t, setup{store: dir, site: "default off\nhosted apps/**\naccess {\n allow pull to anyone\n}"})
+		m := startMirror(t, setup{store: dir, site: "default off\nhosted apps/**\naccess {\nallow any to anyone\n}"})
 		skopeoCopy(t, m.addr+"/apps/web:latest", img)
 		skopeoCopy(t, m.addr+"/apps/web@"+img.digest, img)
 		if tags := listTags(t, m.addr, "apps/web"); !slices.Equal(tags, []string{"latest"}) {
