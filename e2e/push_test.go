@@ -128,9 +128,10 @@ func (s *shop) answers(t *testing.T, status int, method, path string) {
 }
 
 // holds checks every byte of what a reference means, which is to have the
-// digest; and returns the body of the manifest.
-func (s *shop) holds(t *testing.T, repository, reference, digest string) []byte {
+// digest; and returns the digests of its blobs.
+func (s *shop) holds(t *testing.T, repository, reference, digest string) []string {
 	t.Helper()
+	var blobs []string
 	body := s.read(t, "/v2/"+repository+"/manifests/"+reference, digest)
 	var m struct {
 		Config    *v1.Descriptor
@@ -141,15 +142,16 @@ func (s *shop) holds(t *testing.T, repository, reference, digest string) []byte 
 		t.Fatalf("%s:%s: %v", repository, reference, err)
 	}
 	for _, child := range m.Manifests {
-		s.holds(t, repository, child.Digest.String(), child.Digest.String())
+		blobs = append(blobs, s.holds(t, repository, child.Digest.String(), child.Digest.String())...)
 	}
 	if m.Config != nil {
 		m.Layers = append(m.Layers, *m.Config)
 	}
 	for _, blob := range m.Layers {
 		s.read(t, "/v2/"+repository+"/blobs/"+blob.Digest.String(), blob.Digest.String())
+		blobs = append(blobs, blob.Digest.String())
 	}
-	return body
+	return blobs
 }
 
 func (s *shop) read(t *testing.T, path, digest string) []byte {
@@ -390,7 +392,9 @@ func pushWithSkopeo(t *testing.T, s *shop, img *image) {
 	do := doing(t, skopeo)
 	repository := "docker://" + s.addr + "/apps/skopeo"
 	writeLayout(t, dir+"/layout", img)
-	// What it copies of an index it has written anew, with a digest of its own.
+	// What it copies of an index it has written anew, with a digest of its own;
+	// with layers as podman has compressed them, if it remembers that those are in
+	// the registry.
 	copyAll := func(from, to string) string {
 		t.Helper()
 		do("copy", "--all", "--src-tls-verify=false", "--dest-tls-verify=false", "--digestfile", dir+"/digest", from, to)
@@ -401,14 +405,12 @@ func pushWithSkopeo(t *testing.T, s *shop, img *image) {
 	}
 	do("login", "--tls-verify=false", "-u", s.user, "-p", s.password, s.addr)
 	digest := copyAll("oci:"+dir+"/layout:latest", repository+":1")
-	s.holds(t, "apps/skopeo", "1", digest)
-	if got := copyAll("oci:"+dir+"/layout:latest", repository+":2"); got != digest {
-		t.Errorf("a second copy is %s, the first %s", got, digest)
-	}
+	blobs := s.holds(t, "apps/skopeo", "1", digest)
+	s.holds(t, "apps/skopeo", "2", copyAll("oci:"+dir+"/layout:latest", repository+":2"))
 	other := copyAll(repository+":1", repository+"/other:1")
 	s.holds(t, "apps/skopeo/other", "1", other)
 	copyAll(repository+"@"+digest, "oci:"+dir+"/out:latest")
-	checkLayout(t, dir+"/out", img.all())
+	checkLayout(t, dir+"/out", blobs)
 
 	var tags struct{ Tags []string }
 	if err := json.Unmarshal([]byte(do("list-tags", "--tls-verify=false", repository)), &tags); err != nil || !slices.Equal(slices.Sorted(slices.Values(tags.Tags)), []string{"1", "2"}) {
@@ -418,14 +420,11 @@ func pushWithSkopeo(t *testing.T, s *shop, img *image) {
 	if err := json.Unmarshal([]byte(do("inspect", "--tls-verify=false", repository+":1")), &inspected); err != nil || inspected.Digest != digest {
 		t.Errorf("inspect: %+v, %v", inspected, err)
 	}
-	// It asks what the tag means, and deletes that: all its tags go.
+	// It asks what the tag means, and deletes that.
 	do("delete", "--tls-verify=false", repository+":1")
 	s.answers(t, http.StatusNotFound, http.MethodHead, "/v2/apps/skopeo/manifests/"+digest)
 	if out, err := skopeo("inspect", "--tls-verify=false", repository+":1"); err == nil {
 		t.Errorf("inspect of what is deleted: %s", out)
-	}
-	if !s.stock { // which leaves the tag that was not named
-		s.answers(t, http.StatusNotFound, http.MethodHead, "/v2/apps/skopeo/manifests/2")
 	}
 	s.holds(t, "apps/skopeo/other", "1", other)
 }

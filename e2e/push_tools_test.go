@@ -169,7 +169,8 @@ func pushWithOras(t *testing.T, s *shop, img *image) {
 	crane("auth", "login", s.addr, "-u", s.user, "-p", s.password)
 	crane("push", dir+"/layout", s.addr+"/apps/oras:1")
 	digest := strings.TrimSpace(run(t, bare(dir, "USERNAME="+s.user, "PASSWORD="+s.password), tool(t, "attach"), s.addr+"/apps/oras:1", "application/vnd.example.note", "attached by oras-go"))
-	body := s.holds(t, "apps/oras", digest, digest)
+	s.holds(t, "apps/oras", digest, digest)
+	body := s.read(t, "/v2/apps/oras/manifests/"+digest, digest)
 	var m v1.Manifest
 	if err := json.Unmarshal(body, &m); err != nil || m.Subject == nil || m.Subject.Digest.String() != img.digest {
 		t.Errorf("%v: the artifact has not the subject %s:\n%s", err, img.digest, body)
