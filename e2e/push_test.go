@@ -23,6 +23,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/caddy-registry/mirror/internal/regtest"
 )
 
 var stock = flag.Bool("stock", false, "push to a registry:2, to see that the tests of pushes ask for nothing strange")
@@ -96,6 +98,50 @@ func TestPushWithoutLogin(t *testing.T) {
 	t.Run("docker", func(t *testing.T) { pushWithDocker(t, s, img) })
 	t.Run("podman", func(t *testing.T) { pushWithPodman(t, s, img) })
 	t.Run("crane", func(t *testing.T) { pushWithCrane(t, s, img) })
+}
+
+// TestTwoHosts: one host, where everyone logs in, is pushed to; another, without
+// a login, serves the same images. People are told why they may not push.
+func TestTwoHosts(t *testing.T) {
+	img := newImageOf(t, "two hosts", 1)
+	open := regtest.FreeAddress(t)
+	m := startMirror(t, setup{
+		server: "basic_auth {\n alice " + hashed + "\n bob " + hashed + "\n}",
+		site:   "default off\nhosted apps/**\naccess {\n allow any to user:alice\n allow pull to authenticated\n}",
+		sites:  fmt.Sprintf("http://%s {\n bind 127.0.0.1\n registry_mirror {\n default off\n hosted apps/**\n access {\n allow pull to anyone\n }\n }\n}\n", open),
+	})
+	docker := startDocker(t, deadAddr)
+	do := doing(t, docker)
+	archive := filepath.Join(workDir(t), "hello.tar")
+	writeArchive(t, archive, img)
+	do("load", "-i", archive)
+	here, there := m.addr+"/apps/web:1", open+"/apps/web:1"
+	do("tag", "hello:latest", here)
+	do("tag", "hello:latest", there)
+	refused := func(name, who string) {
+		t.Helper()
+		want := "denied: apps/web:1: no rule of this site allows " + who + " to push to it"
+		if out, err := docker("push", name); err == nil {
+			t.Errorf("%s has pushed: %s", who, out)
+		} else if !strings.Contains(err.Error(), want) {
+			t.Errorf("what %s is told lacks %q: %v", who, want, err)
+		}
+	}
+	do("login", "-u", "alice", "-p", password, m.addr)
+	digest := saidDigest.FindString(do("push", here))
+	refused(there, "anonymous")
+	do("login", "-u", "bob", "-p", password, m.addr)
+	refused(here, "bob")
+	for _, name := range []string{here, there, open + "/apps/web@" + digest} {
+		do("rmi", "-f", img.config)
+		do("pull", name)
+		checkSaid(t, img, do("run", "--rm", "--network", "none", name))
+	}
+	(&shop{addr: open}).holds(t, "apps/web", "1", digest)
+	dir := workDir(t)
+	if _, err := tryPodman(t, dir, deadAddr, "pull", "--tls-verify=false", "--signature-policy", anySignature(t, dir), there); err != nil {
+		t.Error(err)
+	}
 }
 
 // ask sends a request as the shop's user.
