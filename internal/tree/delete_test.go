@@ -464,7 +464,7 @@ func TestHostedIsWhole(t *testing.T) {
 	for g := range 6 {
 		random := rand.New(rand.NewPCG(uint64(g), 5))
 		wg.Go(func() {
-			for i := range 60 {
+			for i := range 40 {
 				r, other := repositories[random.IntN(2)], repositories[random.IntN(2)]
 				layer, body, tag := layers[random.IntN(3)], bodies[random.IntN(len(bodies))], fmt.Sprintf("v%d", random.IntN(2))
 				l, d := digest.FromString(layer), digest.FromString(body)

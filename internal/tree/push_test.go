@@ -498,7 +498,7 @@ func TestHistory(t *testing.T) {
 	want(three, two, one)
 	set(one)
 	want(one, three, two)
-	for i := range 12 * maxHistory {
+	for i := range 11 * maxHistory {
 		b.write(layout.TagIndexLink("r", "v1", digest.FromString(fmt.Sprint(i))), []byte("x"))
 	}
 	events, err := b.History(ctx, "r", "v1")
