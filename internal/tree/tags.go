@@ -37,6 +37,23 @@ func (t *Tree) Tag(ctx context.Context, repository, tag string) (digest.Digest, 
 	return t.link(ctx, layout.TagLink(repository, tag))
 }
 
+// Tagged returns the manifest that a tag means. One that has been moved on while it
+// was being read is read again: what it meant before may have been deleted.
+func (t *Tree) Tagged(ctx context.Context, repository, tag string) (*Manifest, error) {
+	d, err := t.Tag(ctx, repository, tag)
+	for err == nil {
+		m, absent := t.Manifest(ctx, repository, d)
+		if !errors.Is(absent, fs.ErrNotExist) {
+			return m, absent
+		}
+		before := d
+		if d, err = t.Tag(ctx, repository, tag); err == nil && d == before {
+			return nil, absent
+		}
+	}
+	return nil, err
+}
+
 // TagRecord returns what is known of a tag that is stored, record or not. A
 // record that a loss of power has damaged counts as none.
 func (t *Tree) TagRecord(ctx context.Context, repository, tag string) (TagRecord, error) {
