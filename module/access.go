@@ -143,9 +143,7 @@ func (m *Mirror) caller(r *http.Request) access.Caller {
 	}
 	c.Identity, c.Err = m.named(r)
 	ip, _ := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string)
-	if addr, err := netip.ParseAddr(ip); err == nil {
-		c.Addr = addr.WithZone("")
-	}
+	c.Addr, _ = netip.ParseAddr(ip) // the zero Addr if it is none
 	return c
 }
 

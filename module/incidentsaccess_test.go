@@ -138,6 +138,119 @@ func TestCVE_2026_27771_AnonymousPull(t *testing.T) {
 	}
 }
 
+// pushes an image as somebody, by POST and PUT.
+func (m *mirror) pushes(user, repository, tag string, image regtest.Image) {
+	m.t.Helper()
+	for _, blob := range image.Blobs {
+		begun := m.sends(202, "POST", "/v2/"+repository+"/blobs/uploads/", nil, as(user)...)
+		m.sends(201, "PUT", withQuery(begun.Header.Get("Location"), "digest", blob.Digest.String()), blob.Data, as(user)...)
+	}
+	m.sends(201, "PUT", "/v2/"+repository+"/manifests/"+tag, image.Data, append(as(user), "Content-Type", image.MediaType)...)
+}
+
+// TestRightsOfNames: what those with a name push, pull and delete behind a login,
+// and what others do not.
+func TestRightsOfNames(t *testing.T) {
+	image := regtest.NewImage("x", regtest.Random("x", 1000))
+	m := start(t, "", "")
+	if err := m.behind("", passwords, "", site("allow pull push to user:bob on apps/**", "allow pull delete to user:eve on apps/web")); err != nil {
+		t.Fatal(err)
+	}
+	m.pushes("bob", "apps/web", "v1", image)
+	m.pushes("bob", "apps/other", "v1", image)
+	for _, path := range reads("apps/web", image) {
+		m.want(200, "GET", path, as("bob")...)
+		m.want(200, "GET", path, as("eve")...)
+		m.want(401, "GET", path)
+	}
+	for _, path := range reads("apps/other", image) {
+		m.want(403, "GET", path, as("eve")...)
+	}
+	for _, r := range writes("apps/web", image) {
+		m.want(403, r[0], r[1], as("eve")...)
+		m.want(401, r[0], r[1])
+	}
+	for _, r := range deletes("apps/web", image) {
+		m.want(403, r[0], r[1], as("bob")...)
+		m.want(401, r[0], r[1])
+	}
+	m.want(202, "DELETE", "/v2/apps/web/manifests/"+image.Digest.String(), as("eve")...)
+	m.want(404, "GET", "/v2/apps/web/manifests/v1", as("bob")...)
+	m.want(200, "GET", "/v2/apps/other/manifests/v1", as("bob")...)
+}
+
+// TestCVE_2024_39897: blobs that are stored once for all leaked from a repository
+// to those who may not read it, by HEAD and by mount. Here a blob is seen in a
+// repository only if it was pushed there, or mounted by somebody who may pull where
+// it comes from.
+func TestCVE_2024_39897_BlobOfAnother(t *testing.T) {
+	up := regtest.New(t, regtest.Options{User: "robot", Secret: "s"})
+	secret, corp, shown := regtest.NewImage("secret", regtest.Random("secret", 1000)), regtest.NewImage("corp", regtest.Random("corp", 1000)), regtest.NewImage("shown", regtest.Random("shown", 1000))
+	up.Push("private/y", corp, "v1")
+	up.Push("library/x", shown, "v1")
+	m := start(t, "", "")
+	rules := []string{
+		"allow any to user:bob on apps/**",
+		"allow pull to user:bob on docker.io/private/**",
+		"allow push to user:eve on apps/secret", // may write there, and not read
+		"allow pull push to user:eve on apps/eve",
+		"allow pull to user:eve on **/x",
+		"deny any on apps/**",
+		"allow pull",
+	}
+	if err := m.behind("", passwords, upstreamFor("docker.io", up, "credentials robot s"), site(rules...)); err != nil {
+		t.Fatal(err)
+	}
+	m.pushes("bob", "apps/secret", "v1", secret)
+	for path, image := range map[string]regtest.Image{"docker.io/private/y": corp, "docker.io/library/x": shown} {
+		m.want(200, "GET", "/v2/"+path+"/manifests/v1", as("bob")...)
+		for _, blob := range image.Blobs {
+			m.want(200, "GET", "/v2/"+path+"/blobs/"+blob.Digest.String(), as("bob")...)
+		}
+	}
+	eventually(t, "what is mirrored to be held", func() bool { return len(kept(m.dir, corp.Blobs[1].Digest))*len(kept(m.dir, shown.Blobs[1].Digest)) > 0 })
+	// mount reports whether somebody gets a blob into a repository by a mount.
+	mount := func(user, repository, query string, blob regtest.Content) bool {
+		t.Helper()
+		a := m.do("POST", "/v2/"+repository+"/blobs/uploads/?mount="+blob.Digest.String()+query, as(user)...)
+		switch a.StatusCode {
+		case http.StatusCreated:
+			return true
+		case http.StatusAccepted:
+			m.want(204, "DELETE", a.Header.Get("Location"), as(user)...)
+		default:
+			t.Fatalf("mount of %s to %s as %s: status %d: %s", query, repository, user, a.StatusCode, a.body)
+		}
+		return false
+	}
+	// Without a source, any repository that the catalog knows will do.
+	eventually(t, "the catalog to know", func() bool { return mount("bob", "apps/bob", "", secret.Blobs[0]) })
+	for _, blob := range []regtest.Content{secret.Blobs[1], corp.Blobs[1]} {
+		for _, query := range []string{"&from=apps/secret", "&from=docker.io/private/y", "&from=private/y", "&from=apps/none", ""} {
+			if mount("eve", "apps/eve", query, blob) {
+				t.Errorf("%q: eve has mounted what she may not pull", query)
+			}
+		}
+		for _, method := range []string{"HEAD", "GET"} {
+			m.want(404, method, "/v2/apps/eve/blobs/"+blob.Digest.String(), as("eve")...)
+			m.want(403, method, "/v2/apps/secret/blobs/"+blob.Digest.String(), as("eve")...)
+		}
+	}
+	// A manifest that names it does not make it hers.
+	for _, blob := range secret.Blobs {
+		m.want(404, "HEAD", "/v2/apps/eve/blobs/"+blob.Digest.String(), as("eve")...)
+	}
+	m.sends(404, "PUT", "/v2/apps/eve/manifests/v1", secret.Data, append(as("eve"), "Content-Type", secret.MediaType)...)
+
+	if !mount("eve", "apps/eve", "&from=docker.io/library/x", shown.Blobs[1]) {
+		t.Error("eve cannot mount what she may pull")
+	}
+	m.want(200, "HEAD", "/v2/apps/eve/blobs/"+shown.Blobs[1].Digest.String(), as("eve")...)
+	if !mount("bob", "apps/bob", "&from=apps/secret", secret.Blobs[1]) || !mount("bob", "apps/bob", "&from=docker.io/private/y", corp.Blobs[1]) {
+		t.Error("bob cannot mount what he may pull")
+	}
+}
+
 // TestCVE_2026_45781: an error in the verification let the caller pass. Here one
 // who cannot be identified may do nothing, not even what anyone may.
 func TestCVE_2026_45781_FailOpen(t *testing.T) {

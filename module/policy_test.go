@@ -489,6 +489,11 @@ func TestClassIsForEver(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.wantError(404, oci.CodeNameUnknown, "GET", "/v2/apps/web/manifests/v1", "mirror of docker.io")
+	// Nor is it shown, or mounted from, as what it is not.
+	if a := m.want(200, "GET", "/v2/_catalog"); string(a.body) != `{"repositories":[]}` {
+		t.Errorf("catalog: %s", a.body)
+	}
+	m.want(202, "POST", "/v2/apps/mine/blobs/uploads/?mount="+image.Blobs[0].Digest.String()+"&from=apps/web")
 	if err := m.load(upstreamFor("other.test", other, `repository_prefix ""`), "default other.test"); err != nil {
 		t.Fatal(err)
 	}

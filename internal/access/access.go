@@ -66,8 +66,7 @@ type Caller struct {
 	// Identity is the name that an authenticator has found out; empty: none has,
 	// and the caller is anonymous.
 	Identity string
-	// Addr is where the request comes from, without a zone; the zero Addr: nobody
-	// knows.
+	// Addr is where the request comes from; the zero Addr: nobody knows.
 	Addr netip.Addr
 	// Err is why it could not be found out who asks. Then nothing is allowed.
 	Err error
@@ -143,7 +142,7 @@ func (w Who) is(c Caller, allow bool) bool {
 		if !c.Addr.IsValid() {
 			return !allow
 		}
-		addr := c.Addr.Unmap()
+		addr := c.Addr.Unmap().WithZone("") // no network contains one with a zone
 		for _, prefix := range w.networks {
 			if prefix.Contains(addr) {
 				return true

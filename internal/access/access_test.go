@@ -92,6 +92,7 @@ func TestDecide(t *testing.T) {
 		"outside of a network":           {rules: rules(t, "allow pull to net:10.0.0.0/8"), caller: bob, action: Pull, on: "apps/web", hosted: true, want: no},
 		"an address":                     {rules: rules(t, "allow pull to net:203.0.113.9"), caller: bob, action: Pull, on: "apps/web", hosted: true, want: yes},
 		"an IPv4 address in IPv6":        {rules: rules(t, "allow pull to net:10.0.0.0/8"), caller: at("::ffff:10.1.2.3"), action: Pull, on: "apps/web", hosted: true, want: yes},
+		"an address with a zone":         {rules: rules(t, "deny pull to net:fe80::/10", "allow pull"), caller: at("fe80::1%eth0"), action: Pull, on: "apps/web", hosted: true, want: no},
 		"a masked network":               {rules: rules(t, "allow pull to net:10.9.9.9/8"), caller: eve, action: Pull, on: "apps/web", hosted: true, want: yes},
 		"private ranges":                 {rules: rules(t, "allow pull to net:private_ranges"), caller: at("fd12::1"), action: Pull, on: "apps/web", hosted: true, want: yes},
 		"not of private ranges":          {rules: rules(t, "allow pull to net:private_ranges"), caller: at("172.32.0.1"), action: Pull, on: "apps/web", hosted: true, want: no},

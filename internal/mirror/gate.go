@@ -2,6 +2,8 @@ package mirror
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 
 	"github.com/caddy-registry/mirror/internal/access"
 )
@@ -29,10 +31,7 @@ func (x *exchange) verdictOn(t Target, a access.Action) access.Verdict {
 // there.
 func (x *exchange) source(ctx context.Context, from string) (Target, bool) {
 	t, err := x.site.Resolve(x.r.Host, "", from)
-	if err != nil || x.mirror.admit(ctx, t) != nil {
-		return Target{}, false
-	}
-	return t, x.sees(ctx, t.addressed(), t.Repository, t.Upstream)
+	return t, err == nil && x.sees(ctx, t.addressed(), t.Repository, t.Upstream)
 }
 
 // visible is the name by which the caller can ask this site for a repository of
@@ -43,18 +42,23 @@ func (x *exchange) visible(ctx context.Context, repository string) (name string,
 	return name, ok && x.sees(ctx, name, repository, up)
 }
 
-// sees reports whether the caller may pull from a repository. Of an upstream
-// that is asked with credentials, the caller sees what a probe has found to be
-// public, and what a rule names.
+// sees reports whether the caller may pull from a repository of the store that
+// goes by a name here. Of an upstream that is asked with credentials, the caller
+// sees what a probe has found to be public, and what a rule names.
 func (x *exchange) sees(ctx context.Context, name, repository string, up *Upstream) bool {
-	switch verdict := x.site.rules.Decide(x.caller, access.Pull, name, up == nil); {
-	case !verdict.Allowed:
+	verdict := x.site.rules.Decide(x.caller, access.Pull, name, up == nil)
+	if !verdict.Allowed {
 		return false
-	case up == nil, verdict.Explicit:
-		return true
 	}
 	record, err := x.mirror.tree.Record(ctx, repository)
-	if err == nil && record.Public != nil {
+	switch {
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return false
+	case err == nil && conflict(Target{Upstream: up, Repository: repository}, record) != nil:
+		return false // it is not what this site would take it for
+	case up == nil, verdict.Explicit:
+		return true
+	case record.Public != nil:
 		return record.Public.Public
 	}
 	return up.Client.Anonymous() == nil

@@ -264,6 +264,9 @@ func (x *exchange) json(body []byte) error {
 		header.Set("Content-Type", "application/json")
 	}
 	header.Set("Content-Length", strconv.Itoa(len(body)))
+	if x.site.rules != nil {
+		header.Set("Cache-Control", personal+"no-cache")
+	}
 	x.w.WriteHeader(http.StatusOK)
 	if x.r.Method != http.MethodHead {
 		x.w.Write(body)

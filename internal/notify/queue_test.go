@@ -187,6 +187,12 @@ func TestQueueDamaged(t *testing.T) {
 			if _, err := q.add([]byte("new")); err != nil {
 				t.Fatal(err)
 			}
+			if err := q.close(); err != nil {
+				t.Fatal(err)
+			}
+			if q, _, err = openQueue(dir, 100); err != nil {
+				t.Fatal(err)
+			}
 			var got []string
 			for {
 				event, _, err := q.first()

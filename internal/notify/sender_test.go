@@ -327,7 +327,7 @@ func TestHang(t *testing.T) {
 		}
 	}))
 	defer endless.Close()
-	hook.URL = endless.URL
+	hook.URL, hook.Timeout = endless.URL, time.Hour
 	s.Set([]Webhook{hook})
 	s.push()
 	if status := s.settled(); status.Delivered != 2 {
