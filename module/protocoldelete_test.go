@@ -229,10 +229,7 @@ func TestMaxManifestSize(t *testing.T) {
 // same, is kept as long as a manifest names it; and so is a blob that an index
 // names, as caches of BuildKit do.
 func TestPushedForeignLayers(t *testing.T) {
-	m := startAdmin(t, "gc off 1s")
-	if err := m.load("gc off 1s", hostedSite); err != nil {
-		t.Fatal(err)
-	}
+	m := startAdmin(t, "gc off 1s", hostedSite)
 	p := pusher{m, "apps/web"}
 	image, loose := regtest.NewImage("x"), regtest.Random("loose", 100)
 	foreign, cached := regtest.Random("foreign", 100), regtest.Random("cached", 100)
