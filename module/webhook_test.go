@@ -28,7 +28,8 @@ type hook struct {
 
 	mu     sync.Mutex
 	status int
-	header http.Header // of the latest request
+	gate   chan struct{} // nothing is answered before it is closed; nil: at once
+	header http.Header   // of the latest request
 }
 
 type hookEvent struct {
@@ -57,9 +58,16 @@ func newHook(t testing.TB) *hook {
 
 func (h *hook) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.mu.Lock()
-	status := h.status
+	status, gate := h.status, h.gate
 	h.header = r.Header
 	h.mu.Unlock()
+	if gate != nil {
+		select {
+		case <-gate:
+		case <-h.t.Context().Done():
+			return
+		}
+	}
 	body, _ := io.ReadAll(r.Body)
 	var sent struct{ Events []hookEvent }
 	if err := json.Unmarshal(body, &sent); err != nil || len(sent.Events) != 1 || r.Header.Get("Content-Type") != "application/vnd.docker.distribution.events.v1+json" {
@@ -259,7 +267,9 @@ func TestWebhookKill(t *testing.T) {
 			storage disk {$`+childDir+`} {
 				min_free 1MB
 			}
-			webhook audit `+h.URL+`
+			webhook audit `+h.URL+` {
+				timeout 1h
+			}
 		}
 	}
 	{$`+childURL+`} {
@@ -280,7 +290,12 @@ func TestWebhookKill(t *testing.T) {
 	doomed.dead()
 
 	h.answers(200)
+	gate := make(chan struct{})
+	h.mu.Lock()
+	h.gate = gate
+	h.mu.Unlock()
 	doomed = child(t, dir, "", "webhook.taken#2")
+	close(gate)
 	doomed.dead()
 	first, second := h.next(), h.next()
 	if first.Target.Digest != digest.FromString("first") || second.Target.Digest != d {
