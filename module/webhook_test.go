@@ -1,9 +1,11 @@
 package module_test
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -252,6 +254,32 @@ func TestWebhookReload(t *testing.T) {
 	up.tells("push apps/web:@" + p.blob([]byte("fourth")).String())
 	if said := m.logs.text(); strings.Contains(said, secret) || !strings.Contains(said, "does not take events") {
 		t.Errorf("the secret was logged, or no trouble was: %s", said)
+	}
+}
+
+// TestWebhookRejected: a configuration that fails to start, whose webhooks may
+// already have taken the place of those before, leaves them as they were.
+func TestWebhookRejected(t *testing.T) {
+	kept, never := newHook(t), newHook(t)
+	m := start(t, "webhook audit "+kept.URL, hookedSite)
+	occupied, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer occupied.Close()
+	fails, err := m.adapt("webhook audit "+never.URL+" {\n ignore actions push\n}\nwebhook other "+never.URL, hookedSite)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fails = bytes.Replace(fails, []byte(`"listen":["`), []byte(`"listen":["`+occupied.Addr().String()+`","`), 1)
+	for i := range 8 { // Caddy starts apps in any order
+		if err := m.loadJSON(fails); err == nil || !strings.Contains(err.Error(), "in use") {
+			t.Fatalf("loaded with an address in use: %v", err)
+		}
+		kept.tells("push apps/web:@" + pusher{m, "apps/web"}.blob(fmt.Append(nil, i)).String())
+	}
+	if len(never.told) > 0 {
+		t.Errorf("told of %q", (<-never.told).line())
 	}
 }
 
