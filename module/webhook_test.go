@@ -157,6 +157,7 @@ func TestWebhook(t *testing.T) {
 	m.sends(206, "GET", p.path("blobs", layer.String()), nil, "Range", "bytes=0-99", "X-User", "bob")
 	m.sends(200, "GET", p.path("blobs", config.String()), nil)
 	m.sends(200, "GET", p.path("blobs", config.String()), nil) // from memory
+	m.sends(200, "HEAD", p.path("blobs", config.String()), nil)
 	m.pull("library/x", "latest", mirrored)
 	m.sends(201, "POST", "/v2/apps/other/blobs/uploads/?mount="+layer.String()+"&from=apps/web", nil, "X-User", "carol")
 	m.sends(202, "DELETE", p.path("manifests", "v1"), nil, "X-User", "dave")
