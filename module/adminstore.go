@@ -34,6 +34,7 @@ type storeStatus struct {
 	Partial   int64           `json:"partial"`
 	Reserved  int64           `json:"reserved"`
 	Upstreams []upstreamUsed  `json:"upstreams"`
+	Hosted    []hostedUsed    `json:"hosted,omitempty"`
 	Catalog   string          `json:"catalog"`
 	Complete  time.Time       `json:"complete,omitzero"`
 	Evicted   evicted         `json:"evicted"`
@@ -59,6 +60,13 @@ type upstreamUsed struct {
 	Bytes   int64   `json:"bytes"`
 	MaxSize int64   `json:"max_size,omitempty"`
 	TTL     float64 `json:"ttl_seconds,omitempty"`
+}
+
+// hostedUsed is what a hosted pattern with a max_size takes.
+type hostedUsed struct {
+	Pattern string `json:"pattern"`
+	Bytes   int64  `json:"bytes"`
+	MaxSize int64  `json:"max_size"`
 }
 
 type evicted struct {
@@ -96,6 +104,9 @@ func (in *visit) storeStatus(ctx context.Context) (storeStatus, error) {
 	}
 	for _, webhook := range in.sender.Status() {
 		status.Webhooks = append(status.Webhooks, webhookStatus(webhook))
+	}
+	for _, used := range kept.Hosted {
+		status.Hosted = append(status.Hosted, hostedUsed(used))
 	}
 	for name, used := range kept.Upstreams {
 		status.Upstreams = append(status.Upstreams, upstreamUsed{name, used.Bytes, used.MaxSize, used.TTL.Seconds()})

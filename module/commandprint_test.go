@@ -61,7 +61,7 @@ func TestTables(t *testing.T) {
 				Digest: "sha256:77ab31c0ffee0c91aa",
 				Manifest: &mirror.WhyManifest{MediaType: "application/vnd.oci.image.manifest.v1+json", Size: 500, Hot: true,
 					Blobs: []mirror.WhyBlob{{Digest: "sha256:0123456789abcdef", Size: 1500, Held: true}, {Digest: "sha256:ffff456789abcdef", Size: -1, Platform: "linux/amd64"}}},
-			}, &heldReport{Digest: "sha256:77ab31c0ffee0c91aa", Since: now.Add(-24 * time.Hour), Read: now.Add(-12 * time.Minute), Evictable: true, Before: 41, Frees: 3 << 20, Bytes: 7_700_000}}.print(w, now)
+			}, &heldReport{Digest: "sha256:77ab31c0ffee0c91aa", Since: now.Add(-24 * time.Hour), Read: now.Add(-12 * time.Minute), Evictable: true, Before: 41, Frees: 3 << 20, Bytes: 7_700_000}, nil}.print(w, now)
 		},
 		"why_not_held": func(w *strings.Builder) error {
 			return explanation{Why: mirror.Why{Reference: "docker.io/library/x:1", Answer: "asked upstream", Upstream: "docker.io", Repository: "docker.io/library/x", Record: "none"}}.print(w, now)

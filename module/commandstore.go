@@ -182,6 +182,15 @@ func (s storeStatus) print(w io.Writer, now time.Time) error {
 			}
 		})
 	}
+	if err == nil && len(s.Hosted) > 0 {
+		fmt.Fprintln(w)
+		err = table(w, func(line func(...string)) {
+			line("HOSTED", "SIZE", "MAX SIZE")
+			for _, h := range s.Hosted {
+				line(h.Pattern, size(h.Bytes), limit(h.MaxSize))
+			}
+		})
+	}
 	if err == nil && len(s.Webhooks) > 0 {
 		fmt.Fprintln(w)
 		err = table(w, func(line func(...string)) {

@@ -27,6 +27,8 @@ var (
 	webhookSent    = storeSeries("webhook_delivered_total", "Events that a webhook has taken.", "webhook")
 	webhookFailed  = storeSeries("webhook_failed_total", "Attempts to send a webhook an event that have failed.", "webhook")
 	webhookDropped = storeSeries("webhook_dropped_total", "Events for a webhook that were lost, since its queue was full or damaged.", "webhook")
+	hostedBytes    = storeSeries("hosted_allocated_bytes", "Bytes that the repositories of a hosted pattern take, with what is on its way to them. Only of patterns with a max_size.", "pattern")
+	hostedLimit    = storeSeries("hosted_max_size_bytes", "The option max_size of a hosted pattern.", "pattern")
 	upstreamLimit  = storeSeries("upstream_max_size_bytes", "The option max_size of an upstream. Absent without one.", "upstream")
 )
 
@@ -78,6 +80,10 @@ func (s *state) collect(into chan<- prometheus.Metric) {
 	send(evictedBytes, prometheus.CounterValue, kept.Evicted.Bytes)
 	if kept.MaxSize > 0 {
 		send(storeMaxSize, prometheus.GaugeValue, kept.MaxSize)
+	}
+	for _, used := range kept.Hosted {
+		send(hostedBytes, prometheus.GaugeValue, used.Bytes, label(used.Pattern))
+		send(hostedLimit, prometheus.GaugeValue, used.MaxSize, label(used.Pattern))
 	}
 	for name, used := range kept.Upstreams {
 		send(upstreamBytes, prometheus.GaugeValue, used.Bytes, label(name))

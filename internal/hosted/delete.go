@@ -37,9 +37,15 @@ func (h *Registry) deleting(repository string) (options Options, done func(), er
 	if options.NoDelete {
 		return options, nil, fmt.Errorf("%w: it is configured with `delete off`", ErrNoDelete)
 	}
+	return options, h.Alone(repository), nil
+}
+
+// Alone keeps pushes and deletions out of a repository until done, for whoever
+// removes something for another reason than a client's wish.
+func (h *Registry) Alone(repository string) (done func()) {
 	l := h.repositories.of(repository)
 	l.Lock()
-	return options, l.Unlock, nil
+	return l.Unlock
 }
 
 // DeleteTag takes a tag away, and returns what it meant. What that is stays. The

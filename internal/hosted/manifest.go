@@ -78,6 +78,11 @@ func (h *Registry) PutManifest(ctx context.Context, p Push) (*tree.Manifest, err
 			return nil, err
 		}
 	}
+	done, err := h.quota(ctx, p.Repository, int64(len(p.Body)))
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	m, err := h.tree.PutManifest(ctx, p.Repository, d, p.Body, func(*oci.Manifest) error {
 		return h.has(ctx, p.Repository, required, options.Sparse)
 	})

@@ -83,6 +83,9 @@ type Upload struct {
 
 	noted int64 // where the upload ended when that was last written down
 	loose int64 // bytes in the file that no reservation covers
+
+	allowed int64    // bytes that the quota has been asked for, by who writes
+	quotas  []func() // give them back
 }
 
 // A holder is a request that writes.
@@ -267,7 +270,7 @@ func (h *Registry) Upload(ctx context.Context, repository, id string) (*Upload, 
 
 // Mount makes a blob of one repository one of another, and returns its size. The
 // error is fs.ErrNotExist if the one does not have it, or its bytes are not held or
-// not right.
+// not right; and storage.ErrFull if the other may not take so much.
 func (h *Registry) Mount(ctx context.Context, repository, from string, d digest.Digest) (int64, error) {
 	// What was mirrored before a loss of power may be damaged, and what is hosted
 	// nobody can fetch again.
@@ -281,6 +284,17 @@ func (h *Registry) Mount(ctx context.Context, repository, from string, d digest.
 				return 0, err
 			}
 		}
+	}
+	if !h.together(repository, from) && ok && known.Canonical != "" {
+		info, err := h.tree.StatBlob(ctx, known.Canonical)
+		if err != nil {
+			return 0, err
+		}
+		done, err := h.quota(ctx, repository, info.Size)
+		if err != nil {
+			return 0, err
+		}
+		defer done()
 	}
 	return h.tree.Mount(ctx, repository, from, d)
 }
@@ -374,6 +388,7 @@ func (u *Upload) read() {
 // drop lets an upload be no more. u.mu is held.
 func (u *Upload) drop() {
 	u.gone = true
+	u.disallow()
 	for _, name := range []string{u.path + stateSuffix, u.path} {
 		if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			u.registry.log.Warn("removing what is left of an upload; the next start does", zap.Error(err))

@@ -378,6 +378,9 @@ func (r *room) want(ctx context.Context, n int64) error {
 	if n <= 0 {
 		return nil
 	}
+	if err := r.upload.allow(ctx, r.free+n); err != nil {
+		return err
+	}
 	h := r.upload.registry
 	set, err := h.store.Reserve(n)
 	if errors.Is(err, storage.ErrFull) && h.room != nil && h.room(ctx, n) {

@@ -62,6 +62,9 @@ type Report struct {
 func (s *Site) ServeHTTP(m *Mirror, w http.ResponseWriter, r *http.Request, route oci.Route, caller access.Caller) Report {
 	header := w.Header()
 	set(header, "Docker-Distribution-Api-Version", "registry/2.0")
+	if r.ContentLength != 0 {
+		r.Body = &incoming{ReadCloser: r.Body}
+	}
 	x := &exchange{site: s, mirror: m, w: w, r: r, route: route, caller: caller, began: m.now()}
 	if err := x.serve(); err != nil {
 		x.report.Err = err
@@ -69,7 +72,8 @@ func (s *Site) ServeHTTP(m *Mirror, w http.ResponseWriter, r *http.Request, rout
 			m.tell(x.target, x.about(), err, false)
 			m.learnLack(x.target, route.Kind, route.Ref, x.began, err)
 		}
-		if r.Context().Err() == nil && !x.report.Abort {
+		if x.listens() && !x.report.Abort {
+			x.hasten()
 			refusal(err, route.Kind, r.UserAgent(), x.about()).Write(w, r)
 		}
 	}

@@ -67,6 +67,7 @@ func (x *exchange) whereabouts(u *hosted.Upload) {
 
 func (x *exchange) uploading(u *hosted.Upload, status int) error {
 	x.whereabouts(u)
+	x.hasten()
 	if status != http.StatusNoContent {
 		set(x.w.Header(), "Content-Length", "0")
 	}
@@ -80,6 +81,7 @@ func (x *exchange) created(d digest.Digest) {
 	set(header, "Location", "/v2/"+x.route.Name+"/blobs/"+string(d))
 	set(header, "Docker-Content-Digest", string(d))
 	set(header, "Content-Length", "0")
+	x.hasten()
 	x.w.WriteHeader(http.StatusCreated)
 }
 

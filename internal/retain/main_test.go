@@ -60,6 +60,7 @@ type kept struct {
 	// catalog opens it in place of the file, if it is not nil.
 	catalog func(context.Context) (*catalog.Catalog, error)
 	partial func() int64
+	alone   func(repository string) (done func())
 	wrap    func(storage.Store) storage.Store
 	events  chan map[string]any
 	logged  *observer.ObservedLogs
@@ -132,7 +133,7 @@ func (b *kept) start() {
 	if open == nil {
 		open = b.file
 	}
-	b.Begin(b.tree, Hooks{Catalog: open, Partial: b.partial})
+	b.Begin(b.tree, Hooks{Catalog: open, Partial: b.partial, Alone: b.alone})
 	b.open = true
 }
 

@@ -9,7 +9,6 @@ import (
 	"github.com/dustin/go-humanize"
 	"go.uber.org/zap"
 
-	"github.com/caddy-registry/mirror/internal/catalog"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/storage"
 )
@@ -104,7 +103,8 @@ func (k *Keeper) Quota(ctx context.Context, repository string, n int64) (done fu
 		defer func() { <-q.turn }()
 		// Somebody may have measured meanwhile.
 		if g, ok, err = k.grant(repository, n, false); err == nil && !ok {
-			if err := k.measure(ctx, repository); err != nil {
+			set := k.set.Load()
+			if err := k.measure(ctx, set, set.hosted(repository)); err != nil {
 				return nil, err
 			}
 			g, _, err = k.grant(repository, n, true)
@@ -203,11 +203,9 @@ func (q *quota) adapt(set *Settings) {
 	}
 }
 
-// measure asks the catalog what the pattern of a repository takes. The caller has
-// its turn. Without a catalog it does nothing.
-func (k *Keeper) measure(ctx context.Context, repository string) error {
-	set := k.set.Load()
-	scope := set.hosted(repository)
+// measure asks the catalog what a pattern takes. The caller has its turn. Without a
+// catalog it does nothing.
+func (k *Keeper) measure(ctx context.Context, set *Settings, scope int) error {
 	// What has just been deleted counts no more, and what has been stored counts
 	// once.
 	if err := k.Flush(ctx); err != nil && ctx.Err() != nil {
@@ -219,7 +217,7 @@ func (k *Keeper) measure(ctx context.Context, repository string) error {
 	if scope < 0 || c == nil {
 		return nil
 	}
-	bytes, err := k.together(ctx, c, set, scope)
+	usage, err := c.Together(ctx, func(repository string) bool { return set.hosted(repository) == scope })
 	if err != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
@@ -235,6 +233,7 @@ func (k *Keeper) measure(ctx context.Context, repository string) error {
 		return nil // the next one goes by others
 	}
 	m := &q.scopes[scope]
+	bytes := usage.Allocated
 	if !complete && m.sure {
 		// Something may be missing from the catalog.
 		bytes = max(bytes, m.bytes)
@@ -244,8 +243,53 @@ func (k *Keeper) measure(ctx context.Context, repository string) error {
 	return nil
 }
 
-// together is what the hosted repositories of a pattern take, each blob once.
-func (k *Keeper) together(ctx context.Context, c *catalog.Catalog, set *Settings, scope int) (int64, error) {
-	usage, err := c.Together(ctx, func(repository string) bool { return set.hosted(repository) == scope })
-	return usage.Allocated, err
+// hostedUsed is what the hosted patterns take that have a limit.
+func (k *Keeper) hostedUsed(ctx context.Context) ([]HostedUsed, error) {
+	var all []HostedUsed
+	set, q := k.set.Load(), &k.quota
+	for i := range set.Hosted {
+		if set.Hosted[i].MaxSize == 0 {
+			continue
+		}
+		used, err := k.remeasured(ctx, set, i)
+		if err != nil {
+			return nil, err
+		}
+		q.mu.Lock()
+		if q.set == set {
+			used += q.granted(i)
+		}
+		q.mu.Unlock()
+		all = append(all, HostedUsed{Pattern: set.Hosted[i].Pattern.String(), Bytes: used, MaxSize: set.Hosted[i].MaxSize})
+	}
+	return all, nil
+}
+
+// remeasured is what a pattern takes, measured again if anything has changed.
+func (k *Keeper) remeasured(ctx context.Context, set *Settings, scope int) (int64, error) {
+	q := &k.quota
+	last := func() (measurement, bool) {
+		k.journal.mu.Lock()
+		head := k.journal.head
+		k.journal.mu.Unlock()
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		if q.set != set {
+			return measurement{}, true // the next one goes by others
+		}
+		m := q.scopes[scope]
+		return m, !m.at.IsZero() && m.journal == head && k.now().Sub(m.at).Abs() <= remeasure
+	}
+	if m, ok := last(); ok {
+		return m.bytes, nil
+	}
+	if err := take(ctx, q.turn); err != nil {
+		return 0, err
+	}
+	defer func() { <-q.turn }()
+	if err := k.measure(ctx, set, scope); err != nil {
+		return 0, err
+	}
+	m, _ := last()
+	return m.bytes, nil
 }

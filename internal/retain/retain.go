@@ -67,6 +67,9 @@ type Hooks struct {
 	// but for those that a reservation covers which is not released. It is
 	// called about once a second while there are reservations; nil: none.
 	Partial func() int64
+	// Alone keeps pushes to a hosted repository out until done; nil: nobody
+	// pushes.
+	Alone func(repository string) (done func())
 }
 
 // New returns a keeper of an open store, which it does not close. It does
@@ -181,7 +184,8 @@ func (k *Keeper) emit(event string, data map[string]any) {
 // Status is how a store is kept.
 type Status struct {
 	Usage     catalog.Usage   `json:"usage"`
-	Upstreams map[string]Used `json:"upstreams"` // those that have a limit
+	Upstreams map[string]Used `json:"upstreams"`        // those that have a limit
+	Hosted    []HostedUsed    `json:"hosted,omitempty"` // those that have a limit
 	MaxSize   int64           `json:"max_size,omitempty"`
 	Partial   int64           `json:"partial"`           // bytes of blobs that are not whole yet
 	Reserved  int64           `json:"reserved"`          // bytes of those that are coming
@@ -198,6 +202,14 @@ type Used struct {
 	Bytes   int64         `json:"bytes"`
 	MaxSize int64         `json:"max_size,omitempty"`
 	TTL     time.Duration `json:"ttl,omitempty"`
+}
+
+// HostedUsed is what the repositories of a hosted pattern take, with what is on its
+// way to them.
+type HostedUsed struct {
+	Pattern string `json:"pattern"`
+	Bytes   int64  `json:"bytes"`
+	MaxSize int64  `json:"max_size"`
 }
 
 // Evicted counts.
@@ -232,6 +244,9 @@ func (k *Keeper) Status(ctx context.Context) (Status, error) {
 		s.Catalog = "rebuilding"
 	}
 	if s.Usage, err = c.Usage(ctx, ""); err != nil {
+		return s, err
+	}
+	if s.Hosted, err = k.hostedUsed(ctx); err != nil {
 		return s, err
 	}
 	for name, limit := range settings.Limits {

@@ -127,50 +127,53 @@ func (k *Keeper) retain(ctx context.Context, j *job, h *Hosted, repository strin
 	j.update(func(now *Job) { now.Kept += kept })
 	var pace pace
 	for _, tag := range expired {
-		if _, err := k.mayDelete(); err != nil {
-			return err
-		}
-		root := catalog.Root{Repository: repository, Tag: tag.Name, Digest: tag.Digest}
-		removal, err := c.Removal(ctx, root)
+		gone, err := k.untag(ctx, w, catalog.Root{Repository: repository, Tag: tag.Name, Digest: tag.Digest}, dry)
 		if err != nil {
 			return err
 		}
-		if !dry {
-			removed, err := k.untag(ctx, w, removal)
-			if err != nil {
-				return err
-			}
-			if !removed {
-				continue
-			}
+		if gone.Tag != "" {
+			j.found(repository+":"+gone.Tag, gone.Bytes)
 		}
-		j.found(repository+":"+tag.Name, removal.Bytes)
-		if err := k.between(ctx, &pace, dry); err != nil {
+		if err := pace.rest(ctx); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// untag removes a tag and the manifests that go with it, unless somebody has
-// pushed it again.
-func (k *Keeper) untag(ctx context.Context, w *watch, removal catalog.Removal) (bool, error) {
-	name := removal.Repository
-	again := func(d digest.Digest) func() (bool, error) { return w.needs(name, d) }
-	err := k.tree.RemoveTag(ctx, name, removal.Tag, removal.Digest, again(removal.Digest))
+// untag removes a tag and the manifests that go with it, or with dry says what that
+// would be; nothing, if somebody has pushed it again.
+func (k *Keeper) untag(ctx context.Context, w *watch, tag catalog.Root, dry bool) (removal catalog.Removal, err error) {
+	if k.hooks.Alone != nil && !dry {
+		// A push stores a manifest first and tags it then.
+		defer k.hooks.Alone(tag.Repository)()
+	}
+	if err := k.Flush(ctx); err != nil {
+		return removal, err
+	}
+	c, err := k.mayDelete()
+	if err != nil {
+		return removal, err
+	}
+	removal, err = c.Removal(ctx, tag)
+	if err != nil || dry {
+		return removal, err
+	}
+	needed := func(d digest.Digest) func() (bool, error) { return w.needs(tag.Repository, d) }
+	err = k.tree.RemoveTag(ctx, tag.Repository, tag.Tag, tag.Digest, needed(tag.Digest))
 	if errors.Is(err, tree.ErrNeeded) {
-		return false, nil
+		return catalog.Removal{}, nil
 	}
 	if err != nil {
-		return false, err
+		return removal, err
 	}
-	if now, err := k.tree.Tag(ctx, name, removal.Tag); err == nil && now != "" {
-		return false, nil // it means something else
+	if _, err := k.tree.Tag(ctx, tag.Repository, tag.Tag); !errors.Is(err, fs.ErrNotExist) {
+		return catalog.Removal{}, err // it means something else
 	}
 	for _, d := range removal.Manifests {
-		if err := k.tree.RemoveManifest(ctx, name, d, again(d)); err != nil && !errors.Is(err, tree.ErrNeeded) {
-			return true, err
+		if err := k.tree.RemoveManifest(ctx, tag.Repository, d, needed(d)); err != nil && !errors.Is(err, tree.ErrNeeded) {
+			return removal, err
 		}
 	}
-	return true, nil
+	return removal, nil
 }

@@ -82,6 +82,7 @@ func (t *Tree) DeleteManifest(ctx context.Context, repository string, d digest.D
 	w := t.write(ctx, repository)
 	defer w.end()
 	w.touch(key)
+	w.touch(layout.RevisionLink(repository, d))
 	// Somebody may tag it while its tags are being removed.
 	for removed := false; !removed; {
 		meaning, err := t.meaning(ctx, repository, canonical)
@@ -173,6 +174,7 @@ func (t *Tree) DeleteBlob(ctx context.Context, repository string, d digest.Diges
 	w := t.write(ctx, repository)
 	defer w.end()
 	w.touch(key)
+	w.touch(layout.LayerLink(repository, d))
 	var by digest.Digest
 	err = t.Unlink(ctx, repository, d, func() (bool, error) {
 		by, err = t.naming(ctx, repository, canonical)

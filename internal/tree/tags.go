@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strings"
 	"time"
 
@@ -34,6 +35,23 @@ type TagRecord struct {
 // Tag returns what a tag means.
 func (t *Tree) Tag(ctx context.Context, repository, tag string) (digest.Digest, error) {
 	return t.link(ctx, layout.TagLink(repository, tag))
+}
+
+// Tagged returns the manifest that a tag means. One that has been moved on while it
+// was being read is read again: what it meant before may have been deleted.
+func (t *Tree) Tagged(ctx context.Context, repository, tag string) (*Manifest, error) {
+	d, err := t.Tag(ctx, repository, tag)
+	for err == nil {
+		m, absent := t.Manifest(ctx, repository, d)
+		if !errors.Is(absent, fs.ErrNotExist) {
+			return m, absent
+		}
+		before := d
+		if d, err = t.Tag(ctx, repository, tag); err == nil && d == before {
+			return nil, absent
+		}
+	}
+	return nil, err
 }
 
 // TagRecord returns what is known of a tag that is stored, record or not. A
@@ -167,6 +185,48 @@ func (t *Tree) pointTag(ctx context.Context, w *writing, repository, tag string,
 	}
 	failpoint.Hit("tag.indexed")
 	return w.replace(ctx, layout.TagLink(repository, tag), []byte(d))
+}
+
+// A TagEvent is that a tag began to mean something.
+type TagEvent struct {
+	Digest digest.Digest `json:"digest"`
+	Since  time.Time     `json:"since"`
+}
+
+// maxHistory is how many events of a tag are told.
+const maxHistory = 100
+
+// History returns what a tag has meant, and since when, the latest first: as far as
+// its index says, which has the last time only of what it has meant several times.
+// It has 100 entries at most. If there is no such tag, the error is an
+// fs.ErrNotExist.
+func (t *Tree) History(ctx context.Context, repository, tag string) ([]TagEvent, error) {
+	means, err := t.Tag(ctx, repository, tag)
+	if err != nil {
+		return nil, err
+	}
+	now, err := t.store.Stat(ctx, layout.TagLink(repository, tag))
+	if err != nil {
+		return nil, err
+	}
+	var before []TagEvent
+	latest := func() {
+		slices.SortFunc(before, func(a, b TagEvent) int { return b.Since.Compare(a.Since) })
+		before = before[:min(len(before), maxHistory-1)]
+	}
+	for info, err := range t.store.List(ctx, layout.TagIndex(repository, tag), true) {
+		if err != nil {
+			return nil, err
+		}
+		if d, ok := layout.DigestOf(info.Key); ok && d != means {
+			before = append(before, TagEvent{d, info.ModTime.UTC()})
+		}
+		if len(before) == 10*maxHistory {
+			latest()
+		}
+	}
+	latest()
+	return append([]TagEvent{{means, now.ModTime.UTC()}}, before...), nil
 }
 
 // SetGone notes since when the origin of a stored tag says that there is no such

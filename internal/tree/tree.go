@@ -391,7 +391,7 @@ func (t *Tree) Member(ctx context.Context, repository string, d digest.Digest) (
 	if !linked && !inherits {
 		return Member{Size: -1}, false, nil
 	}
-	if !ok { // the manifests tell, and the size besides
+	if !ok && inherits { // the manifests tell, and the size besides
 		if known, ok, err = t.named(ctx, repository, d, func(Member) bool { return true }); err != nil {
 			return Member{}, false, err
 		}

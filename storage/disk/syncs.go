@@ -59,8 +59,9 @@ type rounds struct{ running, next *round }
 
 // A round is one sync of a directory.
 type round struct {
-	done chan struct{}
-	err  error // set before done is closed
+	waiting int // who waits for it; guarded by syncs.mu
+	done    chan struct{}
+	err     error // set before done is closed
 }
 
 func newSyncs(root string, fsync func(*os.File) error) *syncs {
@@ -129,7 +130,7 @@ func (s *syncs) all(paths []string, bytes bool) error {
 // left is the nearest directory that is there.
 func (s *syncs) left(dir string) string {
 	for dir != s.root {
-		if _, err := os.Lstat(dir); !gone(err) {
+		if info, err := os.Lstat(dir); !gone(err) && (err != nil || info.IsDir()) {
 			break
 		}
 		dir = filepath.Dir(dir)
@@ -168,7 +169,7 @@ func (s *syncs) file(f *os.File) error {
 
 // dir syncs a directory, or waits for the end of a sync of it that has begun since.
 func (s *syncs) dir(path string) error {
-	mine := &round{done: make(chan struct{})}
+	mine := &round{waiting: 1, done: make(chan struct{})}
 	s.mu.Lock()
 	r := s.rounds[path]
 	var before *round
@@ -179,6 +180,7 @@ func (s *syncs) dir(path string) error {
 		before, r.next = r.running, mine
 	default:
 		next := r.next
+		next.waiting++
 		s.mu.Unlock()
 		<-next.done
 		return next.err
