@@ -140,7 +140,7 @@ func TestCodes(t *testing.T) {
 	}
 	m.want(200, "GET", "/v2")
 	m.want(200, "HEAD", "/v2/")
-	for _, path := range []string{"/", "/v1/_ping", "/v2x/", "/metrics"} {
+	for _, path := range []string{"/", "/v1/", "/v1/jobs", "/v2x/", "/metrics"} {
 		if a := m.want(418, "GET", path); string(a.body) != "not the mirror" {
 			t.Errorf("%s did not reach the next handler", path)
 		}

@@ -172,12 +172,21 @@ func (a *App) provisionWebhooks() error {
 	return nil
 }
 
-// told gives a mirror whom to tell: the webhooks, and Caddy's event handlers.
+// told gives a mirror whom to tell: the webhooks, and Caddy's event handlers; nil:
+// there is neither.
 func (o *opened) told(to tuning) (tell func(notify.Event), pulls bool) {
-	toldPulls := to.emits(eventNames[notify.Pull])
+	handled := map[notify.Action]bool{}
+	for action, name := range eventNames {
+		if to.emits(name) {
+			handled[action] = true
+		}
+	}
+	if len(to.webhooks)+len(handled) == 0 {
+		return nil, false
+	}
 	return func(e notify.Event) {
 		o.sender.Notify(e)
-		if e.Action == notify.Pull && !toldPulls {
+		if !handled[e.Action] {
 			return
 		}
 		data := map[string]any{
@@ -188,7 +197,7 @@ func (o *opened) told(to tuning) (tell func(notify.Event), pulls bool) {
 			data["from"] = e.From
 		}
 		to.mirror.Emit(eventNames[e.Action], data)
-	}, toldPulls || o.sender.Wants(notify.Pull)
+	}, handled[notify.Pull] || o.sender.Wants(notify.Pull)
 }
 
 // eventNames are Caddy's events.

@@ -13,8 +13,8 @@ import (
 // notify tells whoever listens of what the request has done. It is called
 // before the client is answered, and costs nothing where nobody listens.
 //
-// What does not apply is left empty: a tag that was removed has no digest, and
-// from is of a mount only. A blob needs no media type.
+// What does not apply is left empty: from is of a mount only. A blob needs no
+// media type.
 func (x *exchange) notify(a notify.Action, d digest.Digest, mediaType string, size int64, tag, from string) {
 	tell := x.mirror.notify.Load()
 	if tell == nil || *tell == nil || a == notify.Pull && !x.mirror.pulls.Load() {

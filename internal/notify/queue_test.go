@@ -187,6 +187,12 @@ func TestQueueDamaged(t *testing.T) {
 			if _, err := q.add([]byte("new")); err != nil {
 				t.Fatal(err)
 			}
+			if err := q.close(); err != nil {
+				t.Fatal(err)
+			}
+			if q, _, err = openQueue(dir, 100); err != nil {
+				t.Fatal(err)
+			}
 			var got []string
 			for {
 				event, _, err := q.first()
@@ -237,5 +243,32 @@ func TestQueueMeanwhile(t *testing.T) {
 	}
 	if events, bytes := q.pending(); events != 0 || bytes != 0 {
 		t.Errorf("%d pending, %d bytes", events, bytes)
+	}
+}
+
+// TestQueueWriteFails: an event that could not be written down is not there, and
+// takes none of the others with it.
+func TestQueueWriteFails(t *testing.T) {
+	q, _, err := openQueue(t.TempDir(), 100)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer q.close()
+	q.add([]byte("1"))
+	q.out.Close()
+	if _, err := q.add([]byte("2")); err == nil {
+		t.Fatal("written into nothing")
+	}
+	if _, err := q.add([]byte("3")); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"1", "3", ""} {
+		if event, lost, err := q.first(); string(event) != want || lost != 0 || err != nil {
+			t.Errorf("%s, %v; want %s", event, err, want)
+		}
+		q.done()
+	}
+	if err := q.sync(); err == nil {
+		t.Error("the file that fails was synced")
 	}
 }

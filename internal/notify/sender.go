@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/url"
 	"os"
@@ -52,6 +53,10 @@ const (
 	leftFor    = 7 * 24 * time.Hour
 	sweepEvery = time.Hour
 
+	// endGrace is how long an attempt under way may take when the webhook or the
+	// process ends: what has been taken is not to be sent again.
+	endGrace = time.Second
+
 	maxAnswer = 4 << 10 // bytes of an answer that are read, so that its connection is used again
 )
 
@@ -83,8 +88,9 @@ type hook struct {
 	name   string
 	queue  *queue
 	set    atomic.Pointer[Webhook]
-	change chan struct{} // holds a value when set has changed
-	cancel context.CancelFunc
+	change chan struct{}      // holds a value when set has changed
+	cancel context.CancelFunc // lets an attempt under way go on
+	abort  context.CancelFunc
 	ended  chan struct{}
 
 	delivered, failed, dropped atomic.Int64
@@ -132,7 +138,7 @@ func (s *Sender) Set(webhooks []Webhook) {
 	if s.closed {
 		return
 	}
-	var listening, over []*hook
+	var listening []*hook
 	hooks := map[string]*hook{}
 	for i := range webhooks {
 		w := &webhooks[i]
@@ -151,14 +157,10 @@ func (s *Sender) Set(webhooks []Webhook) {
 		hooks[w.Name] = h
 		listening = append(listening, h)
 	}
-	for _, h := range s.hooks {
-		over = append(over, h)
-	}
+	over := slices.Collect(maps.Values(s.hooks))
 	s.hooks = hooks
 	s.listening.Store(&listening)
-	for _, h := range over {
-		s.end(h)
-	}
+	s.end(over...)
 	s.sweep()
 }
 
@@ -186,21 +188,28 @@ func (s *Sender) begin(w *Webhook) (*hook, error) {
 	h := &hook{name: w.Name, queue: queue, change: make(chan struct{}, 1), ended: make(chan struct{})}
 	h.set.Store(w)
 	h.dropped.Store(int64(lost))
+	attempt, abort := context.WithCancel(context.Background())
 	ctx, cancel := context.WithCancel(s.ctx)
-	h.cancel = cancel
+	h.cancel, h.abort = cancel, abort
 	go func() {
 		defer close(h.ended)
-		s.deliver(ctx, h)
+		s.deliver(ctx, attempt, h)
 	}()
 	return h, nil
 }
 
 // end stops sending. What waits stays.
-func (s *Sender) end(h *hook) {
-	h.cancel()
-	<-h.ended
-	if err := h.queue.close(); err != nil {
-		s.log.Error("closing the queue of a webhook", zap.String("webhook", h.name), zap.Error(err))
+func (s *Sender) end(hooks ...*hook) {
+	for _, h := range hooks {
+		h.cancel()
+		defer time.AfterFunc(endGrace, h.abort).Stop()
+	}
+	for _, h := range hooks {
+		<-h.ended
+		h.abort()
+		if err := h.queue.close(); err != nil {
+			s.log.Error("closing the queue of a webhook", zap.String("webhook", h.name), zap.Error(err))
+		}
 	}
 }
 
@@ -215,7 +224,7 @@ func (s *Sender) Wants(a Action) bool {
 // may.
 func (s *Sender) Notify(e Event) {
 	list := s.listening.Load()
-	if list == nil {
+	if list == nil || len(*list) == 0 {
 		return
 	}
 	var text []byte
@@ -247,10 +256,11 @@ func (s *Sender) Notify(e Event) {
 	signal(s.written)
 }
 
-// deliver sends what waits for a webhook.
-func (s *Sender) deliver(ctx context.Context, h *hook) {
+// deliver sends what waits for a webhook, until ctx ends; an attempt, until that
+// does.
+func (s *Sender) deliver(ctx, attempt context.Context, h *hook) {
 	failures := 0
-	for {
+	for ctx.Err() == nil {
 		event, lost, err := h.queue.first()
 		h.dropped.Add(int64(lost))
 		if event == nil && err == nil {
@@ -264,11 +274,7 @@ func (s *Sender) deliver(ctx context.Context, h *hook) {
 		}
 		w := h.set.Load()
 		if err == nil {
-			err = s.post(ctx, w, event)
-			if ctx.Err() != nil {
-				return
-			}
-			if err == nil {
+			if err = s.post(attempt, w, event); err == nil {
 				failpoint.Hit("webhook.taken")
 				h.queue.done()
 				signal(s.written)
@@ -281,6 +287,9 @@ func (s *Sender) deliver(ctx context.Context, h *hook) {
 				continue
 			}
 			h.queue.again()
+			if ctx.Err() != nil {
+				return
+			}
 		}
 		h.failed.Add(1)
 		said := err.Error()
@@ -292,9 +301,6 @@ func (s *Sender) deliver(ctx context.Context, h *hook) {
 			s.log.Warn("a webhook does not take events; they wait for it", zap.String("webhook", h.name), zap.Int("failures", failures), zap.Duration("again_in", w.Backoff), zap.Error(err))
 		}
 		s.pause(ctx, w.Backoff, h.change)
-		if ctx.Err() != nil {
-			return
-		}
 	}
 }
 
@@ -340,7 +346,9 @@ func (s *Sender) keep() {
 			s.sync()
 		case <-sweep.C:
 			s.setting.Lock()
-			s.sweep()
+			if !s.closed {
+				s.sweep()
+			}
 			s.setting.Unlock()
 		case <-s.ctx.Done():
 			return
@@ -396,18 +404,13 @@ func (s *Sender) sweep() {
 // Close ends every attempt. What waits stays for the next process.
 func (s *Sender) Close() {
 	s.setting.Lock()
-	defer s.setting.Unlock()
-	if s.closed {
-		return
-	}
-	s.closed = true
+	hooks := slices.Collect(maps.Values(s.hooks))
+	s.closed, s.hooks = true, nil
+	s.setting.Unlock()
 	s.listening.Store(nil)
 	s.cancel()
 	s.wg.Wait()
-	for _, h := range s.hooks {
-		s.end(h)
-	}
-	s.hooks = nil
+	s.end(hooks...)
 	s.client.CloseIdleConnections()
 }
 

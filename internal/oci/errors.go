@@ -64,11 +64,6 @@ func (e *Error) Write(w http.ResponseWriter, r *http.Request) {
 	if e.RetryAfter > 0 {
 		header.Set("Retry-After", strconv.Itoa(int(math.Ceil(e.RetryAfter.Seconds()))))
 	}
-	if r.ProtoMajor == 1 && r.Header["Expect"] != nil {
-		// Who waits to be asked for a body need not send it. On a connection that
-		// goes on, net/http waits for the body before it answers.
-		header.Set("Connection", "close")
-	}
 	w.WriteHeader(e.Status)
 	if r.Method != http.MethodHead {
 		w.Write(body)

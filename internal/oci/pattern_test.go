@@ -52,6 +52,39 @@ func TestPattern(t *testing.T) {
 	}
 }
 
+func TestPatterns(t *testing.T) {
+	for _, c := range []struct {
+		p, q                      string
+		overlaps, covers, covered bool
+	}{
+		{"apps/**", "apps/**", true, true, true},
+		{"apps/**", "apps/web", true, true, false},
+		{"apps/**", "apps", true, true, false},
+		{"apps/*", "apps/**", true, false, true},
+		{"apps/*", "apps/web/**", true, false, false},
+		{"apps/*", "apps/*/x", false, false, false},
+		{"**", "*", true, true, false},
+		{"**", "a/**/b", true, true, false},
+		{"*/web", "apps/*", true, false, false},
+		{"**/web", "apps/**", true, false, false},
+		{"**/web", "apps/**/db", false, false, false},
+		{"apps/**/web", "apps/web/**", true, false, false},
+		{"apps", "libs", false, false, false},
+		{"a/*/c", "a/b/*", true, false, false},
+		{"a/**/c", "a/*/c", true, true, false},
+		{"a/b", "a/b/c", false, false, false},
+	} {
+		p, _ := ParsePattern(c.p)
+		q, _ := ParsePattern(c.q)
+		if p.Overlaps(q) != c.overlaps || q.Overlaps(p) != c.overlaps {
+			t.Errorf("%s and %s overlap: %v, %v", p, q, p.Overlaps(q), q.Overlaps(p))
+		}
+		if p.Covers(q) != c.covers || q.Covers(p) != c.covered {
+			t.Errorf("%s covers %s: %v; the other way round: %v", p, q, p.Covers(q), q.Covers(p))
+		}
+	}
+}
+
 func TestTagPattern(t *testing.T) {
 	for _, c := range []struct {
 		pattern, match, differ string // separated by spaces

@@ -292,6 +292,9 @@ func TestGCForgetsEmptiedHosted(t *testing.T) {
 		t.Error("the wrong records are there")
 	}
 	b.agrees(b.ready())
+	if err := b.tree.Forget(t.Context(), "apps/pushed"); err == nil || !b.holds(content(2, 100)) {
+		t.Errorf("what is being pushed is forgotten: %v", err)
+	}
 
 	// Whoever was about to push did so to a hosted one.
 	record, err := b.tree.Claim(t.Context(), "apps/emptied", tree.Record{Class: tree.Mirrored, Upstream: "docker.io", Created: b.clock.time()})

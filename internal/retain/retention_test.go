@@ -74,6 +74,7 @@ func TestRetention(t *testing.T) {
 	b.clock.pass(72 * time.Hour)
 	b.tag("apps/web", "nightly-2", v["v5"])
 	b.pull("theirs/web", "v1", content(22, 100)) // which nobody has recorded
+	b.pull("theirs/web", "v2", content(25, 100))
 	b.pull("docker.io/library/nginx", "v1", content(23, 100))
 	b.pull("docker.io/library/nginx", "v2", content(24, 100))
 	ref := reference(t, "v2")
