@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 
@@ -250,7 +251,7 @@ func (t *Tree) namedBy(ctx context.Context, repository string, m *oci.Manifest) 
 		}
 		all = append(all, canonical)
 	}
-	for _, blob := range m.Blobs {
+	for _, blob := range slices.Concat(m.Blobs, m.Foreign) {
 		add(blob.Digest, layout.LayerLink(repository, blob.Digest))
 	}
 	for _, child := range m.Children {
