@@ -315,7 +315,7 @@ func evict(t *testing.T, m *mirror, upstream *regtest.Registry, blobs []digest.D
 	var cold []time.Duration
 	begun := time.Now()
 	var status struct {
-		Evicted struct{ Roots, Blobs, Bytes int64 }
+		Evicted struct{ Images, Blobs, Bytes int64 }
 	}
 	tick := time.NewTicker(pullEvery)
 	defer tick.Stop()
@@ -342,14 +342,14 @@ func evict(t *testing.T, m *mirror, upstream *regtest.Registry, blobs []digest.D
 		if err := m.ask(http.MethodGet, "/registry/status", nil, &status); err != nil {
 			t.Fatal(err)
 		}
-		if status.Evicted.Blobs >= evicted || time.Since(begun) > 10*time.Minute {
+		if status.Evicted.Blobs >= int64(len(blobs)) || time.Since(begun) > 10*time.Minute {
 			break
 		}
 	}
 	took := time.Since(begun)
 	slices.Sort(cold)
 	t.Logf("evicted %d blobs of %d roots in %s, %.0f a second; meanwhile %d requests for what was not held: median %s, p99 %s, the slowest %s",
-		status.Evicted.Blobs, status.Evicted.Roots, took.Round(time.Second), float64(status.Evicted.Blobs)/took.Seconds(), len(cold),
+		status.Evicted.Blobs, status.Evicted.Images, took.Round(time.Second), float64(status.Evicted.Blobs)/took.Seconds(), len(cold),
 		median(cold).Round(10*time.Microsecond), cold[len(cold)*99/100].Round(10*time.Microsecond), cold[len(cold)-1].Round(10*time.Microsecond))
 	left := 0
 	for _, d := range blobs {
@@ -430,7 +430,10 @@ func fill(t *testing.T, dir, file string, shape catalogtest.Shape) (allocated in
 			}
 			for _, d := range removal.Blobs {
 				changes = append(changes, tree.Change{Kind: tree.Removed, Canonical: d})
-				cold = append(cold, d)
+				// Manifests without bytes: wrong ones would be looked into.
+				if !slices.Contains(removal.Manifests, d) {
+					cold = append(cold, d)
+				}
 			}
 		}
 		if err := c.Apply(ctx, changes); err != nil {
