@@ -239,6 +239,7 @@ func TestClientCertificate(t *testing.T) {
 		{"{http.request.tls.client.san.dns_names}", "anyone", 403, 403, 200}, // a list is no name
 	} {
 		t.Run(c.identity+" "+c.who, func(t *testing.T) {
+			m.stop() // a reload would reset connections to its old socket
 			if err := m.behind("", directives, "", site("identity "+c.identity, "allow pull to "+c.who)); err != nil {
 				t.Fatal(err)
 			}

@@ -208,11 +208,19 @@ func (m *mirror) send(method, path string, header ...string) (*http.Response, er
 	for i := 0; i < len(header); i += 2 {
 		req.Header.Add(header[i], header[i+1])
 	}
+	return m.roundTrip(req)
+}
+
+// roundTrip sends a request, and again if it met a socket that was closing. On a
+// reload Caddy opens a second one on the port (SO_REUSEPORT) and closes the first a
+// moment later. The kernel resets connections that still wait in the first one's
+// queue, as any client may see.
+func (m *mirror) roundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := client.Do(req)
-	// On a reload Caddy opens a second socket on the port (SO_REUSEPORT) and
-	// closes the first a moment later. The kernel resets connections that still
-	// wait in the first one's queue, as any client may see.
 	for err != nil && time.Since(m.loaded) < time.Second && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)) {
+		if req.GetBody != nil {
+			req.Body, _ = req.GetBody() // of bytes: it cannot fail
+		}
 		resp, err = client.Do(req)
 	}
 	return resp, err

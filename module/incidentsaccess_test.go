@@ -153,6 +153,7 @@ func (m *mirror) pushes(user, repository, tag string, image regtest.Image) {
 func TestRightsOfNames(t *testing.T) {
 	image := regtest.NewImage("x", regtest.Random("x", 1000))
 	m := start(t, "", "")
+	m.stop()
 	if err := m.behind("", passwords, "", site("allow pull push to user:bob on apps/**", "allow pull delete to user:eve on apps/web")); err != nil {
 		t.Fatal(err)
 	}
@@ -198,6 +199,7 @@ func TestCVE_2024_39897_BlobOfAnother(t *testing.T) {
 		"deny any on apps/**",
 		"allow pull",
 	}
+	m.stop()
 	if err := m.behind("", passwords, upstreamFor("docker.io", up, "credentials robot s"), site(rules...)); err != nil {
 		t.Fatal(err)
 	}

@@ -50,7 +50,7 @@ func (m *mirror) try(method, to string, body []byte, header ...string) (*answer,
 	for i := 0; i < len(header); i += 2 {
 		req.Header.Add(header[i], header[i+1])
 	}
-	resp, err := client.Do(req)
+	resp, err := m.roundTrip(req)
 	if err != nil {
 		return nil, err
 	}

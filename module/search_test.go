@@ -6,6 +6,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/caddy-registry/mirror/internal/oci"
@@ -109,11 +110,17 @@ func TestSearch(t *testing.T) {
 // TestSearchMany: however much is asked for, no more than 100 results come.
 func TestSearchMany(t *testing.T) {
 	m := start(t, "", hookedSite)
-	image := regtest.NewImage("x")
+	const index = "application/vnd.oci.image.index.v1+json"
+	var pushes sync.WaitGroup
 	for i := range 120 {
-		p := pusher{m, fmt.Sprintf("apps/r%03d", i)}
-		p.sends(201, "PUT", p.path("manifests", "v1"), regtest.JSON(image.MediaType, json.RawMessage(`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}`)).Data, "Content-Type", "application/vnd.oci.image.index.v1+json")
+		pushes.Go(func() {
+			a, err := m.try("PUT", fmt.Sprintf("/v2/apps/r%03d/manifests/v1", i), []byte(`{"schemaVersion":2,"mediaType":"`+index+`","manifests":[]}`), "Content-Type", index)
+			if err != nil || a.StatusCode != 201 {
+				t.Error(a, err)
+			}
+		})
 	}
+	pushes.Wait()
 	var all []string
 	for page := 1; page <= 3; page++ {
 		f := m.search(fmt.Sprint("q=r&n=100000&page=", page))

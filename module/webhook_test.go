@@ -1,9 +1,11 @@
 package module_test
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -28,7 +30,8 @@ type hook struct {
 
 	mu     sync.Mutex
 	status int
-	header http.Header // of the latest request
+	gate   chan struct{} // nothing is answered before it is closed; nil: at once
+	header http.Header   // of the latest request
 }
 
 type hookEvent struct {
@@ -57,9 +60,16 @@ func newHook(t testing.TB) *hook {
 
 func (h *hook) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.mu.Lock()
-	status := h.status
+	status, gate := h.status, h.gate
 	h.header = r.Header
 	h.mu.Unlock()
+	if gate != nil {
+		select {
+		case <-gate:
+		case <-h.t.Context().Done():
+			return
+		}
+	}
 	body, _ := io.ReadAll(r.Body)
 	var sent struct{ Events []hookEvent }
 	if err := json.Unmarshal(body, &sent); err != nil || len(sent.Events) != 1 || r.Header.Get("Content-Type") != "application/vnd.docker.distribution.events.v1+json" {
@@ -147,6 +157,7 @@ func TestWebhook(t *testing.T) {
 	m.sends(206, "GET", p.path("blobs", layer.String()), nil, "Range", "bytes=0-99", "X-User", "bob")
 	m.sends(200, "GET", p.path("blobs", config.String()), nil)
 	m.sends(200, "GET", p.path("blobs", config.String()), nil) // from memory
+	m.sends(200, "HEAD", p.path("blobs", config.String()), nil)
 	m.pull("library/x", "latest", mirrored)
 	m.sends(201, "POST", "/v2/apps/other/blobs/uploads/?mount="+layer.String()+"&from=apps/web", nil, "X-User", "carol")
 	m.sends(202, "DELETE", p.path("manifests", "v1"), nil, "X-User", "dave")
@@ -247,6 +258,32 @@ func TestWebhookReload(t *testing.T) {
 	}
 }
 
+// TestWebhookRejected: a configuration that fails to start, whose webhooks may
+// already have taken the place of those before, leaves them as they were.
+func TestWebhookRejected(t *testing.T) {
+	kept, never := newHook(t), newHook(t)
+	m := start(t, "webhook audit "+kept.URL, hookedSite)
+	occupied, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer occupied.Close()
+	fails, err := m.adapt("webhook audit "+never.URL+" {\n ignore actions push\n}\nwebhook other "+never.URL, hookedSite)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fails = bytes.Replace(fails, []byte(`"listen":["`), []byte(`"listen":["`+occupied.Addr().String()+`","`), 1)
+	for i := range 8 { // Caddy starts apps in any order
+		if err := m.loadJSON(fails); err == nil || !strings.Contains(err.Error(), "in use") {
+			t.Fatalf("loaded with an address in use: %v", err)
+		}
+		kept.tells("push apps/web:@" + pusher{m, "apps/web"}.blob(fmt.Append(nil, i)).String())
+	}
+	if len(never.told) > 0 {
+		t.Errorf("told of %q", (<-never.told).line())
+	}
+}
+
 // TestWebhookKill: a push that was stored is told of though the mirror is killed
 // at once, and what was told of when it is killed is told again, as the same.
 func TestWebhookKill(t *testing.T) {
@@ -259,7 +296,9 @@ func TestWebhookKill(t *testing.T) {
 			storage disk {$`+childDir+`} {
 				min_free 1MB
 			}
-			webhook audit `+h.URL+`
+			webhook audit `+h.URL+` {
+				timeout 1h
+			}
 		}
 	}
 	{$`+childURL+`} {
@@ -280,7 +319,12 @@ func TestWebhookKill(t *testing.T) {
 	doomed.dead()
 
 	h.answers(200)
+	gate := make(chan struct{})
+	h.mu.Lock()
+	h.gate = gate
+	h.mu.Unlock()
 	doomed = child(t, dir, "", "webhook.taken#2")
+	close(gate)
 	doomed.dead()
 	first, second := h.next(), h.next()
 	if first.Target.Digest != digest.FromString("first") || second.Target.Digest != d {
