@@ -122,6 +122,12 @@ func TestAdminStore(t *testing.T) {
 		t.Errorf("second page %v", next)
 	}
 
+	// What a tag has meant.
+	why := m.admins("GET", "why?reference=x:1")
+	if history, _ := why["history"].([]any); len(history) != 1 || history[0].(object)["digest"] != why["digest"] || history[0].(object)["since"] == "" {
+		t.Errorf("history of x:1: %v", why)
+	}
+
 	// What takes how much: the base counts once in each upstream, and once in all.
 	report := m.admins("GET", "usage?n=1")
 	sizes := map[string]float64{"": report["store"].(object)["bytes"].(float64)}

@@ -46,7 +46,7 @@ func TestDelete(t *testing.T) {
 	if err != nil || was != one {
 		t.Errorf("it meant %s, %v", was, err)
 	}
-	l.lasts(t, "tag")
+	l.lasts(t, "tag", 1)
 	b.wantTold("untagged r a")
 	b.wantTag("r", "a", "")
 	b.wantManifest("r", one, first)
@@ -64,7 +64,7 @@ func TestDelete(t *testing.T) {
 	if err != nil || !slices.Equal(tags, []string{"b", "c"}) {
 		t.Errorf("the tags %q went, %v", tags, err)
 	}
-	l.lasts(t, "manifest")
+	l.lasts(t, "manifest", 1)
 	gone := func() {
 		t.Helper()
 		for _, d := range []digest.Digest{one, alias} {
@@ -93,7 +93,7 @@ func TestDelete(t *testing.T) {
 	b.told.take()
 	l.syncs = 0
 	b.ok(b.DeleteBlob(ctx, "r", long))
-	l.lasts(t, "blob")
+	l.lasts(t, "blob", 1)
 	b.wantTold("unlinked r " + short(layer))
 	for _, d := range []digest.Digest{layer, long} {
 		b.wantMember("r", d, false)
@@ -362,7 +362,7 @@ func TestBuiltOnUnsynced(t *testing.T) {
 	go func() { pushed <- b.PutBlob(ctx, "r", []digest.Digest{layer}, path, 7) }()
 	arrive(t, "the sync", begun)
 	d := b.pushManifest("r", image(layer))
-	l.lasts(t, "manifest")
+	l.lasts(t, "manifest", 1)
 	close(goOn)
 	b.ok(arrive(t, "the end", pushed))
 	l.hold = nil
@@ -464,7 +464,7 @@ func TestHostedIsWhole(t *testing.T) {
 	for g := range 6 {
 		random := rand.New(rand.NewPCG(uint64(g), 5))
 		wg.Go(func() {
-			for i := range 60 {
+			for i := range 40 {
 				r, other := repositories[random.IntN(2)], repositories[random.IntN(2)]
 				layer, body, tag := layers[random.IntN(3)], bodies[random.IntN(len(bodies))], fmt.Sprintf("v%d", random.IntN(2))
 				l, d := digest.FromString(layer), digest.FromString(body)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 
 	"github.com/opencontainers/go-digest"
 
@@ -56,6 +57,12 @@ func (t *Tree) PutBlob(ctx context.Context, repository string, names []digest.Di
 	if err := t.Host(ctx, repository); err != nil {
 		return err
 	}
+	// A loss of power must not leave a link to bytes that are not there: whoever asks
+	// for them would be told that he need not push them. And they are synced now,
+	// which may take long, since it is done under no lock.
+	if err := syncFile(path); err != nil {
+		return err
+	}
 	w := t.write(ctx, repository)
 	defer w.end()
 	key := layout.Blob(names[0])
@@ -79,6 +86,14 @@ func (t *Tree) PutBlob(ctx context.Context, repository string, names []digest.Di
 	}
 	failpoint.Hit("push.synced")
 	return nil
+}
+
+func syncFile(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
 }
 
 // Mount makes a blob of the repository from a member of a hosted one, and returns
@@ -113,11 +128,16 @@ func (t *Tree) LinkBlob(ctx context.Context, repository string, asked, canonical
 		names = append(names, asked)
 	}
 	key := layout.Blob(canonical)
+	if w.lasting { // before they are linked, as in PutBlob: they may be mirrored
+		if err := t.store.Sync(ctx, key); err != nil {
+			return err
+		}
+	}
 	err := t.bind(ctx, w, repository, names, func() (int64, error) {
 		info, err := t.store.Stat(ctx, key)
 		return info.Size, err
 	}, func() error {
-		w.touch(key) // a mirrored repository's need not be on the disk yet
+		w.touch(key) // which may have been replaced since
 		return nil
 	})
 	if err != nil || !w.lasting {

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -434,4 +435,32 @@ func TestSyncIsOnTheDisk(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// BenchmarkSync is 32 pushers of small blobs, each with its link.
+func BenchmarkSync(b *testing.B) {
+	s, err := (&Disk{Directory: b.TempDir(), settings: settings{minFree: minFree{}, fileMode: 0o640, dirMode: 0o750}}).Open(b.Context())
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer s.Close()
+	data := make([]byte, 16<<10)
+	var n atomic.Int64
+	b.SetParallelism(max(1, 32/runtime.GOMAXPROCS(0)))
+	b.RunParallel(func(p *testing.PB) {
+		for p.Next() {
+			i := n.Add(1)
+			blob, link := fmt.Sprintf("blobs/%02x/%d/data", i%256, i), fmt.Sprintf("links/%d/link", i)
+			err := s.Put(b.Context(), blob, data, storage.Lazy)
+			if err == nil {
+				err = s.Put(b.Context(), link, data[:71], storage.Lazy)
+			}
+			if err == nil {
+				err = s.Sync(b.Context(), blob, link)
+			}
+			if err != nil {
+				b.Error(err)
+			}
+		}
+	})
 }
