@@ -261,6 +261,7 @@ func TestUploadDamaged(t *testing.T) {
 	}{
 		"nothing":         {do: func(*host, string) {}},
 		"more came":       {do: func(h *host, id string) { appendTo(h.t, h.spool(id), data[came:came+10_000]) }},
+		"too much came":   {do: func(h *host, id string) { appendTo(h.t, h.spool(id), make([]byte, 100_000)) }},
 		"other came":      {do: func(h *host, id string) { appendTo(h.t, h.spool(id), []byte("rubbish")) }},
 		"half a state":    {do: func(h *host, id string) { os.WriteFile(h.spool(id+".state.new"), []byte("0123"), 0o600) }},
 		"another boot":    {do: otherBoot},
@@ -416,8 +417,8 @@ func TestUploadExpires(t *testing.T) {
 	h.At(clock)
 	old := h.begin("")
 	h.append(old, body([]byte("abc")), 3)
-	now = now.Add(hosted.UploadLife - time.Minute)
 	busy := h.begin("")
+	now = now.Add(hosted.UploadLife - time.Minute)
 	h.append(busy, body([]byte("abcd")), 4)
 	h.Sweep()
 	h.find(old.ID())
