@@ -233,10 +233,7 @@ func TestProtocolUploadErrors(t *testing.T) {
 // TestProtocolMounts: a blob comes from another repository, named or not, and
 // only from where it is.
 func TestProtocolMounts(t *testing.T) {
-	m := startAdmin(t, "")
-	if err := m.load("", hostedSite); err != nil {
-		t.Fatal(err)
-	}
+	m := startAdmin(t, "", hostedSite)
 	p, from := pusher{m, "apps/web"}, pusher{m, "apps/other"}
 	for _, algorithm := range []digest.Algorithm{digest.SHA256, digest.SHA512} {
 		for i, query := range []string{"&from=apps/other", ""} {

@@ -224,3 +224,34 @@ func TestMaxManifestSize(t *testing.T) {
 		t.Errorf("tags %q", got)
 	}
 }
+
+// TestPushedForeignLayers: a layer that need not be here, and was pushed all the
+// same, is kept as long as a manifest names it; and so is a blob that an index
+// names, as caches of BuildKit do.
+func TestPushedForeignLayers(t *testing.T) {
+	m := startAdmin(t, "gc off 1s", hostedSite)
+	p := pusher{m, "apps/web"}
+	image, loose := regtest.NewImage("x"), regtest.Random("loose", 100)
+	foreign, cached := regtest.Random("foreign", 100), regtest.Random("cached", 100)
+	for _, blob := range []regtest.Content{image.Blobs[0], loose, foreign, cached} {
+		p.blob(blob.Data)
+	}
+	layer := foreign.Descriptor()
+	layer.MediaType, layer.URLs = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", []string{"https://away.example/layer"}
+	p.put("v1", regtest.JSON(image.MediaType, map[string]any{
+		"schemaVersion": 2, "mediaType": image.MediaType, "config": image.Blobs[0].Descriptor(), "layers": []any{layer},
+	}))
+	p.put("cache", regtest.NewIndex(regtest.Image{Content: cached}).Content)
+	for _, blob := range []regtest.Content{foreign, cached} {
+		m.refused(405, oci.CodeUnsupported, "DELETE", p.path("blobs", blob.Digest.String()), nil, "manifest")
+	}
+	m.complete()
+	eventually(t, "what nobody names to be collected", func() bool {
+		m.job(`{"kind": "gc"}`)
+		a, err := m.try("HEAD", p.path("blobs", loose.Digest.String()), nil)
+		return err == nil && a.StatusCode == 404
+	})
+	for _, blob := range []regtest.Content{foreign, cached, image.Blobs[0]} {
+		p.sends(200, "GET", p.path("blobs", blob.Digest.String()), nil)
+	}
+}

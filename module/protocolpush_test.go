@@ -329,6 +329,13 @@ func TestProtocolReferrerPages(t *testing.T) {
 	if !strings.Contains(a.Header.Get("Warning"), "left out") {
 		t.Errorf("%v", a.Header)
 	}
+	// What JSON need not escape is not made longer.
+	angles := artifact("application/vnd.angles", &subject, map[string]string{"long": "LONG"}, layer)
+	angles.Content = regtest.Blob(angles.MediaType, bytes.Replace(angles.Data, []byte("LONG"), bytes.Repeat([]byte("<"), 1_000_000), 1))
+	p.image(angles)
+	if found, _ := p.referrers(subject.Digest, "?artifactType=application/vnd.angles"); len(found) != 1 || len(found[0].Annotations["long"]) != 1_000_000 {
+		t.Errorf("%d referrers", len(found))
+	}
 }
 
 // TestProtocolFallbackTag takes in what clients have written where there was no API

@@ -12,9 +12,10 @@ import (
 	"github.com/caddy-registry/mirror/internal/tree"
 )
 
-// stripes are locks of repositories. Whoever pushes shares one, so that pushes do
-// not wait for each other; whoever deletes has it alone. Then what is there when a
-// deletion begins is all that it has to care for.
+// stripes are locks of repositories. Whoever pushes a manifest shares one, so that
+// pushes do not wait for each other; whoever removes one has it alone. Then no push
+// finds its manifest gone before its tag is set. Tags and blobs need none: the tree
+// keeps them apart from who refers to them.
 type stripes [256]sync.RWMutex
 
 var seed = maphash.MakeSeed()
@@ -23,7 +24,7 @@ func (s *stripes) of(repository string) *sync.RWMutex {
 	return &s[maphash.String(seed, repository)%uint64(len(s))]
 }
 
-// share keeps deletions out of a repository until done.
+// share keeps removals of manifests out of a repository until done.
 func (h *Registry) share(repository string) (done func()) {
 	l := h.repositories.of(repository)
 	l.RLock()
@@ -31,17 +32,17 @@ func (h *Registry) share(repository string) (done func()) {
 }
 
 // deleting is how everything begins that removes something: it fails where that
-// is off, whatever it is (CVE-2026-41888), and keeps pushes out until done.
-func (h *Registry) deleting(repository string) (options Options, done func(), err error) {
-	options = h.options(repository)
+// is off, whatever it is (CVE-2026-41888).
+func (h *Registry) deleting(repository string) (Options, error) {
+	options := h.options(repository)
 	if options.NoDelete {
-		return options, nil, fmt.Errorf("%w: it is configured with `delete off`", ErrNoDelete)
+		return options, fmt.Errorf("%w: it is configured with `delete off`", ErrNoDelete)
 	}
-	return options, h.Alone(repository), nil
+	return options, nil
 }
 
-// Alone keeps pushes and deletions out of a repository until done, for whoever
-// removes something for another reason than a client's wish.
+// Alone keeps pushes of manifests, and other removals of them, out of a repository
+// until done.
 func (h *Registry) Alone(repository string) (done func()) {
 	l := h.repositories.of(repository)
 	l.Lock()
@@ -52,11 +53,10 @@ func (h *Registry) Alone(repository string) (done func()) {
 // error is an fs.ErrNotExist if there is no such tag; or it wraps [ErrNoDelete] or
 // [ErrImmutable].
 func (h *Registry) DeleteTag(ctx context.Context, repository, tag string) (was digest.Digest, err error) {
-	options, done, err := h.deleting(repository)
+	options, err := h.deleting(repository)
 	if err != nil {
 		return "", err
 	}
-	defer done()
 	return h.tree.DeleteTag(ctx, repository, tag, func(digest.Digest) error { return options.removable(tag) })
 }
 
@@ -65,22 +65,20 @@ func (h *Registry) DeleteTag(ctx context.Context, repository, tag string) (was d
 // they are collected. The errors are those of DeleteTag: one immutable tag keeps
 // the manifest.
 func (h *Registry) DeleteManifest(ctx context.Context, repository string, d digest.Digest) (tags []string, err error) {
-	options, done, err := h.deleting(repository)
+	options, err := h.deleting(repository)
 	if err != nil {
 		return nil, err
 	}
-	defer done()
+	defer h.Alone(repository)()
 	return h.tree.DeleteManifest(ctx, repository, d, options.removable)
 }
 
 // DeleteBlob takes a blob out of a repository, unless a manifest there names it:
 // then the error is [ErrNamed]. Otherwise they are those of DeleteTag.
 func (h *Registry) DeleteBlob(ctx context.Context, repository string, d digest.Digest) error {
-	_, done, err := h.deleting(repository)
-	if err != nil {
+	if _, err := h.deleting(repository); err != nil {
 		return err
 	}
-	defer done()
 	if err := h.tree.DeleteBlob(ctx, repository, d); errors.Is(err, tree.ErrNamed) {
 		return fmt.Errorf("%w: %w", ErrNamed, err)
 	} else if err != nil {

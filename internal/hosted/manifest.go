@@ -64,7 +64,7 @@ func (h *Registry) PutManifest(ctx context.Context, p Push) (*tree.Manifest, err
 	case d.Algorithm().FromBytes(p.Body) != d:
 		return nil, fmt.Errorf("%w: the %d bytes of the manifest have %s", ErrDigest, len(p.Body), d.Algorithm().FromBytes(p.Body))
 	}
-	// Deletes keep out meanwhile: a tag is never left that means nothing.
+	// Whoever removes it waits until its tags are set, which would fail otherwise.
 	defer h.share(p.Repository)()
 	for _, tag := range p.Tags {
 		before, err := h.tree.Tag(ctx, p.Repository, tag)

@@ -33,6 +33,9 @@ type Manifest struct {
 	// Blobs are the config and layers, less foreign layers, which no registry
 	// holds.
 	Blobs []v1.Descriptor
+	// Foreign are those foreign layers. Whoever has pushed one here all the same
+	// wants it kept.
+	Foreign []v1.Descriptor
 	// Children are the manifests of an index.
 	Children []v1.Descriptor
 }
@@ -100,7 +103,9 @@ func ParseManifest(body []byte) (*Manifest, error) {
 		m.Blobs = append(m.Blobs, *raw.Config)
 	}
 	for _, layer := range append(raw.Layers, raw.Blobs...) {
-		if !foreign(layer) {
+		if foreign(layer) {
+			m.Foreign = append(m.Foreign, layer)
+		} else {
 			m.Blobs = append(m.Blobs, layer)
 		}
 	}
@@ -110,7 +115,7 @@ func ParseManifest(body []byte) (*Manifest, error) {
 	if raw.Manifests != nil {
 		m.Children = *raw.Manifests
 	}
-	m.Blobs, m.Children = valid(m.Blobs), valid(m.Children)
+	m.Blobs, m.Foreign, m.Children = valid(m.Blobs), valid(m.Foreign), valid(m.Children)
 	return m, nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -103,7 +104,7 @@ func names(c tree.Change, visit func(digest.Digest)) {
 	if c.Manifest == nil {
 		return
 	}
-	for _, d := range c.Manifest.Blobs {
+	for _, d := range slices.Concat(c.Manifest.Blobs, c.Manifest.Foreign) {
 		visit(d.Digest)
 	}
 	for _, d := range c.Manifest.Children {

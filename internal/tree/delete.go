@@ -204,7 +204,8 @@ func (t *Tree) naming(ctx context.Context, repository string, canonical digest.D
 		if named == nil {
 			continue // it cannot be served either
 		}
-		for _, blob := range named.Blobs {
+		// An index may name blobs, as BuildKit's caches do.
+		for _, blob := range slices.Concat(named.Blobs, named.Foreign, named.Children) {
 			names, err := t.canonical(ctx, repository, blob.Digest, layout.LayerLink(repository, blob.Digest))
 			if err != nil {
 				return "", err

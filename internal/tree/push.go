@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 
@@ -270,7 +271,7 @@ func (t *Tree) namedBy(ctx context.Context, repository string, m *oci.Manifest) 
 		}
 		all = append(all, canonical)
 	}
-	for _, blob := range m.Blobs {
+	for _, blob := range slices.Concat(m.Blobs, m.Foreign) {
 		add(blob.Digest, layout.LayerLink(repository, blob.Digest))
 	}
 	for _, child := range m.Children {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"slices"
 	"sync"
 
 	"github.com/opencontainers/go-digest"
@@ -85,7 +86,7 @@ func (w *writing) rest(keys ...string) {
 
 // restOn has what a manifest names synced where others are still syncing it.
 func (w *writing) restOn(repository string, named *oci.Manifest, canonical func(digest.Digest) digest.Digest) {
-	for _, blob := range named.Blobs {
+	for _, blob := range slices.Concat(named.Blobs, named.Foreign) {
 		w.rest(layout.Blob(canonical(blob.Digest)), layout.LayerLink(repository, canonical(blob.Digest)), layout.LayerLink(repository, blob.Digest))
 	}
 	for _, child := range named.Children {
