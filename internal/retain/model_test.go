@@ -220,6 +220,11 @@ func (m *model) step() {
 			}
 			m.say("gc")
 			m.done(m.GC(false))
+			for name, upstream := range repositories {
+				if _, err := m.tree.Record(m.t.Context(), name); err != nil {
+					m.repository(name, upstream) // as whoever comes for it next does
+				}
+			}
 			return
 		}
 		m.say("purge %s", name)
