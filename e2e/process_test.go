@@ -182,9 +182,8 @@ func workDir(t *testing.T) string {
 	}
 	t.Cleanup(func() {
 		unmountBelow(t, dir)
-		if err := os.RemoveAll(dir); err != nil {
-			t.Error(err)
-		}
+		// What a daemon had started may need a moment to end after it.
+		eventually(t, 10*time.Second, "the removal of "+dir, func() bool { return os.RemoveAll(dir) == nil })
 	})
 	return dir
 }
