@@ -3,13 +3,10 @@ package module_test
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"io"
 	"net/http"
 	"net/url"
 	"strings"
-	"syscall"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
@@ -54,14 +51,6 @@ func (m *mirror) try(method, to string, body []byte, header ...string) (*answer,
 		req.Header.Add(header[i], header[i+1])
 	}
 	resp, err := m.roundTrip(req)
-	resp, err := client.Do(req)
-	// As in send.
-	for err != nil && time.Since(m.loaded) < time.Second && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)) {
-		if req.GetBody != nil {
-			req.Body, _ = req.GetBody() // of a bytes.Reader
-		}
-		resp, err = client.Do(req)
-	}
 	if err != nil {
 		return nil, err
 	}
