@@ -222,7 +222,7 @@ func kinds() []kind {
 	}
 	kinds = append(kinds, of("nondistributable", edited(foreign, func(m map[string]any) {
 		m["layers"] = append([]any{
-			away("1", v1.MediaTypeImageLayerNonDistributableGzip, "https://store.example.com/1"), //nolint:staticcheck
+			away("1", "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip", "https://store.example.com/1"),
 			away("2", "application/vnd.oci.image.layer.nondistributable.v1.tar", "https://store.example.com/2"),
 			away("3", "application/vnd.oci.image.layer.nondistributable.v1.tar"),
 			away("4", "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", "https://store.example.com/4"),
