@@ -155,7 +155,7 @@ func TestCodes(t *testing.T) {
 	m.wantError(404, oci.CodeNameUnknown, "GET", "/v2/library/none/tags/list")
 	m.wantError(404, oci.CodeNameUnknown, "GET", "/v2/library/x/manifests/latest?ns=unknown.example", "unknown.example", "upstream unknown.example")
 	m.wantError(400, oci.CodeNameInvalid, "GET", "/v2/library/UPPER/manifests/latest")
-	m.wantError(400, oci.CodeManifestInvalid, "GET", "/v2/library/x/manifests/-bad")
+	m.wantError(404, oci.CodeManifestUnknown, "GET", "/v2/library/x/manifests/-bad")
 	m.wantError(400, oci.CodeManifestInvalid, "GET", "/v2/library/x/manifests/sha256:bad")
 	m.wantError(400, oci.CodeDigestInvalid, "GET", "/v2/library/x/blobs/sha256:bad")
 	m.wantError(400, oci.CodeDigestInvalid, "GET", "/v2/library/x/blobs/latest")
