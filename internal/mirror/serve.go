@@ -163,9 +163,12 @@ func (x *exchange) serve() error {
 		return fail(unknownEndpoint, "this registry speaks version 2 of the registry API; a client that asks for /v1/ is too old: use Docker 1.6 or a later one")
 	}
 	action := x.action()
-	if action == 0 {
+	unanswered := func() error {
 		x.w.Header().Set("Allow", allow(x.route))
 		return fail(readOnly, "nothing at this path answers %s", printable(x.r.Method))
+	}
+	if action == 0 && x.route.Name == "" {
+		return unanswered()
 	}
 	switch x.route.Kind {
 	case oci.KindPing:
@@ -190,6 +193,13 @@ func (x *exchange) serve() error {
 	if ns := x.target.Namespace; ns != "" {
 		x.w.Header().Set("OCI-Namespace", ns)
 	}
+	if x.target.Upstream != nil && action != access.Pull {
+		x.w.Header().Set("Allow", "GET, HEAD")
+		return fail(readOnly, "what is mirrored answers GET and HEAD only; push to %s itself, or to a name that is hosted here", x.target.Upstream.Name)
+	}
+	if action == 0 {
+		return unanswered()
+	}
 	var ref oci.Reference
 	if x.route.Kind != oci.KindTags && x.route.Kind != oci.KindUpload {
 		if ref, err = oci.ParseReference(x.route.Ref); err == nil && x.route.Kind != oci.KindManifest && ref.Digest == "" {
@@ -205,10 +215,6 @@ func (x *exchange) serve() error {
 			// There cannot be such a tag: a 404, says the conformance suite of 1.1.
 			return fail(unknownContent, "%v", err)
 		}
-	}
-	if x.target.Upstream != nil && action != access.Pull {
-		x.w.Header().Set("Allow", "GET, HEAD")
-		return fail(readOnly, "what is mirrored answers GET and HEAD only; push to %s itself, or to a name that is hosted here", x.target.Upstream.Name)
 	}
 	verdict := x.verdict(action)
 	if !verdict.Allowed {
