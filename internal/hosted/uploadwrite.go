@@ -23,7 +23,7 @@ const (
 	// come when maxLarge requests have them do with one small one.
 	largeBuffer = 512 << 10
 	smallBuffer = 32 << 10
-	maxLarge    = 32
+	maxLarge    = 8
 
 	noteRun  = 64 << 20 // bytes between two notes of the state
 	flushRun = 8 << 20  // bytes that the kernel is told to begin to write
