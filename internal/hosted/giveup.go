@@ -93,7 +93,7 @@ func (h *Registry) reserve(ctx context.Context, n int64) (storage.Reservation, e
 		r, err = h.store.Reserve(n)
 	}
 	if errors.Is(err, storage.ErrFull) && ctx.Err() == nil {
-		h.giveUp(n, func(u *Upload) int64 { return u.loose }, func() bool {
+		h.giveUp(n, loose, func() bool {
 			r, err = h.store.Reserve(n)
 			return !errors.Is(err, storage.ErrFull)
 		})
@@ -104,12 +104,23 @@ func (h *Registry) reserve(ctx context.Context, n int64) (storage.Reservation, e
 // Room does as Parts.Room, and gives idle uploads up where that makes no room: it is
 // for those who fetch.
 func (h *Registry) Room(ctx context.Context, n int64) bool {
-	r, err := h.reserve(ctx, n)
-	if err == nil {
-		r.Release()
+	if h.room != nil && h.room(ctx, n) {
+		return true
 	}
-	return err == nil
+	return ctx.Err() == nil && h.giveUp(n, loose, func() bool {
+		r, err := h.store.Reserve(n)
+		if err == nil {
+			r.Release()
+			if h.room != nil {
+				h.room(ctx, n) // which keeps it for the caller
+			}
+		}
+		return err == nil
+	})
 }
+
+// loose is what an idle upload takes in the store.
+func loose(u *Upload) int64 { return u.loose }
 
 // grant asks the quota of a repository. Where that is used up, idle uploads that
 // count in it are given up.

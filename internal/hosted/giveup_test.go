@@ -141,7 +141,7 @@ func TestIdleUploadsMakeRoomInStore(t *testing.T) {
 		t.Errorf("while they are young: evicted %d times, %d partial", evicted, h.Partial())
 	}
 	c.wait(20 * time.Minute)
-	if !h.Room(t.Context(), 1<<20) || evicted != 2 || h.Partial() != 2<<20 {
+	if !h.Room(t.Context(), 1<<20) || evicted != 3 || h.Partial() != 2<<20 {
 		t.Errorf("for a fill: evicted %d times, %d partial", evicted, h.Partial())
 	}
 	d := digest.FromBytes(data)
