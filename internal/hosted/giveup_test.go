@@ -7,11 +7,11 @@ import (
 	"testing"
 	"time"
 
-	"github.com/opencontainers/go-digest"
 	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/regtest"
 	"github.com/caddy-registry/mirror/storage"
+	"github.com/opencontainers/go-digest"
 )
 
 // clock is a clock that a test moves.
