@@ -567,6 +567,8 @@ func TestUploadRefusedUnread(t *testing.T) {
 				resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
 				if err != nil || fmt.Sprint(resp.StatusCode) != c.status {
 					t.Errorf("%s that waits: %v, %v", to[0], resp, err)
+				} else if body, _ := io.ReadAll(resp.Body); c.name == "no room" && (!bytes.Contains(body, []byte("lower min_free")) || bytes.Contains(body, []byte("max_size"))) {
+					t.Errorf("no remedy, or a wrong one: %s", body)
 				}
 				// One who sends all the same gets an answer, or sees the
 				// connection end: it does not hang.
