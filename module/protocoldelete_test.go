@@ -154,14 +154,14 @@ func TestImmutableTags(t *testing.T) {
 	p.image(image, "v1", "x-final", "latest")
 	p.image(other, "latest")
 	for _, ref := range []string{"v1", "x-final", other.Digest.String() + "?tag=free&tag=v1"} {
-		m.refused(403, oci.CodeDenied, "PUT", p.path("manifests", ref), other.Data, "immutable", "Content-Type", other.MediaType)
+		m.refused(403, oci.CodeDenied, "PUT", p.path("manifests", ref), other.Data, "push another tag", "Content-Type", other.MediaType)
 	}
 	third := regtest.NewImage("z")
 	p.blob(third.Blobs[0].Data)
 	m.refused(403, oci.CodeDenied, "PUT", p.path("manifests", "v1"), third.Data, "immutable", "Content-Type", third.MediaType)
 	m.sends(404, "HEAD", p.path("manifests", third.Digest.String()), nil) // not even stored
 	for _, ref := range []string{"v1", "x-final", image.Digest.String()} {
-		m.refused(403, oci.CodeDenied, "DELETE", p.path("manifests", ref), nil, "immutable")
+		m.refused(403, oci.CodeDenied, "DELETE", p.path("manifests", ref), nil, "the mirror's configuration")
 	}
 	// The same again is no change, whatever digest names it.
 	p.put("v1", image.Content)

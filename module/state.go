@@ -209,7 +209,7 @@ func (s *state) open(ctx context.Context) (*opened, error) {
 		}
 	})
 	o.hosted = hosted.New(hosted.Parts{Store: o.keeper.Store(), Tree: o.tree, Room: o.keeper.Room, Quota: o.keeper.Quota, Log: s.log})
-	o.mirror = mirror.New(mirror.Parts{Store: o.keeper.Store(), Tree: o.tree, Hosted: o.hosted, Room: o.keeper.Room, Catalog: o.keeper.Listing, Suspect: o.keeper.Suspect, Log: s.log})
+	o.mirror = mirror.New(mirror.Parts{Store: o.keeper.Store(), Tree: o.tree, Hosted: o.hosted, Room: o.hosted.Room, Catalog: o.keeper.Listing, Suspect: o.keeper.Suspect, Log: s.log})
 	m.Store(o.mirror)
 	o.keeper.Begin(o.tree, retain.Hooks{
 		Catalog: s.openCatalog,

@@ -567,6 +567,8 @@ func TestUploadRefusedUnread(t *testing.T) {
 				resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
 				if err != nil || fmt.Sprint(resp.StatusCode) != c.status {
 					t.Errorf("%s that waits: %v, %v", to[0], resp, err)
+				} else if body, _ := io.ReadAll(resp.Body); c.name == "no room" && (!bytes.Contains(body, []byte("lower min_free")) || bytes.Contains(body, []byte("max_size"))) {
+					t.Errorf("no remedy, or a wrong one: %s", body)
 				}
 				// One who sends all the same gets an answer, or sees the
 				// connection end: it does not hang.
@@ -629,4 +631,34 @@ func TestUploadDiskFull(t *testing.T) {
 	}
 	u.at(u.says("204", "GET", at, nil), 0)
 	u.has(u.says("201", "PUT", finish(at, d), bytes.NewReader(data)), d, data)
+}
+
+// TestRefusalReachesSender: a client that is sending its body finds the answer, whole,
+// and the end of the connection behind it: not a reset, which may take the answer with
+// it.
+func TestRefusalReachesSender(t *testing.T) {
+	m := start(t, "", "")
+	m.stop()
+	if err := m.load("storage disk "+m.dir+" {\n max_blob_size 1MiB\n}\nhosted apps/** {\n max_manifest_size 1MiB\n}", openToAll); err != nil {
+		t.Fatal(err)
+	}
+	u := uploader{m, "apps/web"}
+	at := u.begin()
+	for _, c := range [][]string{
+		{"PUT", "manifests/v1", "Content-Length", "40000000"},
+		{"PATCH", at, "Content-Length", "40000000"},
+		{"PUT", finish(at, digest.FromString("x")), "Content-Length", "40000000"},
+		{"PUT", "manifests/v1", "Transfer-Encoding", "chunked"},
+	} {
+		conn := u.raw(c[0], c[1], nil, c[2:]...)
+		body := bytes.Repeat([]byte("x"), 2_000_000)
+		if c[2] == "Transfer-Encoding" {
+			fmt.Fprintf(conn, "%x\r\n", len(body))
+		}
+		conn.Write(body) // as far as the server lets it
+		answer, err := io.ReadAll(conn)
+		if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 413 ") || !bytes.Contains(answer, []byte(`"SIZE_INVALID"`)) {
+			t.Errorf("%q: %q, %v", c, answer, err)
+		}
+	}
 }

@@ -89,7 +89,7 @@ func (h *Registry) DeleteBlob(ctx context.Context, repository string, d digest.D
 
 func (o Options) removable(tag string) error {
 	if o.immutable(tag) {
-		return fmt.Errorf("%w: %s", ErrImmutable, tag)
+		return fmt.Errorf("%w: %s; only the mirror's configuration can let go of it", ErrImmutable, tag)
 	}
 	return nil
 }

@@ -78,7 +78,7 @@ func (h *Registry) PutManifest(ctx context.Context, p Push) (*tree.Manifest, err
 			return nil, err
 		}
 	}
-	done, err := h.quota(ctx, p.Repository, int64(len(p.Body)))
+	done, err := h.grant(ctx, p.Repository, int64(len(p.Body)))
 	if err != nil {
 		return nil, err
 	}
@@ -123,7 +123,7 @@ func (o Options) movable(tag string, body []byte) func(before digest.Digest) err
 		if before == "" || !o.immutable(tag) || before == before.Algorithm().FromBytes(body) {
 			return nil
 		}
-		return fmt.Errorf("%w: %s means %s", ErrImmutable, tag, before)
+		return fmt.Errorf("%w: %s means %s; push another tag", ErrImmutable, tag, before)
 	}
 }
 

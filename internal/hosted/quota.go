@@ -13,33 +13,60 @@ import (
 const mostAhead = 64 << 20
 
 // allow asks the quota for what an upload will have with n bytes more than have
-// come. What it has been allowed counts until it ends. The caller is the one who
-// writes.
+// come. What it has been allowed counts until it ends; what is beyond what has come,
+// until a request fails. The caller is the one who writes.
 func (u *Upload) allow(ctx context.Context, n int64) error {
 	short := u.Offset() + n - u.allowed
 	if short <= 0 {
 		return nil
 	}
-	quota := u.registry.quota
 	// More the more it has been; unless there is only room for what is there.
-	ask := max(short, min(u.allowed, mostAhead))
-	done, err := quota(ctx, u.repository, ask)
-	if errors.Is(err, storage.ErrFull) && ask > short {
-		ask = short
-		done, err = quota(ctx, u.repository, ask)
+	if ask := min(u.allowed, mostAhead); ask > short {
+		if done, err := u.registry.quota(ctx, u.repository, ask); err == nil {
+			u.allows(ask, done)
+			return nil
+		} else if !errors.Is(err, storage.ErrFull) {
+			return err
+		}
 	}
-	if err != nil {
-		return err
+	done, err := u.registry.grant(ctx, u.repository, short)
+	if err == nil {
+		u.allows(short, done)
 	}
-	u.allowed += ask
+	return err
+}
+
+// allows takes note of what the quota has allowed.
+func (u *Upload) allows(n int64, done func()) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	u.allowed += n
 	if u.gone {
 		done()
 	} else {
 		u.quotas = append(u.quotas, done)
 	}
-	return nil
+}
+
+// modest gives back what has been allowed beyond what has come: a request has
+// failed, and nobody knows whether another one brings the rest. The caller is the
+// one who writes.
+func (u *Upload) modest(ctx context.Context) {
+	came := u.Offset()
+	if u.allowed <= came {
+		return
+	}
+	u.mu.Lock()
+	u.disallow()
+	u.mu.Unlock()
+	if came == 0 {
+		return
+	}
+	// Where somebody else has taken the room meanwhile, what has come is asked for
+	// again when it is gone on with.
+	if done, err := u.registry.quota(context.WithoutCancel(ctx), u.repository, came); err == nil {
+		u.allows(came, done)
+	}
 }
 
 // disallow gives back what a quota has allowed. u.mu is held.
@@ -47,7 +74,7 @@ func (u *Upload) disallow() {
 	for _, done := range u.quotas {
 		done()
 	}
-	u.quotas = nil
+	u.quotas, u.allowed = nil, 0
 }
 
 // together reports whether repositories share one quota: then what the one has

@@ -8,8 +8,10 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -149,13 +151,7 @@ func (h *Registry) restore() error {
 // others.
 func (h *Registry) sweep() {
 	us := &h.uploads
-	us.mu.Lock()
-	open := make([]*Upload, 0, len(us.open))
-	for _, u := range us.open {
-		open = append(open, u)
-	}
-	us.mu.Unlock()
-	for _, u := range open {
+	for _, u := range us.all() {
 		u.mu.Lock()
 		if u.holder == nil && !u.gone && h.now().Sub(u.last) >= uploadLife {
 			u.drop()
@@ -166,6 +162,13 @@ func (h *Registry) sweep() {
 	defer us.mu.Unlock()
 	us.timer = nil
 	h.sweepLater()
+}
+
+// all are those that are not finished, in no order.
+func (us *uploads) all() []*Upload {
+	us.mu.Lock()
+	defer us.mu.Unlock()
+	return slices.Collect(maps.Values(us.open))
 }
 
 // sweepLater is called with uploads.mu held.
@@ -225,6 +228,9 @@ func (h *Registry) Begin(ctx context.Context, repository string, algorithm diges
 		return nil, err
 	}
 	us := &h.uploads
+	if us.crowded() {
+		h.giveUp(1, func(*Upload) int64 { return 1 }, func() bool { return !us.crowded() })
+	}
 	us.mu.Lock()
 	defer us.mu.Unlock()
 	switch {
@@ -239,6 +245,13 @@ func (h *Registry) Begin(ctx context.Context, repository string, algorithm diges
 	us.open[u.id] = u
 	h.sweepLater()
 	return u, nil
+}
+
+// crowded reports whether there may be no more.
+func (us *uploads) crowded() bool {
+	us.mu.Lock()
+	defer us.mu.Unlock()
+	return len(us.open) >= maxUploads
 }
 
 var errClosed = errors.New("the store is being closed; try again")
@@ -290,7 +303,7 @@ func (h *Registry) Mount(ctx context.Context, repository, from string, d digest.
 		if err != nil {
 			return 0, err
 		}
-		done, err := h.quota(ctx, repository, info.Size)
+		done, err := h.grant(ctx, repository, info.Size)
 		if err != nil {
 			return 0, err
 		}
@@ -414,7 +427,7 @@ func (u *Upload) loosen(n int64) {
 // full gives the error of a disk without room its meaning.
 func full(err error) error {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return fmt.Errorf("%w: %w", storage.ErrFull, err)
+		return fmt.Errorf("%w: %w; free some space on the disk of the store, or raise its quota", storage.ErrFull, err)
 	}
 	return err
 }

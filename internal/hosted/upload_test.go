@@ -46,12 +46,13 @@ type counted struct {
 	storage.Store
 	most     atomic.Int64 // 0: as much as the disk has
 	reserved atomic.Int64
-	asked    atomic.Int64 // calls
+	asked    atomic.Int64       // calls
+	full     func(n int64) bool // says that there is no room; nil: there is
 }
 
 func (c *counted) Reserve(n int64) (storage.Reservation, error) {
 	c.asked.Add(1)
-	if most := c.most.Load(); most > 0 && c.reserved.Load()+n > most {
+	if most := c.most.Load(); most > 0 && c.reserved.Load()+n > most || c.full != nil && c.full(n) {
 		return nil, storage.ErrFull
 	}
 	r, err := c.Store.Reserve(n)

@@ -23,7 +23,7 @@ const (
 	// come when maxLarge requests have them do with one small one.
 	largeBuffer = 512 << 10
 	smallBuffer = 32 << 10
-	maxLarge    = 32
+	maxLarge    = 8
 
 	noteRun  = 64 << 20 // bytes between two notes of the state
 	flushRun = 8 << 20  // bytes that the kernel is told to begin to write
@@ -65,7 +65,9 @@ func (u *Upload) Append(ctx context.Context, body Body) (int64, error) {
 	defer release()
 	room := room{upload: u}
 	defer room.release()
-	err = u.take(ctx, body, &room)
+	if err = u.take(ctx, body, &room); err != nil {
+		u.modest(ctx)
+	}
 	u.save()
 	return u.Offset(), err
 }
@@ -87,6 +89,7 @@ func (u *Upload) Finish(ctx context.Context, d digest.Digest, body Body) (int64,
 		err = u.commit(context.WithoutCancel(ctx), d)
 	}
 	if err != nil {
+		u.modest(ctx)
 		u.save()
 		return 0, err
 	}
@@ -381,11 +384,7 @@ func (r *room) want(ctx context.Context, n int64) error {
 	if err := r.upload.allow(ctx, r.free+n); err != nil {
 		return err
 	}
-	h := r.upload.registry
-	set, err := h.store.Reserve(n)
-	if errors.Is(err, storage.ErrFull) && h.room != nil && h.room(ctx, n) {
-		set, err = h.store.Reserve(n)
-	}
+	set, err := r.upload.registry.reserve(ctx, n)
 	if err != nil {
 		return err
 	}

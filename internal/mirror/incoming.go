@@ -3,6 +3,7 @@ package mirror
 import (
 	"io"
 	"net/http"
+	"strings"
 )
 
 // incoming is the body of a request. It knows whether it has been read to its
@@ -35,7 +36,24 @@ func (x *exchange) hasten() {
 	}
 	if x.r.ContentLength < 0 || x.r.ContentLength > drained || x.r.Header["Expect"] != nil {
 		x.w.Header().Set("Connection", "close")
+		linger(x.w)
 	}
+}
+
+// linger lets net/http end its side of the connection after the answer, and only half
+// a second later the whole: with the end of a connection on which bytes come that
+// nobody reads, a client that is sending them may lose the answer. net/http does so
+// by itself where it sees its own body that was not read to the end, and no other
+// one's; and for those who have met a limit, which is how it is told here.
+func linger(w http.ResponseWriter) {
+	for {
+		wrapped, ok := w.(interface{ Unwrap() http.ResponseWriter })
+		if !ok {
+			break
+		}
+		w = wrapped.Unwrap()
+	}
+	http.MaxBytesReader(w, io.NopCloser(strings.NewReader("x")), 0).Read(make([]byte, 1))
 }
 
 // listens reports whether the client may still read an answer. The context of a

@@ -134,7 +134,7 @@ func (k *Keeper) grant(repository string, n int64, final bool) (_ *grant, ok boo
 	case !final && (!fits || m.at.IsZero() || k.now().Sub(m.at).Abs() > remeasure || q.done > maxGrants):
 		return nil, false, nil
 	case !fits && (m.sure || !m.at.IsZero()):
-		return nil, false, fmt.Errorf("%w for %s: %s of the max_size %s of `hosted %s` are used",
+		return nil, false, fmt.Errorf("%w for %s: %s of the max_size %s of `hosted %s` are used; delete images of it that nobody needs and run gc, or raise it",
 			storage.ErrFull, humanize.IBytes(uint64(n)), humanize.IBytes(uint64(max(used, 0))), humanize.IBytes(uint64(limit)), q.set.Hosted[g.scope].Pattern)
 	}
 	q.grants[g] = struct{}{}
