@@ -45,6 +45,7 @@ func (x *exchange) upload() error {
 		err = x.finishUpload(ctx, u)
 	case http.MethodDelete:
 		if err = u.Cancel(ctx); err == nil {
+			x.hasten()
 			x.w.WriteHeader(http.StatusNoContent)
 		}
 	default:
