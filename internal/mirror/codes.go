@@ -98,7 +98,7 @@ var codes = map[situation]struct {
 	badManifest:     {manifest: cell{http.StatusBadRequest, oci.CodeManifestInvalid}},
 	missingBlob:     {manifest: cell{http.StatusNotFound, oci.CodeManifestBlobUnknown}, remedy: "push it first"},
 	oversized:       {manifest: cell{http.StatusRequestEntityTooLarge, oci.CodeSizeInvalid}},
-	immutableTag:    {manifest: cell{http.StatusForbidden, oci.CodeDenied}, remedy: "use another tag; `immutable` in the mirror's configuration says so"},
+	immutableTag:    {manifest: cell{http.StatusForbidden, oci.CodeDenied}, remedy: "push another tag"},
 	deleteOff:       {manifest: cell{http.StatusMethodNotAllowed, oci.CodeUnsupported}},
 	stillNamed:      {manifest: cell{http.StatusMethodNotAllowed, oci.CodeUnsupported}, remedy: "delete the manifests that name it first"},
 	noRoom:          {manifest: cell{http.StatusInsufficientStorage, oci.CodeDenied}, remedy: "delete images that nobody needs, or raise max_size"},
