@@ -69,9 +69,6 @@ func parseRule(d *caddyfile.Dispenser) (module.AccessRule, error) {
 		if err := valued(); err != nil {
 			return rule, err
 		}
-		if err := valued(); err != nil {
-			return rule, err
-		}
 		if len(*next) > 0 {
 			return rule, d.Errf("%s: %q is given twice", rule.Effect, d.Val())
 		}

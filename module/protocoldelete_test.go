@@ -1,9 +1,11 @@
 package module_test
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -143,6 +145,23 @@ func TestProtocolDelete(t *testing.T) {
 	}
 	if m.cataloged("apps/web") || !m.cataloged("apps/copy") {
 		t.Error("the catalog lists what is gone, or not what is there")
+	}
+}
+
+// TestDeleteAnsweredUnread: a body means nothing to a DELETE, and nobody waits for it.
+func TestDeleteAnsweredUnread(t *testing.T) {
+	m := start(t, "", openToAll)
+	image := regtest.NewImage("x")
+	pusher{m, "apps/web"}.image(image, "v1")
+	u := uploader{m, "apps/web"}
+	for _, c := range []struct {
+		path string
+		want int
+	}{{u.begin(), 204}, {"manifests/v1", 202}, {"manifests/" + image.Digest.String(), 202}, {"manifests/none", 404}} {
+		conn := u.raw("DELETE", c.path, nil, "Content-Length", "40000000")
+		if resp, err := http.ReadResponse(bufio.NewReader(conn), nil); err != nil || resp.StatusCode != c.want {
+			t.Errorf("%s: %v, %v, want %d", c.path, resp, err, c.want)
+		}
 	}
 }
 

@@ -111,6 +111,25 @@ type readFunc func([]byte) (int, error)
 
 func (f readFunc) Read(p []byte) (int, error) { return f(p) }
 
+// A body that does not say how long it is may be as long as there is room: what is
+// set aside ahead of it is not what it takes.
+func TestStreamFillsQuota(t *testing.T) {
+	for _, c := range []struct{ limit, comes int64 }{
+		{100 << 10, 100 << 10}, // less than is set aside at first
+		{10 << 20, 10 << 20},   // and less than later
+	} {
+		h, a := newHost(t), &allowance{limit: c.limit}
+		h.again(a)
+		data := random(1, int(c.comes)+1)
+		u := h.begin("")
+		h.append(u, streamed(bytes.NewReader(data[:c.comes])), c.comes)
+		a.is(t, c.comes, c.limit)
+		if _, err := u.Append(t.Context(), streamed(bytes.NewReader(data[c.comes:]))); !errors.Is(err, storage.ErrFull) {
+			t.Errorf("a byte more than the %d there is room for: %v", c.limit, err)
+		}
+	}
+}
+
 // So do manifests, and mounts from where another quota counts.
 func TestManifestAndMountAskQuota(t *testing.T) {
 	h, a := newHost(t), &allowance{limit: 1 << 20}

@@ -369,6 +369,7 @@ type room struct {
 	parts  []part
 	free   int64 // not used yet
 	used   int64
+	tight  bool // there was no room to set more aside than has come
 }
 
 type part struct {
@@ -393,12 +394,21 @@ func (r *room) want(ctx context.Context, n int64) error {
 	return nil
 }
 
-// need makes sure that n bytes are set aside, more the more there have been.
+// need makes sure that n bytes are set aside, more the more there have been;
+// unless there is only room for what has come.
 func (r *room) need(ctx context.Context, n int64) error {
-	if n <= r.free {
+	short := n - r.free
+	if short <= 0 {
 		return nil
 	}
-	return r.want(ctx, max(n-r.free, min(max(r.used, leastRoom), mostRoom)))
+	if ahead := min(max(r.used, leastRoom), mostRoom); !r.tight && ahead > short {
+		err := r.want(ctx, ahead)
+		if !errors.Is(err, storage.ErrFull) {
+			return err
+		}
+		r.tight = true
+	}
+	return r.want(ctx, short)
 }
 
 // use says that n bytes are on the disk.

@@ -5,7 +5,10 @@ import (
 	"errors"
 	"io/fs"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/caddy-registry/mirror/internal/access"
+	"github.com/caddy-registry/mirror/internal/oci"
 )
 
 // This file is the one gate in front of every byte: what is asked for by its name
@@ -25,13 +28,19 @@ func (x *exchange) verdictOn(t Target, a access.Action) access.Verdict {
 	return x.site.rules.Decide(x.caller, a, t.addressed(), t.Upstream == nil)
 }
 
-// source is the repository that a caller names as one to mount from. It reports
-// false unless the caller may pull from it, as far as is known without asking an
-// upstream: then the caller is to hear what it would of a repository that is not
-// there.
-func (x *exchange) source(ctx context.Context, from string) (Target, bool) {
+// source is the repository that a caller names as one to mount a blob from. It
+// reports false unless the caller may pull it from there: then the caller is to hear
+// what it would of a repository that is not there. An upstream is asked only whether
+// what everyone could read is still to be read by everyone, as it is at a pull.
+func (x *exchange) source(ctx context.Context, from string, d digest.Digest) (Target, bool) {
 	t, err := x.site.Resolve(x.r.Host, "", from)
-	return t, err == nil && x.sees(ctx, t.addressed(), t.Repository, t.Upstream)
+	if err != nil || !x.sees(ctx, t.addressed(), t.Repository, t.Upstream) {
+		return Target{}, false
+	}
+	if !x.verdictOn(t, access.Pull).Explicit {
+		err = x.mirror.public(ctx, t, oci.KindBlob, oci.Reference{Digest: d})
+	}
+	return t, err == nil
 }
 
 // visible is the name by which the caller can ask this site for a repository of

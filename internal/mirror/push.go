@@ -51,6 +51,7 @@ func (x *exchange) changed(ref oci.Reference) error {
 		x.notify(notify.Delete, ref.Digest, "", 0, "", "")
 	}
 	x.w.Header().Set("Content-Length", "0")
+	x.hasten()
 	x.w.WriteHeader(http.StatusAccepted)
 	return nil
 }

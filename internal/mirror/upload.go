@@ -45,6 +45,7 @@ func (x *exchange) upload() error {
 		err = x.finishUpload(ctx, u)
 	case http.MethodDelete:
 		if err = u.Cancel(ctx); err == nil {
+			x.hasten()
 			x.w.WriteHeader(http.StatusNoContent)
 		}
 	default:
@@ -195,9 +196,12 @@ func chunkRange(s string) (first, last int64, ok bool) {
 // mount takes a blob over from another repository that the caller may pull from:
 // the one that is named, or any. It reports whether it has answered.
 func (x *exchange) mount(ctx context.Context, d digest.Digest, from string) bool {
+	// For all that is asked, however many there are.
+	asking, cancel := context.WithTimeoutCause(ctx, checkPatience, errNoAnswer)
+	defer cancel()
 	if from != "" {
-		source, ok := x.source(ctx, from)
-		return ok && x.mountFrom(ctx, d, source.Repository, source.addressed())
+		source, ok := x.source(asking, from, d)
+		return ok && x.mountFrom(ctx, d, source)
 	}
 	c := x.mirror.catalog(ctx)
 	if c == nil {
@@ -209,23 +213,27 @@ func (x *exchange) mount(ctx context.Context, d digest.Digest, from string) bool
 		return false
 	}
 	for _, owner := range owners {
-		if name, ok := x.visible(ctx, owner.Name); ok && x.mountFrom(ctx, d, owner.Name, name) {
+		name, ok := x.visible(asking, owner.Name)
+		if !ok {
+			continue
+		}
+		if source, ok := x.source(asking, name, d); ok && x.mountFrom(ctx, d, source) {
 			return true
 		}
 	}
 	return false
 }
 
-func (x *exchange) mountFrom(ctx context.Context, d digest.Digest, repository, name string) bool {
-	size, err := x.mirror.hosted.Mount(ctx, x.target.Repository, repository, d)
+func (x *exchange) mountFrom(ctx context.Context, d digest.Digest, source Target) bool {
+	size, err := x.mirror.hosted.Mount(ctx, x.target.Repository, source.Repository, d)
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
-			x.mirror.log.Warn("mounting a blob", zap.String("from", repository), zap.String("to", x.target.Repository), zap.Error(err))
+			x.mirror.log.Warn("mounting a blob", zap.String("from", source.Repository), zap.String("to", x.target.Repository), zap.Error(err))
 		}
 		return false
 	}
 	x.report.Reference = string(d)
-	x.notify(notify.Mount, d, "", size, "", name)
+	x.notify(notify.Mount, d, "", size, "", source.addressed())
 	x.created(d)
 	return true
 }

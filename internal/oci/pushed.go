@@ -89,30 +89,50 @@ func ParsePushed(body []byte) (m *Manifest, required []v1.Descriptor, err error)
 	return m, required, nil
 }
 
-// onceEach refuses an object that has a key twice, in whatever case: of two
-// clients one would go by the first, and another by the last.
+// onceEach refuses an object with a key that is there twice, in whatever case: of
+// two clients one would go by the first, and another by the last. It looks at
+// descriptors, too; the keys of annotations are anybody's, and have a case.
 func onceEach(body []byte) error {
 	decoder := json.NewDecoder(bytes.NewReader(body))
-	if _, err := decoder.Token(); err != nil {
+	decoder.UseNumber() // whatever numbers there are in what nobody here reads
+	return onceIn(decoder, false)
+}
+
+// onceIn does so for the value that is next. Its depth has been limited before, by
+// json.Unmarshal.
+func onceIn(decoder *json.Decoder, cased bool) error {
+	token, err := decoder.Token()
+	if err != nil {
 		return err
+	}
+	delim, ok := token.(json.Delim)
+	if !ok {
+		return nil
 	}
 	seen := map[string]bool{}
 	for decoder.More() {
-		key, err := decoder.Token()
-		if err != nil {
-			return err
+		inside := cased
+		if delim == '{' {
+			key, err := decoder.Token()
+			if err != nil {
+				return err
+			}
+			name := fmt.Sprint(key)
+			inside = cased || strings.EqualFold(name, "annotations")
+			if !cased {
+				name = strings.Map(folded, name)
+			}
+			if seen[name] {
+				return fmt.Errorf("ambiguous manifest: it has %.50q twice", name)
+			}
+			seen[name] = true
 		}
-		name := strings.Map(folded, fmt.Sprint(key))
-		if seen[name] {
-			return fmt.Errorf("ambiguous manifest: it has %.50q twice", name)
-		}
-		seen[name] = true
-		var value json.RawMessage
-		if err := decoder.Decode(&value); err != nil {
+		if err := onceIn(decoder, inside); err != nil {
 			return err
 		}
 	}
-	return nil
+	_, err = decoder.Token()
+	return err
 }
 
 // folded is one of all the letters that encoding/json takes for the same.
