@@ -63,11 +63,11 @@ test: ## check the format, vet, and run the tests that need Go only
 e2e: ## as root on Debian 12: install real clients and servers, and test with them
 	e2e/install.sh
 	status=0; \
-	CGO_ENABLED=1 go test -race $(TESTFLAGS) ./... || status=1; \
+	CGO_ENABLED=1 go test -race -timeout 20m $(TESTFLAGS) ./... || status=1; \
 	go test -tags e2e -count=1 -timeout 20m $(TESTFLAGS) ./e2e || status=1; \
 	exit $$status
 
-bench: ## measure a store of a million manifests; takes some minutes and 10 GB
+bench: ## measure pushes, and a store of a million manifests; takes some minutes and 12 GB
 	go test -tags bench -count=1 -timeout 60m -v ./bench
 
 fmt: ## format the source

@@ -14,6 +14,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/caddy-registry/mirror/internal/mirror"
+	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/upstream"
 	"github.com/caddy-registry/mirror/module"
 )
@@ -35,6 +36,13 @@ func init() {
 //		gc <cron>|off [<grace>]
 //		scrub <bytes/s>|off
 //		trust_networks <cidr...>
+//		webhook <name> <url> {
+//			header    <field> <value>
+//			timeout   <duration>
+//			threshold <n>
+//			backoff   <duration>
+//			ignore    mediatypes|actions <word...>
+//		}
 //		upstream <host[:port]> {
 //			path_name         <name>
 //			repository_prefix <prefix>
@@ -58,6 +66,15 @@ func init() {
 //			max_size <size>|off
 //			ttl      <duration>|off
 //		}
+//		hosted <pattern> {
+//			max_size          <size>|off
+//			max_manifest_size <size>
+//			delete            on|off
+//			immutable         <tag-pattern...>
+//			require_blobs     on|off
+//			keep  <n>        [on <tag-pattern...>]
+//			newer <duration> [on <tag-pattern...>]
+//		}
 //	}
 func parseApp(d *caddyfile.Dispenser, earlier any) (any, error) {
 	d.Next() // registry
@@ -71,7 +88,7 @@ func parseApp(d *caddyfile.Dispenser, earlier any) (any, error) {
 	var seen options
 	hosts := map[string]bool{}
 	for d.NextBlock(0) {
-		if d.Val() != "upstream" {
+		if d.Val() != "upstream" && d.Val() != "hosted" && d.Val() != "webhook" {
 			if err := seen.once(d); err != nil {
 				return nil, err
 			}
@@ -120,12 +137,23 @@ func parseApp(d *caddyfile.Dispenser, earlier any) (any, error) {
 					return nil, d.Errf("trust_networks: %q is not a network such as 10.0.0.0/8", cidr)
 				}
 			}
+		case "webhook":
+			w, err := parseWebhook(d, app.Webhooks)
+			if err != nil {
+				return nil, err
+			}
+			app.Webhooks = append(app.Webhooks, w)
 		case "upstream":
 			u, err := parseUpstream(d, hosts)
 			if err != nil {
 				return nil, err
 			}
 			app.Upstreams = append(app.Upstreams, u)
+		case "hosted":
+			var err error
+			if app.Hosted, err = parseHosted(d, app.Hosted); err != nil {
+				return nil, err
+			}
 		default:
 			return nil, d.Errf("unrecognized option %q of registry", d.Val())
 		}
@@ -298,16 +326,23 @@ func parseDurations(d *caddyfile.Dispenser, into ...*caddy.Duration) error {
 		return d.ArgErr()
 	}
 	for i, arg := range args {
-		value, err := caddy.ParseDuration(arg)
-		if err == nil && value < 0 {
-			err = errors.New("it cannot be negative")
+		var err error
+		if *into[i], err = parseDuration(d, arg); err != nil {
+			return err
 		}
-		if err != nil {
-			return d.Errf("bad duration %q: %v", arg, err)
-		}
-		*into[i] = caddy.Duration(value)
 	}
 	return nil
+}
+
+func parseDuration(d *caddyfile.Dispenser, arg string) (caddy.Duration, error) {
+	value, err := caddy.ParseDuration(arg)
+	if err == nil && value < 0 {
+		err = errors.New("it cannot be negative")
+	}
+	if err != nil {
+		return 0, d.Errf("bad duration %q: %v", arg, err)
+	}
+	return caddy.Duration(value), nil
 }
 
 func parseConnections(d *caddyfile.Dispenser) (int, error) {
@@ -437,6 +472,10 @@ func parseTTL(d *caddyfile.Dispenser) (caddy.Duration, error) {
 //		ns        on|ignore
 //		hosted    <pattern...>
 //		shadow_default
+//		access {
+//			identity   <placeholder>
+//			allow|deny <pull|push|delete|any...> [to <who...>] [on <pattern...>]
+//		}
 //	}
 func parseMirror(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 	h.Next() // registry_mirror
@@ -471,12 +510,14 @@ func parseMirror(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 				err = d.ArgErr()
 			}
 			for _, pattern := range m.Hosted {
-				if _, patternErr := mirror.ParsePattern(pattern); patternErr != nil {
+				if _, patternErr := oci.ParsePattern(pattern); patternErr != nil {
 					err = d.WrapErr(patternErr)
 				}
 			}
 		case "shadow_default":
 			m.ShadowDefault, err = parseFlag(d)
+		case "access":
+			m.Access, err = parseAccess(d)
 		default:
 			err = d.Errf("unrecognized option %q of registry_mirror", d.Val())
 		}

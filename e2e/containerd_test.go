@@ -46,20 +46,27 @@ func containerd(t *testing.T, configVersion int, config, bin, mirror string, img
 	}
 	name := "docker.io/library/hello" + ref
 	do("images", "pull", "--hosts-dir", hosts, name)
+	checkContent(t, do, append(img.amd64, img.digest))
+	// runc knows the containers of all daemons by their names.
+	checkSaid(t, img, do("run", "--rm", name, filepath.Base(filepath.Dir(hosts))))
+}
+
+// checkContent checks all that a containerd holds, and that what is wanted is
+// there.
+func checkContent(t *testing.T, ctr func(args ...string) string, want []string) {
+	t.Helper()
 	held := map[string]bool{}
-	for _, digest := range strings.Fields(do("content", "ls", "--quiet")) {
+	for _, digest := range strings.Fields(ctr("content", "ls", "--quiet")) {
 		held[digest] = true
-		if got := fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(do("content", "get", digest)))); got != digest {
+		if got := fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(ctr("content", "get", digest)))); got != digest {
 			t.Errorf("blob %s has the digest %s", digest, got)
 		}
 	}
-	for _, digest := range append(img.amd64, img.digest) {
+	for _, digest := range want {
 		if !held[digest] {
 			t.Errorf("containerd lacks %s", digest)
 		}
 	}
-	// runc knows the containers of all daemons by their names.
-	checkSaid(t, img, do("run", "--rm", name, filepath.Base(filepath.Dir(hosts))))
 }
 
 // startContainerd starts a containerd with nothing in it, and returns what runs

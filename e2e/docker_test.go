@@ -4,6 +4,9 @@ package e2e
 
 import (
 	"encoding/json"
+	"maps"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -32,25 +35,48 @@ func pullWithDocker(t *testing.T, mirror string, img *image, ref string) {
 // docker command.
 func startDocker(t *testing.T, mirror string) func(args ...string) (string, error) {
 	t.Helper()
-	dir := workDir(t)
-	config, err := json.Marshal(map[string]any{
+	return startDockerd(t, tool(t, "dockerd"), systemPath, map[string]any{
 		"registry-mirrors": []string{"http://" + mirror},
-		"hosts":            []string{"unix://" + dir + "/sock"},
-		"data-root":        dir + "/root",
-		"exec-root":        dir + "/exec",
-		"pidfile":          dir + "/pid",
 		"storage-driver":   "overlay2",
+	})
+}
+
+// startDocker29 starts the daemon that install.sh has built. It keeps images in
+// containerd's content store, as Docker does by itself today.
+func startDocker29(t *testing.T) func(args ...string) (string, error) {
+	t.Helper()
+	cache := filepath.Join(checkout, ".cache")
+	binary := filepath.Join(cache, "docker29/dockerd")
+	if _, err := os.Stat(binary); err != nil {
+		t.Fatalf("%v: run e2e/install.sh", err)
+	}
+	return startDockerd(t, binary, cache+"/containerd2:"+systemPath, map[string]any{
+		"storage-driver": "overlayfs",
+		"features":       map[string]bool{"containerd-snapshotter": true},
+	})
+}
+
+func startDockerd(t *testing.T, binary, path string, settings map[string]any) func(args ...string) (string, error) {
+	t.Helper()
+	dir := workDir(t)
+	all := map[string]any{
+		"hosts":     []string{"unix://" + dir + "/sock"},
+		"data-root": dir + "/root",
+		"exec-root": dir + "/exec",
+		"pidfile":   dir + "/pid",
 		// No network for containers: it would need the machine's firewall.
 		"bridge": "none", "iptables": false, "ip6tables": false, "ip-forward": false, "ip-masq": false, "userland-proxy": false,
 		// A mirror that fails should fail the test, not be asked for a minute.
 		"max-download-attempts": 2,
-	})
+	}
+	maps.Copy(all, settings)
+	config, err := json.Marshal(all)
 	if err != nil {
 		t.Fatal(err)
 	}
 	// The true Hub is out of reach; loopback is not.
-	env := bare(dir, "HTTPS_PROXY=http://"+deadAddr, "NO_PROXY=127.0.0.0/8")
-	daemon := start(t, env, tool(t, "dockerd"), "--config-file", writeFile(t, dir+"/daemon.json", string(config)))
+	env := bare(dir, "PATH="+path, "HTTPS_PROXY=http://"+deadAddr, "NO_PROXY=127.0.0.0/8")
+	daemon := start(t, env, binary, "--config-file", writeFile(t, dir+"/daemon.json", string(config)))
 	docker := func(args ...string) (string, error) {
 		t.Helper()
 		return try(t, bare(dir, "DOCKER_HOST=unix://"+dir+"/sock"), tool(t, "docker"), args...)

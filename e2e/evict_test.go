@@ -153,7 +153,7 @@ func checkBlobs(t *testing.T, store string) {
 func TestUsage(t *testing.T) {
 	upstream := startRegistry(t, workDir(t), "")
 	v := newVolume(t, "ext4", 512)
-	s := setup{admin: regtest.FreeAddress(t), store: v.dir + "/registry", registry: dockerHub(upstream.addr)}
+	s := setup{admin: regtest.FreeAddress(t), store: v.dir + "/registry", storage: "min_free 10%", registry: dockerHub(upstream.addr)}
 	m := startMirror(t, s)
 	for i := range 12 {
 		img := newImageOf(t, fmt.Sprint("usage ", i), 1+i%5)

@@ -124,10 +124,7 @@ func TestDiskFull(t *testing.T) {
 				t.Run(kind+"/"+minFree+"/"+when, func(t *testing.T) {
 					v := newVolume(t, kind, 96)
 					counted := startCounter(t, upstream.addr)
-					s := setup{store: v.dir + "/registry", registry: dockerHub(counted.addr)}
-					if minFree != "10%" { // the default
-						s.storage = "min_free " + minFree
-					}
+					s := setup{store: v.dir + "/registry", storage: "min_free " + minFree, registry: dockerHub(counted.addr)}
 					m := startMirror(t, s)
 					url := "http://" + m.addr + "/v2/library/hello/blobs/" + img.big
 
@@ -250,7 +247,7 @@ func TestDiskFullCredentials(t *testing.T) {
 	upstream := startRegistry(t, workDir(t), "")
 	upstream.push(t, "library/hello", img)
 	v := newVolume(t, "tmpfs", 96)
-	m := startMirror(t, setup{store: v.dir + "/registry", registry: dockerHub(upstream.addr, "credentials user secret")})
+	m := startMirror(t, setup{store: v.dir + "/registry", storage: "min_free 10%", registry: dockerHub(upstream.addr, "credentials user secret")})
 	v.fill(t)
 	pullWithCrane(t, m.addr, img, ":latest")
 	v.clear(t)

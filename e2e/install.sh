@@ -7,6 +7,9 @@ cd "$(dirname "$0")/.."
 
 crane=github.com/google/go-containerregistry/cmd/crane@v0.22.1
 regctl=github.com/regclient/regclient/cmd/regctl@v0.11.7
+helm=helm.sh/helm/v3/cmd/helm@v3.22.0
+cosign=github.com/sigstore/cosign/v2/cmd/cosign@v2.6.5
+dockerd29=github.com/moby/moby/v2/cmd/dockerd@v2.0.0-beta.24
 containerd=github.com/containerd/containerd/v2
 containerd_version=v2.4.2
 
@@ -66,11 +69,15 @@ go_install() { # FOLDER PACKAGE@VERSION
 
 go_install bin $crane
 go_install bin $regctl
-# Not in .cache/bin: Docker must find Debian's containerd first.
+go_install bin $helm
+go_install bin $cosign
+# Not in .cache/bin: Debian's of the same names are meant there.
+go_install docker29 $dockerd29
 for command in containerd ctr containerd-shim-runc-v2; do
   go_install containerd2 $containerd/cmd/$command@$containerd_version
 done
 
-# No program that uses today's containers/image can be had by `go install`.
+# Neither oras nor any program that uses today's containers/image can be had by `go install`.
+CGO_ENABLED=0 GOFLAGS=-buildvcs=false go build -C e2e/testdata/attach -trimpath -ldflags='-s -w' -o "$PWD/.cache/bin/attach"
 CGO_ENABLED=0 GOFLAGS=-buildvcs=false go build -C e2e/testdata/cimg -trimpath -ldflags='-s -w' -o "$PWD/.cache/bin/cimg" \
   -tags containers_image_openpgp,exclude_graphdriver_btrfs,containers_image_docker_daemon_stub,containers_image_storage_stub

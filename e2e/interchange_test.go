@@ -11,6 +11,9 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
 )
 
 // TestInterchange: the directory belongs to neither the mirror nor registry:2.
@@ -65,7 +68,7 @@ func TestInterchange(t *testing.T) {
 		r.push(t, "apps/web", img)
 		r.stop(t)
 
-		m := startMirror(t, setup{store: dir, site: "default off\nhosted apps/**"})
+		m := startMirror(t, setup{store: dir, site: "default off\nhosted apps/**\naccess {\nallow any to anyone\n}"})
 		skopeoCopy(t, m.addr+"/apps/web:latest", img)
 		skopeoCopy(t, m.addr+"/apps/web@"+img.digest, img)
 		if tags := listTags(t, m.addr, "apps/web"); !slices.Equal(tags, []string{"latest"}) {
@@ -73,6 +76,113 @@ func TestInterchange(t *testing.T) {
 		}
 		wantStatus(t, m.addr, "/v2/library/hello/manifests/latest", http.StatusNotFound)
 	})
+}
+
+// TestPushedInterchange: what is pushed to one is at home in the other, and a
+// repository goes on where the other has left it.
+func TestPushedInterchange(t *testing.T) {
+	first, second := newImageOf(t, "first", 2), newImageOf(t, "second", 1)
+	site := setup{site: "default off\nhosted apps/**\naccess {\n allow any to anyone\n}"}
+
+	t.Run("mirror to registry", func(t *testing.T) {
+		site := site
+		site.store = workDir(t)
+		m := startMirror(t, site)
+		here := &shop{addr: m.addr}
+		pushIndex(t, m.addr+"/apps/web:1", first)
+		pushIndex(t, m.addr+"/apps/web:2", second)
+		pushIndex(t, m.addr+"/apps/web:moved", first)
+		pushIndex(t, m.addr+"/apps/web:moved", second)
+		pushIndex(t, m.addr+"/apps/web:gone", first)
+		here.answers(t, http.StatusAccepted, http.MethodDelete, "/v2/apps/web/manifests/gone")
+		pushIndex(t, m.addr+"/apps/deleted:1", first)
+		here.answers(t, http.StatusAccepted, http.MethodDelete, "/v2/apps/deleted/manifests/"+first.digest)
+		m.stop(t)
+
+		// Whoever serves it next finds this.
+		check := func(t *testing.T, s *shop) {
+			t.Helper()
+			s.holds(t, "apps/web", "1", first.digest)
+			s.holds(t, "apps/web", first.digest, first.digest)
+			s.holds(t, "apps/web", "2", second.digest)
+			s.holds(t, "apps/web", "moved", second.digest)
+			if tags := listTags(t, s.addr, "apps/web"); !slices.Equal(slices.Sorted(slices.Values(tags)), []string{"1", "2", "moved"}) {
+				t.Errorf("the tags of apps/web are %q", tags)
+			}
+			s.answers(t, http.StatusNotFound, http.MethodHead, "/v2/apps/web/manifests/gone")
+			s.answers(t, http.StatusNotFound, http.MethodHead, "/v2/apps/deleted/manifests/1")
+			s.answers(t, http.StatusNotFound, http.MethodHead, "/v2/apps/deleted/manifests/"+first.digest)
+		}
+		r := startRegistry(t, site.store, "")
+		check(t, &shop{addr: r.addr})
+		r.stop(t)
+		run(t, bare(workDir(t)), tool(t, "docker-registry"), "garbage-collect", r.config)
+		r = startRegistry(t, site.store, "")
+		check(t, &shop{addr: r.addr})
+		pushIndex(t, r.addr+"/apps/web:3", first)
+		r.stop(t)
+
+		m = startMirror(t, site)
+		there := &shop{addr: m.addr}
+		there.holds(t, "apps/web", "3", first.digest)
+		there.answers(t, http.StatusAccepted, http.MethodDelete, "/v2/apps/web/manifests/3")
+		check(t, there)
+	})
+
+	t.Run("registry to mirror", func(t *testing.T) {
+		site := site
+		site.store = workDir(t)
+		r := startRegistry(t, site.store, "")
+		docker := doing(t, startDocker(t, deadAddr))
+		archive := filepath.Join(workDir(t), "hello.tar")
+		writeArchive(t, archive, first)
+		docker("load", "-i", archive)
+		push := func(addr, tag string) string {
+			t.Helper()
+			docker("tag", "hello:latest", addr+"/apps/web:"+tag)
+			return saidDigest.FindString(docker("push", addr+"/apps/web:"+tag))
+		}
+		digest := push(r.addr, "1")
+		push(r.addr, "2")
+		pushIndex(t, r.addr+"/apps/web:3", second)
+		r.stop(t)
+
+		m := startMirror(t, site)
+		here := &shop{addr: m.addr}
+		here.holds(t, "apps/web", "1", digest)
+		here.holds(t, "apps/web", "3", second.digest)
+		here.answers(t, http.StatusAccepted, http.MethodDelete, "/v2/apps/web/manifests/1")
+		here.holds(t, "apps/web", "2", digest)
+		here.answers(t, http.StatusAccepted, http.MethodDelete, "/v2/apps/web/manifests/"+second.digest)
+		here.answers(t, http.StatusNotFound, http.MethodHead, "/v2/apps/web/manifests/3")
+		// docker finds its layers there, and pushes nothing again.
+		if got := push(m.addr, "4"); got != digest {
+			t.Errorf("docker has pushed %s, not %s", got, digest)
+		}
+		m.stop(t)
+
+		r = startRegistry(t, site.store, "")
+		there := &shop{addr: r.addr}
+		there.holds(t, "apps/web", "2", digest)
+		there.holds(t, "apps/web", "4", digest)
+		if tags := listTags(t, r.addr, "apps/web"); !slices.Equal(slices.Sorted(slices.Values(tags)), []string{"2", "4"}) {
+			t.Errorf("registry:2 lists the tags %q", tags)
+		}
+		there.answers(t, http.StatusNotFound, http.MethodHead, "/v2/apps/web/manifests/1")
+		there.answers(t, http.StatusNotFound, http.MethodHead, "/v2/apps/web/manifests/"+second.digest)
+	})
+}
+
+// pushIndex pushes an image by a name that ends in its tag.
+func pushIndex(t *testing.T, reference string, img *image) {
+	t.Helper()
+	ref, err := name.NewTag(reference, name.Insecure)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.WriteIndex(ref, img.index, remote.WithContext(t.Context())); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func listTags(t *testing.T, addr, repository string) []string {

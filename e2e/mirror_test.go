@@ -5,6 +5,7 @@ package e2e
 import (
 	"fmt"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/caddy-registry/mirror/internal/regtest"
@@ -32,6 +33,7 @@ type setup struct {
 	registry string // of the registry app
 	site     string // of the mirror in its site
 	server   string // of the site itself
+	sites    string // more of them
 }
 
 func (s setup) caddyfile() string {
@@ -53,7 +55,8 @@ http://%s {
 		%s
 	}
 }
-`, s.admin, s.options, s.store, s.storage, s.registry, s.addr, s.server, s.site)
+%s
+`, s.admin, s.options, s.store, s.storage, s.registry, s.addr, s.server, s.site, s.sites)
 }
 
 // startMirror starts a mirror that answers on loopback.
@@ -67,6 +70,10 @@ func startMirror(t *testing.T, s setup) *mirror {
 	}
 	if s.store == "" {
 		s.store = workDir(t)
+	}
+	if !strings.Contains(s.storage, "min_free") {
+		// Not the default, a tenth: no test is about how full the machine's disk is.
+		s.storage += "\nmin_free 1%"
 	}
 	home := workDir(t)
 	m := &mirror{addr: s.addr, store: s.store}

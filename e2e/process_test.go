@@ -144,6 +144,12 @@ func run(t *testing.T, env []string, path string, args ...string) string {
 // try is run for a program that may fail.
 func try(t *testing.T, env []string, path string, args ...string) (string, error) {
 	t.Helper()
+	return feed(t, nil, env, path, args...)
+}
+
+// feed is try for a program that reads.
+func feed(t *testing.T, input []byte, env []string, path string, args ...string) (string, error) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, path, args...)
@@ -151,6 +157,7 @@ func try(t *testing.T, env []string, path string, args ...string) (string, error
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second
+	cmd.Stdin = bytes.NewReader(input)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
@@ -175,9 +182,8 @@ func workDir(t *testing.T) string {
 	}
 	t.Cleanup(func() {
 		unmountBelow(t, dir)
-		if err := os.RemoveAll(dir); err != nil {
-			t.Error(err)
-		}
+		// What a daemon had started may need a moment to end after it.
+		eventually(t, 10*time.Second, "the removal of "+dir, func() bool { return os.RemoveAll(dir) == nil })
 	})
 	return dir
 }
@@ -215,7 +221,8 @@ func eventually(t *testing.T, within time.Duration, what string, ok func() bool)
 	}
 }
 
-// answers tells whether a registry answers at the address.
+// answers tells whether a registry answers at the address, be it that one has
+// to log in.
 func answers(addr string) func() bool {
 	client := &http.Client{Timeout: 5 * time.Second}
 	return func() bool {
@@ -224,7 +231,7 @@ func answers(addr string) func() bool {
 			return false
 		}
 		resp.Body.Close()
-		return resp.StatusCode == http.StatusOK
+		return resp.StatusCode == http.StatusOK || resp.StatusCode == http.StatusUnauthorized
 	}
 }
 

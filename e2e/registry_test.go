@@ -11,12 +11,10 @@ import (
 	"net/url"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"sync"
 	"testing"
 	"time"
-
-	"github.com/google/go-containerregistry/pkg/name"
-	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/caddy-registry/mirror/internal/regtest"
 )
@@ -24,27 +22,29 @@ import (
 // A registry is a stock registry:2.
 type registry struct {
 	*process
-	addr string
-	dir  string
+	addr   string
+	dir    string
+	config string // its file
 }
 
 // startRegistry starts a registry:2 on a directory. With a remote, it is a
-// pull-through cache of that.
-func startRegistry(t *testing.T, dir, remote string) *registry {
+// pull-through cache of that. Options are more lines of its configuration.
+func startRegistry(t *testing.T, dir, remote string, options ...string) *registry {
 	t.Helper()
 	r := &registry{addr: regtest.FreeAddress(t), dir: dir}
 	config := fmt.Sprintf(`version: 0.1
 log: {level: warn, accesslog: {disabled: true}}
 storage:
   filesystem: {rootdirectory: %s}
+  delete: {enabled: true}
 http: {addr: %s}
-`, dir, r.addr)
+`, dir, r.addr) + strings.Join(options, "\n") + "\n"
 	if remote != "" {
 		config += fmt.Sprintf("proxy: {remoteurl: %q}\n", remote)
 	}
 	home := workDir(t)
-	file := writeFile(t, filepath.Join(home, "config.yml"), config)
-	r.process = start(t, bare(home), tool(t, "docker-registry"), "serve", file)
+	r.config = writeFile(t, filepath.Join(home, "config.yml"), config)
+	r.process = start(t, bare(home), tool(t, "docker-registry"), "serve", r.config)
 	r.untilReady(t, answers(r.addr))
 	return r
 }
@@ -52,13 +52,7 @@ http: {addr: %s}
 // push puts an image into the registry under a repository, tagged latest.
 func (r *registry) push(t *testing.T, repository string, img *image) {
 	t.Helper()
-	ref, err := name.NewTag(r.addr+"/"+repository+":latest", name.Insecure)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := remote.WriteIndex(ref, img.index, remote.WithContext(t.Context())); err != nil {
-		t.Fatal(err)
-	}
+	pushIndex(t, r.addr+"/"+repository+":latest", img)
 }
 
 // A counter stands between the mirror and a registry, and knows what has been

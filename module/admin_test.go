@@ -19,10 +19,10 @@ import (
 )
 
 // startAdmin is start with the admin API at an address of its own.
-func startAdmin(t *testing.T, app string) *mirror {
+func startAdmin(t *testing.T, app string, site ...string) *mirror {
 	t.Helper()
 	m := &mirror{t: t, URL: "http://" + regtest.FreeAddress(t), admin: regtest.FreeAddress(t), dir: t.TempDir(), logs: captureLogs(t)}
-	if err := m.load(app, ""); err != nil {
+	if err := m.load(app, strings.Join(site, "")); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(m.stop)

@@ -21,8 +21,8 @@ func beginJob(r *http.Request, in *visit) (any, error) {
 		return nil, err
 	}
 	switch {
-	case asked.DryRun && asked.Kind != "gc" && asked.Kind != "purge":
-		return nil, apiError(http.StatusBadRequest, "dry_run is for gc and purge")
+	case asked.DryRun && asked.Kind != "gc" && asked.Kind != "purge" && asked.Kind != "retention":
+		return nil, apiError(http.StatusBadRequest, "dry_run is for gc, purge and retention")
 	case asked.Kind == "purge" && asked.Pattern == "":
 		return nil, apiError(http.StatusBadRequest, "purge needs a pattern such as docker.io/library/alpine:3.*")
 	case asked.Kind != "purge" && asked.Pattern != "":
@@ -39,8 +39,10 @@ func beginJob(r *http.Request, in *visit) (any, error) {
 		job, err = in.keeper.Reindex()
 	case "purge":
 		job, err = in.keeper.Purge(asked.Pattern, asked.DryRun)
+	case "retention":
+		job, err = in.keeper.Retention(asked.DryRun)
 	default:
-		return nil, apiError(http.StatusBadRequest, "kind: %.100q is none of gc, scrub, reindex and purge", asked.Kind)
+		return nil, apiError(http.StatusBadRequest, "kind: %.100q is none of gc, scrub, reindex, purge and retention", asked.Kind)
 	}
 	switch {
 	case errors.Is(err, retain.ErrPattern):

@@ -2,6 +2,8 @@ package module
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"net/http"
 	"slices"
 	"strings"
@@ -12,6 +14,7 @@ import (
 	"github.com/caddy-registry/mirror/internal/catalog"
 	"github.com/caddy-registry/mirror/internal/mirror"
 	"github.com/caddy-registry/mirror/internal/oci"
+	"github.com/caddy-registry/mirror/internal/tree"
 )
 
 // usageReport is what takes how much.
@@ -68,6 +71,8 @@ func showUsage(r *http.Request, in *visit) (any, error) {
 type explanation struct {
 	mirror.Why
 	Held *heldReport `json:"held,omitempty"`
+	// History is what a tag that is held has meant, the latest first.
+	History []tree.TagEvent `json:"history,omitempty"`
 }
 
 // heldReport is what the catalog knows of something that is held.
@@ -96,6 +101,11 @@ func explainReference(r *http.Request, in *visit) (any, error) {
 	var why explanation
 	if why.Why, err = in.mirror.Why(r.Context(), target, ref); err != nil {
 		return nil, explain(err, why.Reference)
+	}
+	if ref.Tag != "" {
+		if why.History, err = in.tree.History(r.Context(), target.Repository, ref.Tag); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, explain(err, why.Reference)
+		}
 	}
 	// Without a catalog there is still something to say.
 	if c, err := in.listing(r.Context()); err == nil {

@@ -34,12 +34,25 @@ type storeStatus struct {
 	Partial   int64           `json:"partial"`
 	Reserved  int64           `json:"reserved"`
 	Upstreams []upstreamUsed  `json:"upstreams"`
+	Hosted    []hostedUsed    `json:"hosted,omitempty"`
 	Catalog   string          `json:"catalog"`
 	Complete  time.Time       `json:"complete,omitzero"`
 	Evicted   evicted         `json:"evicted"`
 	LastGC    *retain.Job     `json:"last_gc,omitempty"`
 	LastScrub time.Time       `json:"last_scrub,omitzero"`
 	Damaged   []retain.Damage `json:"damaged"`
+	Webhooks  []webhookStatus `json:"webhooks,omitempty"`
+}
+
+// webhookStatus is how a webhook does since it was configured in this process.
+type webhookStatus struct {
+	Name      string `json:"name"`
+	Pending   int    `json:"pending"`
+	Bytes     int64  `json:"bytes"`
+	Delivered int64  `json:"delivered"`
+	Failed    int64  `json:"failed"`
+	Dropped   int64  `json:"dropped"`
+	Trouble   string `json:"trouble,omitempty"`
 }
 
 type upstreamUsed struct {
@@ -47,6 +60,13 @@ type upstreamUsed struct {
 	Bytes   int64   `json:"bytes"`
 	MaxSize int64   `json:"max_size,omitempty"`
 	TTL     float64 `json:"ttl_seconds,omitempty"`
+}
+
+// hostedUsed is what a hosted pattern with a max_size takes.
+type hostedUsed struct {
+	Pattern string `json:"pattern"`
+	Bytes   int64  `json:"bytes"`
+	MaxSize int64  `json:"max_size"`
 }
 
 type evicted struct {
@@ -81,6 +101,12 @@ func (in *visit) storeStatus(ctx context.Context) (storeStatus, error) {
 		LastGC:    kept.LastGC,
 		LastScrub: kept.LastScrub,
 		Damaged:   append([]retain.Damage{}, kept.Damaged...),
+	}
+	for _, webhook := range in.sender.Status() {
+		status.Webhooks = append(status.Webhooks, webhookStatus(webhook))
+	}
+	for _, used := range kept.Hosted {
+		status.Hosted = append(status.Hosted, hostedUsed(used))
 	}
 	for name, used := range kept.Upstreams {
 		status.Upstreams = append(status.Upstreams, upstreamUsed{name, used.Bytes, used.MaxSize, used.TTL.Seconds()})

@@ -25,7 +25,10 @@ import (
 	"github.com/robfig/cron/v3"
 	"go.uber.org/zap"
 
+	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/mirror"
+	"github.com/caddy-registry/mirror/internal/notify"
+	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/retain"
 	"github.com/caddy-registry/mirror/internal/upstream"
 	"github.com/caddy-registry/mirror/storage"
@@ -58,6 +61,9 @@ type App struct {
 	// Registries to add to the built-in ones, and changes to those.
 	Upstreams []*Upstream `json:"upstreams,omitempty"`
 
+	// How hosted repositories are kept, by patterns of their names.
+	Hosted []*Hosted `json:"hosted,omitempty"`
+
 	// How much memory there is for manifests, image configs and other blobs of
 	// up to 64 KiB that are asked for often: a number of bytes (`256MiB`), or
 	// `off`. Default: 64MiB.
@@ -76,15 +82,23 @@ type App struct {
 	// redirect or a token realm, besides public addresses. Default: none.
 	TrustNetworks []string `json:"trust_networks,omitempty"`
 
+	// Who is told of what becomes of the images that are hosted here. Default:
+	// nobody.
+	Webhooks []*Webhook `json:"webhooks,omitempty"`
+
 	log       *zap.Logger
 	backend   storage.Backend
 	catalog   catalog.Backend
 	hot       int64
 	keep      retain.Settings
 	emit      func(event string, data map[string]any)
+	emits     func(event string) bool
+	webhooks  []notify.Webhook
 	state     *state
 	upstreams *mirror.Upstreams
-	sites     int // mirror sites of this configuration
+	hosted    []hosted.Options
+	served    []oci.Pattern // what the mirror sites of this configuration host
+	open      int           // mirror sites of this configuration where anyone may pull
 }
 
 // GC is when unreferenced content is deleted.
@@ -165,12 +179,19 @@ func (a *App) Provision(ctx caddy.Context) error {
 	if a.keep.Scrub, err = parseSize("scrub", a.Scrub, 4<<20); err != nil {
 		return err
 	}
+	if err := a.provisionHosted(); err != nil {
+		return err
+	}
 	events, err := ctx.App("events")
 	if err != nil {
 		return fmt.Errorf("events app: %w", err)
 	}
 	a.emit = func(name string, data map[string]any) { events.(*caddyevents.App).Emit(ctx, name, data) }
+	a.emits = events.(*caddyevents.App).ShouldEmit
 	a.keep.Emit = a.emit
+	if err := a.provisionWebhooks(); err != nil {
+		return err
+	}
 
 	var trusted []netip.Prefix
 	for i, cidr := range a.TrustNetworks {
@@ -287,15 +308,19 @@ func (a *App) Start() error {
 		catalog:   a.catalog,
 		log:       a.log,
 		mirror:    mirror.Settings{Hot: a.hot, MaxBlob: a.backend.Limits().MaxBlobSize, Emit: a.emit},
+		hosted:    hosted.Settings{MaxBlob: a.backend.Limits().MaxBlobSize, Options: a.hosted},
 		keep:      a.keep,
+		webhooks:  a.webhooks,
+		emits:     a.emits,
 		upstreams: a.upstreams,
 	}); err != nil {
 		return err
 	}
-	if a.sites > 0 {
-		a.log.Warn("registry_mirror itself refuses nobody who reaches it; keep it inside your network, or put remote_ip, basic_auth or forward_auth in front of it",
-			zap.Int("sites", a.sites))
+	if a.open > 0 {
+		a.log.Warn("registry_mirror lets everyone who reaches it pull; keep it inside your network, put remote_ip, basic_auth or forward_auth in front of it, or say in its access block who may pull",
+			zap.Int("sites", a.open))
 	}
+	a.warnHosted()
 	running.add(a)
 	return nil
 }

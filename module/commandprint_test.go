@@ -32,7 +32,8 @@ func TestTables(t *testing.T) {
 				Store: "disk:/srv/registry", Usage: use, MaxSize: 500 * gib, Partial: gib, Reserved: 2 * gib,
 				Upstreams: []upstreamUsed{{"docker.io", 180 * gib, 200 * gib, 0}, {"ghcr.io", 95 * gib, 0, (30 * 24 * time.Hour).Seconds()}, {"quay.io", 0, 0, 5400}},
 				Catalog:   "ready", Complete: now.Add(-time.Hour), Evicted: evicted{41, 388, 19 * gib}, LastGC: &gc, LastScrub: now.Add(-72 * time.Hour),
-				Damaged: []retain.Damage{{Digest: "sha256:77ab", Repositories: []string{"apps/web", "apps/db"}, Found: now}},
+				Damaged:  []retain.Damage{{Digest: "sha256:77ab", Repositories: []string{"apps/web", "apps/db"}, Found: now}},
+				Webhooks: []webhookStatus{{Name: "audit", Pending: 2204, Delivered: 31877, Failed: 17, Trouble: "it answers 503"}, {Name: "ci", Delivered: 12}},
 			}.print(w, now)
 		},
 		"status_rebuilding": func(w *strings.Builder) error {
@@ -60,7 +61,7 @@ func TestTables(t *testing.T) {
 				Digest: "sha256:77ab31c0ffee0c91aa",
 				Manifest: &mirror.WhyManifest{MediaType: "application/vnd.oci.image.manifest.v1+json", Size: 500, Hot: true,
 					Blobs: []mirror.WhyBlob{{Digest: "sha256:0123456789abcdef", Size: 1500, Held: true}, {Digest: "sha256:ffff456789abcdef", Size: -1, Platform: "linux/amd64"}}},
-			}, &heldReport{Digest: "sha256:77ab31c0ffee0c91aa", Since: now.Add(-24 * time.Hour), Read: now.Add(-12 * time.Minute), Evictable: true, Before: 41, Frees: 3 << 20, Bytes: 7_700_000}}.print(w, now)
+			}, &heldReport{Digest: "sha256:77ab31c0ffee0c91aa", Since: now.Add(-24 * time.Hour), Read: now.Add(-12 * time.Minute), Evictable: true, Before: 41, Frees: 3 << 20, Bytes: 7_700_000}, nil}.print(w, now)
 		},
 		"why_not_held": func(w *strings.Builder) error {
 			return explanation{Why: mirror.Why{Reference: "docker.io/library/x:1", Answer: "asked upstream", Upstream: "docker.io", Repository: "docker.io/library/x", Record: "none"}}.print(w, now)

@@ -173,16 +173,34 @@ func (s storeStatus) print(w io.Writer, now time.Time) error {
 			line("", fmt.Sprintf("%s in %s", d.Digest, strings.Join(d.Repositories, ", ")))
 		}
 	})
-	if err != nil || len(s.Upstreams) == 0 {
-		return err
+	if err == nil && len(s.Upstreams) > 0 {
+		fmt.Fprintln(w)
+		err = table(w, func(line func(...string)) {
+			line("UPSTREAM", "SIZE", "MAX SIZE", "TTL")
+			for _, u := range s.Upstreams {
+				line(u.Name, size(u.Bytes), limit(u.MaxSize), ttl(u.TTL))
+			}
+		})
 	}
-	fmt.Fprintln(w)
-	return table(w, func(line func(...string)) {
-		line("UPSTREAM", "SIZE", "MAX SIZE", "TTL")
-		for _, u := range s.Upstreams {
-			line(u.Name, size(u.Bytes), limit(u.MaxSize), ttl(u.TTL))
-		}
-	})
+	if err == nil && len(s.Hosted) > 0 {
+		fmt.Fprintln(w)
+		err = table(w, func(line func(...string)) {
+			line("HOSTED", "SIZE", "MAX SIZE")
+			for _, h := range s.Hosted {
+				line(h.Pattern, size(h.Bytes), limit(h.MaxSize))
+			}
+		})
+	}
+	if err == nil && len(s.Webhooks) > 0 {
+		fmt.Fprintln(w)
+		err = table(w, func(line func(...string)) {
+			line("WEBHOOK", "PENDING", "DELIVERED", "FAILED", "DROPPED", "TROUBLE")
+			for _, hook := range s.Webhooks {
+				line(hook.Name, number(int64(hook.Pending)), number(hook.Delivered), number(hook.Failed), number(hook.Dropped), cmp.Or(hook.Trouble, "none"))
+			}
+		})
+	}
+	return err
 }
 
 func limit(bytes int64) string {

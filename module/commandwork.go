@@ -50,6 +50,19 @@ that are older than the grace of the gc option. Pulls go on meanwhile.
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return workCommand(cmd, jobRequest{Kind: "gc"}) },
 	}
+	retention := &cobra.Command{
+		Use:   "retention",
+		Short: "Removes tags of hosted repositories that are not to be kept",
+		Long: `
+Removes the tags of hosted repositories that the options keep and newer of their
+pattern do not keep, and the manifests to which nothing leads without them. Pinned
+and immutable tags stay. This is done before every gc that the option gc begins;
+what the images took is given back by the gc.
+`,
+		Example: "  caddy registry retention --dry-run",
+		Args:    cobra.NoArgs,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return workCommand(cmd, jobRequest{Kind: "retention"}) },
+	}
 	scrub := &cobra.Command{
 		Use:   "scrub",
 		Short: "Reads every blob again, and replaces those that are damaged",
@@ -68,15 +81,15 @@ hosted is reported.
 		Args:  cobra.NoArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return workCommand(cmd, jobRequest{Kind: "reindex"}) },
 	}
-	for _, cmd := range []*cobra.Command{purge, gc, scrub, reindex} {
+	for _, cmd := range []*cobra.Command{purge, gc, retention, scrub, reindex} {
 		cmd.Flags().Bool("detach", false, "Print the job's id and do not wait for its end")
 	}
-	for _, cmd := range []*cobra.Command{purge, gc} {
+	for _, cmd := range []*cobra.Command{purge, gc, retention} {
 		cmd.Flags().Bool("dry-run", false, "Only say what would be removed")
 	}
 	jobs := &cobra.Command{
 		Use:   "jobs [<id>]",
-		Short: "Shows gc, scrub, reindex and purge that run or have run",
+		Short: "Shows gc, retention, scrub, reindex and purge that run or have run",
 		Long: `
 Lists what runs and what has run lately, or shows one job with what it has found.
 With --wait it shows the job's progress until its end.
@@ -87,7 +100,7 @@ With --wait it shows the job's progress until its end.
 	jobs.Flags().Bool("cancel", false, "End the job early")
 	jobs.Flags().Bool("wait", false, "Wait for the job's end")
 	jobs.MarkFlagsMutuallyExclusive("cancel", "wait")
-	return []*cobra.Command{purge, gc, scrub, reindex, jobs}
+	return []*cobra.Command{purge, gc, retention, scrub, reindex, jobs}
 }
 
 // workCommand begins a job and follows it.
@@ -273,7 +286,10 @@ func outcome(j retain.Job) string {
 	case j.DryRun:
 		verb = "would remove"
 	}
-	if j.Kept > 0 {
+	switch {
+	case j.Kept > 0 && j.Kind == "retention":
+		more = fmt.Sprintf(", %s stay since they are pinned or immutable", number(j.Kept))
+	case j.Kept > 0:
 		more = fmt.Sprintf(", %s stay since they are pinned", number(j.Kept))
 	}
 	return fmt.Sprintf("%s %s (%s)%s", verb, number(j.Removed), size(j.Bytes), more)

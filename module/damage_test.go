@@ -68,7 +68,12 @@ func TestTruncatedInStore(t *testing.T) {
 // subscribe loads a configuration in which the recorder is told of events.
 func (m *mirror) subscribe(app string, events ...string) {
 	m.t.Helper()
-	adapted, err := m.adapt(app, "")
+	m.subscribeAt("", app, events...)
+}
+
+func (m *mirror) subscribeAt(site, app string, events ...string) {
+	m.t.Helper()
+	adapted, err := m.adapt(app, site)
 	if err != nil {
 		m.t.Fatal(err)
 	}

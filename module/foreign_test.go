@@ -21,7 +21,7 @@ func TestPushedWhileStopped(t *testing.T) {
 	if err := os.CopyFS(repositories+"apps/x", os.DirFS(repositories+"docker.io/library/x")); err != nil {
 		t.Fatal(err)
 	}
-	if err := m.load(upstreamFor("docker.io", up), "default off\nhosted apps/**"); err != nil {
+	if err := m.load(upstreamFor("docker.io", up), "default off\nhosted apps/**\naccess {\nallow any to anyone\n}"); err != nil {
 		t.Fatal(err)
 	}
 	m.complete()

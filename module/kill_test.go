@@ -66,10 +66,21 @@ func runChild() {
 // child starts a mirror as a process of its own.
 func child(t *testing.T, dir, upstream, dies string) *mirror {
 	t.Helper()
+	return spawn(t, dir, dies, func(url string) []string { return []string{childURL + "=" + url, childUpstream + "=" + upstream} })
+}
+
+// childOf starts one with a configuration for its URL.
+func childOf(t *testing.T, dir string, config func(url string) string, dies string) *mirror {
+	t.Helper()
+	return spawn(t, dir, dies, func(url string) []string { return []string{childConfig + "=" + config(url)} })
+}
+
+func spawn(t *testing.T, dir, dies string, env func(url string) []string) *mirror {
+	t.Helper()
 	m := &mirror{t: t, URL: "http://" + regtest.FreeAddress(t), dir: dir}
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), childDir+"="+dir, childURL+"="+m.URL, childUpstream+"="+upstream, childDies+"="+dies,
-		"XDG_DATA_HOME="+t.TempDir(), "XDG_CONFIG_HOME="+t.TempDir())
+	cmd.Env = append(append(os.Environ(), childDir+"="+dir, childDies+"="+dies,
+		"XDG_DATA_HOME="+t.TempDir(), "XDG_CONFIG_HOME="+t.TempDir()), env(m.URL)...)
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)

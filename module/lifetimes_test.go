@@ -274,7 +274,7 @@ func TestStoreInTheWay(t *testing.T) {
 // TestWarnsOnce says once at the start that the site is open to everyone.
 func TestWarnsOnce(t *testing.T) {
 	m := start(t, "", "")
-	const warning = "registry_mirror itself refuses nobody who reaches it; keep it inside your network, or put remote_ip, basic_auth or forward_auth in front of it"
+	const warning = "registry_mirror lets everyone who reaches it pull; keep it inside your network, put remote_ip, basic_auth or forward_auth in front of it, or say in its access block who may pull"
 	if n := len(m.logs.with(warning)); n != 1 {
 		t.Errorf("%d warnings", n)
 	}

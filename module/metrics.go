@@ -47,7 +47,8 @@ func (*collector) Describe(descs chan<- *prometheus.Desc) {
 	descs <- rateExhausted
 	for _, desc := range []*prometheus.Desc{
 		storeAllocated, storeReserved, storePartial, storeMaxSize, storeComplete, storeDamaged,
-		evictedRoots, evictedBlobs, evictedBytes, upstreamBytes, upstreamLimit,
+		evictedRoots, evictedBlobs, evictedBytes, upstreamBytes, hostedBytes, hostedLimit, upstreamLimit,
+		webhookPending, webhookSent, webhookFailed, webhookDropped,
 	} {
 		descs <- desc
 	}

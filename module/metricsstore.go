@@ -23,6 +23,12 @@ var (
 	evictedBlobs   = storeSeries("evicted_blobs_total", "Blobs evicted.")
 	evictedBytes   = storeSeries("evicted_bytes_total", "Bytes freed by eviction.")
 	upstreamBytes  = storeSeries("upstream_allocated_bytes", "Bytes that the repositories of an upstream take. Only of upstreams with a max_size or a ttl.", "upstream")
+	webhookPending = storeSeries("webhook_pending", "Events that wait for a webhook.", "webhook")
+	webhookSent    = storeSeries("webhook_delivered_total", "Events that a webhook has taken.", "webhook")
+	webhookFailed  = storeSeries("webhook_failed_total", "Attempts to send a webhook an event that have failed.", "webhook")
+	webhookDropped = storeSeries("webhook_dropped_total", "Events for a webhook that were lost, since its queue was full or damaged.", "webhook")
+	hostedBytes    = storeSeries("hosted_allocated_bytes", "Bytes that the repositories of a hosted pattern take, with what is on its way to them. Only of patterns with a max_size.", "pattern")
+	hostedLimit    = storeSeries("hosted_max_size_bytes", "The option max_size of a hosted pattern.", "pattern")
 	upstreamLimit  = storeSeries("upstream_max_size_bytes", "The option max_size of an upstream. Absent without one.", "upstream")
 )
 
@@ -45,14 +51,20 @@ func collectStores(into chan<- prometheus.Metric) {
 }
 
 func (s *state) collect(into chan<- prometheus.Metric) {
+	send := func(desc *prometheus.Desc, kind prometheus.ValueType, value int64, labels ...string) {
+		into <- prometheus.MustNewConstMetric(desc, kind, float64(value), append([]string{label(s.identity)}, labels...)...)
+	}
+	for _, webhook := range s.works.Load().sender.Status() {
+		send(webhookPending, prometheus.GaugeValue, int64(webhook.Pending), webhook.Name)
+		send(webhookSent, prometheus.CounterValue, webhook.Delivered, webhook.Name)
+		send(webhookFailed, prometheus.CounterValue, webhook.Failed, webhook.Name)
+		send(webhookDropped, prometheus.CounterValue, webhook.Dropped, webhook.Name)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), statusPatience)
 	defer cancel()
 	kept, err := s.works.Load().keeper.Status(ctx)
 	if err != nil {
 		return // the log tells of a catalog that fails
-	}
-	send := func(desc *prometheus.Desc, kind prometheus.ValueType, value int64, labels ...string) {
-		into <- prometheus.MustNewConstMetric(desc, kind, float64(value), append([]string{label(s.identity)}, labels...)...)
 	}
 	complete := int64(0)
 	if !kept.Complete.IsZero() {
@@ -68,6 +80,10 @@ func (s *state) collect(into chan<- prometheus.Metric) {
 	send(evictedBytes, prometheus.CounterValue, kept.Evicted.Bytes)
 	if kept.MaxSize > 0 {
 		send(storeMaxSize, prometheus.GaugeValue, kept.MaxSize)
+	}
+	for _, used := range kept.Hosted {
+		send(hostedBytes, prometheus.GaugeValue, used.Bytes, label(used.Pattern))
+		send(hostedLimit, prometheus.GaugeValue, used.MaxSize, label(used.Pattern))
 	}
 	for name, used := range kept.Upstreams {
 		send(upstreamBytes, prometheus.GaugeValue, used.Bytes, label(name))

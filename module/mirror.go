@@ -3,12 +3,14 @@ package module
 import (
 	"fmt"
 	"net/http"
+	"strings"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
+	"github.com/caddy-registry/mirror/internal/access"
 	"github.com/caddy-registry/mirror/internal/mirror"
 	"github.com/caddy-registry/mirror/internal/oci"
 )
@@ -41,17 +43,25 @@ type Mirror struct {
 	NS string `json:"ns,omitempty"`
 
 	// Names that belong to this site and to no upstream, as patterns: `*` is
-	// one component and `**` any number of them. They are served from the
-	// store, to GET and HEAD.
+	// one component and `**` any number of them. Rules under `access` say who
+	// may pull, push and delete them.
 	Hosted []string `json:"hosted,omitempty"`
 
 	// Permit hosted names on a site with a default registry, where they take
 	// the place of that registry's names.
 	ShadowDefault bool `json:"shadow_default,omitempty"`
 
+	// Who may do what here. Default: anyone may pull what is mirrored, and nobody
+	// anything that is hosted.
+	Access *Access `json:"access,omitempty"`
+
 	state *state
 	site  *mirror.Site
-	log   *zap.Logger
+	// identity is the placeholder of who asks, without braces; "": no rule needs
+	// to know.
+	identity    string
+	certificate bool // the placeholder is of a client's certificate
+	log         *zap.Logger
 }
 
 // CaddyModule returns the Caddy module information.
@@ -78,8 +88,19 @@ func (m *Mirror) Provision(ctx caddy.Context) error {
 	if m.site, err = mirror.NewSite(cfg); err != nil {
 		return err
 	}
+	if m.Access != nil {
+		if m.identity, err = m.Access.placeholder(); err != nil {
+			return err
+		}
+		// Caddy reads the rest of such a placeholder in any case.
+		m.certificate = strings.HasPrefix(strings.ToLower(m.identity), "http.request.tls.client.")
+	}
+	m.warn(cfg.Rules)
 	m.state = app.state
-	app.sites++
+	app.served = append(app.served, cfg.Hosted...)
+	if cfg.Rules.Open(access.Pull) {
+		app.open++
+	}
 	return nil
 }
 
@@ -110,13 +131,15 @@ func (m *Mirror) config() (mirror.SiteConfig, error) {
 		return cfg, fmt.Errorf("ns: %q is neither on nor ignore", m.NS)
 	}
 	for _, s := range m.Hosted {
-		pattern, err := mirror.ParsePattern(s)
+		pattern, err := oci.ParsePattern(s)
 		if err != nil {
 			return cfg, fmt.Errorf("hosted: %w", err)
 		}
 		cfg.Hosted = append(cfg.Hosted, pattern)
 	}
-	return cfg, nil
+	var err error
+	cfg.Rules, err = m.Access.parse()
+	return cfg, err
 }
 
 func (m *Mirror) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
@@ -138,7 +161,7 @@ func (m *Mirror) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhtt
 		return nil
 	}
 	to := newSender(w, r)
-	report := m.site.ServeHTTP(open.mirror, to, r, route)
+	report := m.site.ServeHTTP(open.mirror, to, r, route, m.caller(r))
 	if extra, ok := r.Context().Value(caddyhttp.ExtraLogFieldsCtxKey).(*caddyhttp.ExtraLogFields); ok {
 		line := zap.Inline(&logged{report})
 		line.Key = "registry" // is not written, but tells it from another handler's

@@ -140,7 +140,7 @@ func TestCodes(t *testing.T) {
 	}
 	m.want(200, "GET", "/v2")
 	m.want(200, "HEAD", "/v2/")
-	for _, path := range []string{"/", "/v1/_ping", "/v2x/", "/metrics"} {
+	for _, path := range []string{"/", "/v1/", "/v1/jobs", "/v2x/", "/metrics"} {
 		if a := m.want(418, "GET", path); string(a.body) != "not the mirror" {
 			t.Errorf("%s did not reach the next handler", path)
 		}
@@ -155,7 +155,7 @@ func TestCodes(t *testing.T) {
 	m.wantError(404, oci.CodeNameUnknown, "GET", "/v2/library/none/tags/list")
 	m.wantError(404, oci.CodeNameUnknown, "GET", "/v2/library/x/manifests/latest?ns=unknown.example", "unknown.example", "upstream unknown.example")
 	m.wantError(400, oci.CodeNameInvalid, "GET", "/v2/library/UPPER/manifests/latest")
-	m.wantError(400, oci.CodeManifestInvalid, "GET", "/v2/library/x/manifests/-bad")
+	m.wantError(404, oci.CodeManifestUnknown, "GET", "/v2/library/x/manifests/-bad")
 	m.wantError(400, oci.CodeManifestInvalid, "GET", "/v2/library/x/manifests/sha256:bad")
 	m.wantError(400, oci.CodeDigestInvalid, "GET", "/v2/library/x/blobs/sha256:bad")
 	m.wantError(400, oci.CodeDigestInvalid, "GET", "/v2/library/x/blobs/latest")
@@ -459,7 +459,7 @@ func TestHosted(t *testing.T) {
 	m.stop()
 	forgetRecords(t, m.dir)
 	up.Down()
-	if err := m.load("", "default off\nhosted apps/**"); err != nil {
+	if err := m.load("", "default off\nhosted apps/**\naccess {\nallow any to anyone\n}"); err != nil {
 		t.Fatal(err)
 	}
 	m.pull("apps/web", "v1", image)
@@ -474,7 +474,7 @@ func TestHosted(t *testing.T) {
 	m.wantError(404, oci.CodeManifestUnknown, "GET", "/v2/apps/web/manifests/none", "hosted")
 	m.wantError(404, oci.CodeNameUnknown, "GET", "/v2/apps/none/tags/list")
 	m.wantError(404, oci.CodeNameUnknown, "GET", "/v2/other/web/manifests/v1")
-	m.wantError(405, oci.CodeUnsupported, "PUT", "/v2/apps/web/manifests/v1")
+	m.wantError(400, oci.CodeManifestInvalid, "PUT", "/v2/apps/web/manifests/v1")
 }
 
 // TestClassIsForEver: a record outweighs any later configuration.
@@ -485,10 +485,15 @@ func TestClassIsForEver(t *testing.T) {
 	other.Push("apps/web", image, "v1")
 	m := start(t, upstreamFor("docker.io", up, `repository_prefix ""`), "")
 	m.pull("apps/web", "v1", image)
-	if err := m.load("", "default off\nhosted apps/**"); err != nil {
+	if err := m.load("", "default off\nhosted apps/**\naccess {\nallow any to anyone\n}"); err != nil {
 		t.Fatal(err)
 	}
 	m.wantError(404, oci.CodeNameUnknown, "GET", "/v2/apps/web/manifests/v1", "mirror of docker.io")
+	// Nor is it shown, or mounted from, as what it is not.
+	if a := m.want(200, "GET", "/v2/_catalog"); string(a.body) != `{"repositories":[]}` {
+		t.Errorf("catalog: %s", a.body)
+	}
+	m.want(202, "POST", "/v2/apps/mine/blobs/uploads/?mount="+image.Blobs[0].Digest.String()+"&from=apps/web")
 	if err := m.load(upstreamFor("other.test", other, `repository_prefix ""`), "default other.test"); err != nil {
 		t.Fatal(err)
 	}

@@ -122,6 +122,12 @@ func TestAdminStore(t *testing.T) {
 		t.Errorf("second page %v", next)
 	}
 
+	// What a tag has meant.
+	why := m.admins("GET", "why?reference=x:1")
+	if history, _ := why["history"].([]any); len(history) != 1 || history[0].(object)["digest"] != why["digest"] || history[0].(object)["since"] == "" {
+		t.Errorf("history of x:1: %v", why)
+	}
+
 	// What takes how much: the base counts once in each upstream, and once in all.
 	report := m.admins("GET", "usage?n=1")
 	sizes := map[string]float64{"": report["store"].(object)["bytes"].(float64)}
@@ -305,7 +311,7 @@ func TestStoredNames(t *testing.T) {
 	if err := os.Rename(repositories+"hub", repositories+"apps"); err != nil {
 		t.Fatal(err)
 	}
-	if err := m.load(configured, "default off\nhosted apps/**"); err != nil {
+	if err := m.load(configured, "default off\nhosted apps/**\naccess {\nallow any to anyone\n}"); err != nil {
 		t.Fatal(err)
 	}
 	m.want(200, "GET", "/v2/apps/org/x/manifests/v1")

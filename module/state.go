@@ -12,7 +12,9 @@ import (
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
 
+	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/mirror"
+	"github.com/caddy-registry/mirror/internal/notify"
 	"github.com/caddy-registry/mirror/internal/retain"
 	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/internal/upstream"
@@ -55,7 +57,9 @@ type state struct {
 type opened struct {
 	keeper *retain.Keeper
 	tree   *tree.Tree
+	hosted *hosted.Registry
 	mirror *mirror.Mirror
+	sender *notify.Sender // to webhooks
 }
 
 // lasting has every state that is not closed, by the identity of its store. It
@@ -156,6 +160,8 @@ func (s *state) close() {
 	defer s.opening.Unlock()
 	if o := s.works.Load(); o != nil {
 		o.mirror.Close()
+		o.hosted.Close()
+		o.sender.Close()
 		o.keeper.Stop()
 		o.tree.Close() // which writes links behind, and tells of them
 		o.keeper.Close()
@@ -189,8 +195,12 @@ func (s *state) open(ctx context.Context) (*opened, error) {
 	if err != nil {
 		return nil, err
 	}
+	queues, err := store.Spool("webhooks")
+	if err != nil {
+		return nil, errors.Join(err, store.Close())
+	}
 	s.store = store
-	o := &opened{keeper: retain.New(store, s.log)}
+	o := &opened{keeper: retain.New(store, s.log), sender: notify.New(queues, s.log)}
 	var m atomic.Pointer[mirror.Mirror]
 	o.tree = tree.New(o.keeper.Store(), func(c tree.Change) {
 		o.keeper.Note(c)
@@ -198,14 +208,16 @@ func (s *state) open(ctx context.Context) (*opened, error) {
 			m.Note(c)
 		}
 	})
-	o.mirror = mirror.New(mirror.Parts{Store: o.keeper.Store(), Tree: o.tree, Room: o.keeper.Room, Catalog: o.keeper.Listing, Suspect: o.keeper.Suspect, Log: s.log})
+	o.hosted = hosted.New(hosted.Parts{Store: o.keeper.Store(), Tree: o.tree, Room: o.keeper.Room, Quota: o.keeper.Quota, Log: s.log})
+	o.mirror = mirror.New(mirror.Parts{Store: o.keeper.Store(), Tree: o.tree, Hosted: o.hosted, Room: o.hosted.Room, Catalog: o.keeper.Listing, Suspect: o.keeper.Suspect, Log: s.log})
 	m.Store(o.mirror)
 	o.keeper.Begin(o.tree, retain.Hooks{
 		Catalog: s.openCatalog,
 		Heal: func(ctx context.Context, repository string, d digest.Digest, size int64) error {
 			return s.heal(ctx, o, repository, d, size)
 		},
-		Partial: o.mirror.Partial,
+		Alone:   o.hosted.Alone,
+		Partial: func() int64 { return o.mirror.Partial() + o.hosted.Partial() },
 	})
 	s.works.Store(o)
 	return o, nil
@@ -244,7 +256,10 @@ type tuning struct {
 	catalog   database.Backend
 	log       *zap.Logger
 	mirror    mirror.Settings
+	hosted    hosted.Settings
 	keep      retain.Settings
+	webhooks  []notify.Webhook
+	emits     func(event string) bool // whether anybody is told of a Caddy event
 	upstreams *mirror.Upstreams
 }
 
@@ -270,7 +285,10 @@ func (s *state) set(to tuning) {
 	s.catalog.Store(&to.catalog)
 	s.upstreams.Store(to.upstreams)
 	o := s.works.Load()
+	o.sender.Set(to.webhooks)
+	to.mirror.Notify, to.mirror.Pulls = o.told(to)
 	o.mirror.Set(to.mirror)
+	o.hosted.Set(to.hosted)
 	o.keeper.Set(to.keep)
 	s.warnCatalog(to.catalog)
 }

@@ -38,8 +38,10 @@ import (
 // it may be missing, empty, short, or of the right length with wrong bytes:
 // Lazy is for what can be fetched again and is checked before it is trusted. A
 // store brings lazy writes to the disk within a minute or so, and all of them
-// when it is closed. What was deleted shortly before a loss of power may be
-// back after it.
+// when it is closed. [Store.Sync] brings chosen ones there at once. A Put with
+// Lazy over a value makes the old one as uncertain as the new; one with Durable
+// leaves one of the two. What was deleted shortly before a loss of power may be
+// back after it, unless its key was synced.
 //
 // Doubt. A store knows which values a loss of power may have damaged, and
 // reports them as [Info].Doubtful, in this process and every later one, until
@@ -73,6 +75,14 @@ type Store interface {
 	// file must not be written any more. A file in a directory of Spool is
 	// moved rather than copied where that is possible.
 	PutFile(ctx context.Context, key, path string, d Durability) error
+
+	// Sync makes what lies under the keys survive a loss of power when it returns,
+	// however it was put there, and that the others hold nothing: an absent key is
+	// no error. It speaks of what was there, or was deleted, before it was called.
+	// One call for several keys costs less than several calls, and calls at the
+	// same time share what they can. After an error any of the keys may be as
+	// before; the values are Doubtful after a loss of power.
+	Sync(ctx context.Context, keys ...string) error
 
 	// Delete removes a value, and every directory above it that is empty then:
 	// a listing shows none where nothing is. What is put there at the same time

@@ -237,6 +237,7 @@ func (b *batch) parse(blob *row[blobRow], m *oci.Manifest) {
 		}
 	}
 	refer(&r.layers, m.Blobs)
+	refer(&r.layers, m.Foreign)
 	refer(&r.children, m.Children)
 	if m.Subject != nil {
 		if to := b.blob(m.Subject.Digest); to != nil {

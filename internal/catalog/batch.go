@@ -353,7 +353,7 @@ func (b *batch) prefetch(changes []tree.Change) {
 		if c.Manifest == nil {
 			continue
 		}
-		for _, d := range c.Manifest.Blobs {
+		for _, d := range slices.Concat(c.Manifest.Blobs, c.Manifest.Foreign) {
 			want(d.Digest)
 		}
 		for _, d := range c.Manifest.Children {

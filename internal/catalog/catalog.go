@@ -286,10 +286,28 @@ func (r *reader) one(query string, args []any, into ...any) (bool, error) {
 
 // Complete says whether everything in the store is in the catalog: since when,
 // or never.
-func (c *Catalog) Complete(ctx context.Context) (at time.Time, err error) {
+func (c *Catalog) Complete(ctx context.Context) (time.Time, error) { return c.meta(ctx, "complete") }
+
+// SetComplete notes that everything in the store is in the catalog, or with the
+// zero time that something may be missing.
+func (c *Catalog) SetComplete(ctx context.Context, at time.Time) error {
+	return c.setMeta(ctx, "complete", seconds(at))
+}
+
+// Unheard is until when something may have been read without the catalog having
+// heard of it; zero: nobody has said.
+func (c *Catalog) Unheard(ctx context.Context) (time.Time, error) { return c.meta(ctx, "unheard") }
+
+// SetUnheard notes that what was read until then may be missing.
+func (c *Catalog) SetUnheard(ctx context.Context, until time.Time) error {
+	return c.setMeta(ctx, "unheard", seconds(until)+1) // or what is cut off a second would be
+}
+
+// meta returns a time that is kept beside the tables.
+func (c *Catalog) meta(ctx context.Context, name string) (at time.Time, err error) {
 	err = c.read(ctx, func(r *reader) error {
-		var value string
-		if _, err := r.one("SELECT value FROM meta WHERE name = 'complete'", nil, &value); err != nil {
+		value := "0"
+		if _, err := r.one("SELECT value FROM meta WHERE name = ?", []any{name}, &value); err != nil {
 			return err
 		}
 		s, err := strconv.ParseInt(value, 10, 64)
@@ -299,11 +317,17 @@ func (c *Catalog) Complete(ctx context.Context) (at time.Time, err error) {
 	return at, err
 }
 
-// SetComplete notes that everything in the store is in the catalog, or with the
-// zero time that something may be missing.
-func (c *Catalog) SetComplete(ctx context.Context, at time.Time) error {
+func (c *Catalog) setMeta(ctx context.Context, name string, seconds int64) error {
 	return c.write(ctx, func(ctx context.Context) error {
-		_, err := c.w.ExecContext(ctx, "UPDATE meta SET value = ? WHERE name = 'complete'", strconv.FormatInt(seconds(at), 10))
+		value := strconv.FormatInt(seconds, 10)
+		done, err := c.w.ExecContext(ctx, "UPDATE meta SET value = ? WHERE name = ?", value, name)
+		if err != nil {
+			return err
+		}
+		if n, err := done.RowsAffected(); err != nil || n > 0 {
+			return err
+		}
+		_, err = c.w.ExecContext(ctx, "INSERT INTO meta (name, value) VALUES (?, ?)", name, value)
 		return err
 	})
 }

@@ -35,16 +35,16 @@ func (c *Catalog) IsMirrored(ctx context.Context, repository string) (mirrored b
 	return mirrored, err
 }
 
-// Empty returns up to n names of mirrored repositories, in their order, after a
-// name, that were created before a time, and of which nothing is held but links
-// that are [Catalog.Loose]. Nothing is pinned in them.
+// Empty returns up to n names of recorded repositories, in their order, after a
+// name, that were created before a time, and of which nothing is held; of mirrored
+// ones nothing but links that are [Catalog.Loose]. Nothing is pinned in them.
 func (c *Catalog) Empty(ctx context.Context, before time.Time, after string, n int) ([]string, error) {
 	return c.names(ctx, `SELECT name FROM repositories r
-		WHERE r.present = 1 AND r.class = ? AND r.manifests = 0 AND r.tags = 0 AND r.pins = 0 AND r.created < ? AND r.name > ?
+		WHERE r.present = 1 AND r.manifests = 0 AND r.tags = 0 AND r.pins = 0 AND (r.created > 0 OR r.class = ?) AND r.created < ? AND r.name > ?
 		AND NOT EXISTS (SELECT 1 FROM members m JOIN blobs b ON b.id = m.blob
-			WHERE m.repository = r.id AND m.linked = 1 AND (b.stored >= ? OR b.touched >= ?))
+			WHERE m.repository = r.id AND m.linked = 1 AND (r.class <> ? OR b.stored >= ? OR b.touched >= ?))
 		ORDER BY r.name LIMIT ?`,
-		string(tree.Mirrored), seconds(before), after, seconds(before), seconds(before), n)
+		string(tree.Mirrored), seconds(before), after, string(tree.Mirrored), seconds(before), seconds(before), n)
 }
 
 func (c *Catalog) names(ctx context.Context, query string, args ...any) (names []string, err error) {
@@ -67,11 +67,13 @@ type Link struct {
 	Frees int64
 }
 
-// Loose returns up to n links of a mirrored repository, after one, to blobs that
+// Loose returns up to n links of a repository of a class, after one, to blobs that
 // no manifest there names, and that were stored and last read before a time.
-func (c *Catalog) Loose(ctx context.Context, repository string, before time.Time, after digest.Digest, n int) (links []Link, err error) {
-	// What holds a blob besides such links.
-	const held = `b.tags > 0 OR b.hosted > 0 OR b.manifests > 0 OR EXISTS (SELECT 1 FROM members o WHERE o.blob = b.id AND o.named > 0)`
+func (c *Catalog) Loose(ctx context.Context, repository string, class tree.Class, before time.Time, after digest.Digest, n int) (links []Link, err error) {
+	// What holds a blob besides such links: a repository that nobody has recorded
+	// keeps its own.
+	const held = `b.tags > 0 OR b.manifests > 0 OR EXISTS (SELECT 1 FROM members o WHERE o.blob = b.id AND o.named > 0)
+		OR b.hosted > 0 AND EXISTS (SELECT 1 FROM members o JOIN repositories s ON s.id = o.repository WHERE o.blob = b.id AND s.class = ? AND s.created = 0)`
 	const first = `m.repository = (SELECT MIN(o.repository) FROM members o WHERE o.blob = b.id)`
 	err = c.read(ctx, func(r *reader) error {
 		return r.each(`SELECT b.digest, CASE WHEN (`+held+`) OR NOT `+first+` THEN 0 ELSE b.size END
@@ -79,7 +81,7 @@ func (c *Catalog) Loose(ctx context.Context, repository string, before time.Time
 			WHERE r.name = ? AND r.class = ? AND m.blob > COALESCE((SELECT a.id FROM blobs a WHERE a.digest = ?), 0)
 			AND m.linked = 1 AND m.manifest = 0 AND m.named = 0 AND b.stored > 0 AND b.stored < ? AND b.touched < ?
 			ORDER BY m.blob LIMIT ?`,
-			[]any{repository, string(tree.Mirrored), []byte(pack(after)), seconds(before), seconds(before), n},
+			[]any{string(tree.Hosted), repository, string(class), []byte(pack(after)), seconds(before), seconds(before), n},
 			func(scan func(...any) error) error {
 				var raw []byte
 				var link Link

@@ -132,7 +132,12 @@ func (m *model) pause(ctx context.Context, most time.Duration) {
 	wait(ctx, time.Duration(m.n(int(most))))
 }
 
+// wait makes no timer for nothing: the race detector has crashed in one that was due
+// in a bubble when it was made.
 func wait(ctx context.Context, d time.Duration) {
+	if d <= 0 {
+		return
+	}
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {

@@ -15,12 +15,29 @@ import (
 const (
 	forever = "max-age=31536000, immutable, no-transform"
 	asked   = "no-cache, no-transform" // of a tag
+	// personal is added on a site that has rules: no cache in front of it may
+	// answer one caller with what another was allowed.
+	personal = "private, "
 )
+
+// lifetime is the Cache-Control of an answer that is good for everyone for so
+// long.
+func (x *exchange) lifetime(ofTag bool) string {
+	switch personally := x.site.rules != nil; {
+	case ofTag && personally:
+		return personal + asked
+	case ofTag:
+		return asked
+	case personally:
+		return personal + forever
+	}
+	return forever
+}
 
 // warm answers for a manifest or a small blob from memory alone. It reports
 // whether it has; if not, nothing has been sent.
 func (x *exchange) warm(ref oci.Reference, head bool) (bool, error) {
-	if !x.mirror.readable(x.target) {
+	if !x.opened && !x.mirror.readable(x.target) {
 		return false, nil
 	}
 	switch {
@@ -33,6 +50,7 @@ func (x *exchange) warm(ref oci.Reference, head bool) (bool, error) {
 			x.cached(hit)
 			x.blobHeaders(ref.Digest)
 			set(x.w.Header(), "Content-Length", strconv.Itoa(len(body)))
+			x.pulled(ref.Digest, "", int64(len(body)), "")
 			x.w.WriteHeader(http.StatusOK)
 			if !head {
 				x.w.Write(body)
@@ -84,11 +102,7 @@ func (x *exchange) sendManifest(answer *manifestAnswer, ref oci.Reference, head 
 	}
 	x.cached(answer.cache)
 	header := x.w.Header()
-	lifetime := forever
-	if ref.Tag != "" {
-		lifetime = asked
-	}
-	set(header, "Content-Type", mediaType, "Docker-Content-Digest", string(d), "Etag", etag, "Cache-Control", lifetime)
+	set(header, "Content-Type", mediaType, "Docker-Content-Digest", string(d), "Etag", etag, "Cache-Control", x.lifetime(ref.Tag != ""))
 	if answer.stale != "" {
 		if answer.age > 0 {
 			header.Set("Age", strconv.Itoa(int(answer.age/time.Second)))
@@ -103,6 +117,9 @@ func (x *exchange) sendManifest(answer *manifestAnswer, ref oci.Reference, head 
 		return nil
 	}
 	set(header, "Content-Length", length)
+	if !head {
+		x.pulled(d, mediaType, int64(len(answer.held.Body)), ref.Tag)
+	}
 	x.w.WriteHeader(http.StatusOK)
 	if !head {
 		x.w.Write(answer.held.Body)
@@ -114,7 +131,7 @@ func (x *exchange) sendManifest(answer *manifestAnswer, ref oci.Reference, head 
 func (x *exchange) blobHeaders(d digest.Digest) {
 	// Encoding a blob would take its length and its ranges away; containerd
 	// invites it by offering zstd and gzip.
-	set(x.w.Header(), "Content-Type", "application/octet-stream", "Docker-Content-Digest", string(d), "Etag", quoted(d), "Accept-Ranges", "bytes", "Cache-Control", forever)
+	set(x.w.Header(), "Content-Type", "application/octet-stream", "Docker-Content-Digest", string(d), "Etag", quoted(d), "Accept-Ranges", "bytes", "Cache-Control", x.lifetime(false))
 }
 
 func quoted(d digest.Digest) string { return `"` + string(d) + `"` }

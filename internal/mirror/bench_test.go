@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 
+	"github.com/caddy-registry/mirror/internal/access"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/regtest"
 	"github.com/caddy-registry/mirror/internal/tree"
@@ -146,7 +147,7 @@ func (b *bench) ask(method, path string, headers ...string) *httptest.ResponseRe
 	}
 	route, _ := oci.ParsePath(r.URL.Path)
 	w := httptest.NewRecorder()
-	b.site.ServeHTTP(b.mirror, w, r, route)
+	b.site.ServeHTTP(b.mirror, w, r, route, access.Caller{})
 	return w
 }
 

@@ -225,8 +225,13 @@ func (m *Mirror) describeBlob(ctx context.Context, t Target, d digest.Digest) (i
 		if err == nil && !intact(known, info.Size) {
 			err = m.damaged(t, d, known, info.Size)
 		}
-		if err == nil {
+		if err == nil && t.Upstream == nil {
+			// Whoever is to push a manifest will not push the blob again.
+			err = m.tree.Promise(ctx, t.Repository, d, known, m.now())
+		} else if err == nil {
 			m.tree.AskedBlob(t.Repository, known, m.now())
+		}
+		if err == nil {
 			return info.Size, hit, nil
 		}
 		if !errors.Is(err, fs.ErrNotExist) {

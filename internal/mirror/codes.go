@@ -10,8 +10,10 @@ import (
 	"time"
 
 	"github.com/caddy-registry/mirror/internal/fill"
+	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/upstream"
+	"github.com/caddy-registry/mirror/storage"
 )
 
 // A situation is why nothing can be served.
@@ -20,6 +22,8 @@ type situation int
 const (
 	badName situation = iota
 	badReference
+	badTag      // of a push
+	tooManyTags // of a push
 	badPage
 	badRange
 	tooManyRanges
@@ -31,8 +35,22 @@ const (
 	deniedUpstream // our credentials were refused
 	privateName
 	readOnly
-	noUpstream // no usable answer in time
-	limited    // by the upstream
+	denied       // by the rules of the site
+	noUpload     // an upload that is not there
+	badUpload    // a request that makes no sense to an upload
+	outOfOrder   // a chunk that does not begin where the upload ends
+	wrongDigest  // of what was pushed
+	wrongLength  // of what was pushed
+	badManifest  // that was pushed
+	missingBlob  // that a pushed manifest names
+	oversized    // what was pushed
+	immutableTag // that is to be moved or removed
+	deleteOff    // in the repository
+	stillNamed   // a blob that is to be deleted
+	noRoom       // for what is pushed
+	tooMany      // uploads that are not finished
+	noUpstream   // no usable answer in time
+	limited      // by the upstream
 	storeFailed
 )
 
@@ -58,6 +76,8 @@ var codes = map[situation]struct {
 }{
 	badName:         {manifest: cell{http.StatusBadRequest, oci.CodeNameInvalid}},
 	badReference:    {manifest: cell{http.StatusBadRequest, oci.CodeManifestInvalid}, blob: cell{http.StatusBadRequest, oci.CodeDigestInvalid}},
+	badTag:          {manifest: cell{http.StatusBadRequest, oci.CodeTagInvalid}},
+	tooManyTags:     {manifest: cell{http.StatusRequestURITooLong, oci.CodeTagInvalid}, remedy: "set the others by further pushes"},
 	badPage:         {manifest: cell{http.StatusBadRequest, oci.CodePageInvalid}},
 	badRange:        {manifest: cell{http.StatusRequestedRangeNotSatisfiable, oci.CodeRangeInvalid}},
 	tooManyRanges:   {manifest: cell{http.StatusBadRequest, oci.CodeRangeInvalid}, remedy: "ask for fewer at once"},
@@ -69,6 +89,20 @@ var codes = map[situation]struct {
 	deniedUpstream:  {manifest: cell{http.StatusForbidden, oci.CodeDenied}, remedy: "check the credentials in the mirror's configuration"},
 	privateName:     {manifest: cell{http.StatusForbidden, oci.CodeDenied}},
 	readOnly:        {manifest: cell{http.StatusMethodNotAllowed, oci.CodeUnsupported}},
+	denied:          {manifest: cell{http.StatusForbidden, oci.CodeDenied}},
+	noUpload:        {manifest: cell{http.StatusNotFound, oci.CodeBlobUploadUnknown}, remedy: "begin the upload again"},
+	badUpload:       {manifest: cell{http.StatusBadRequest, oci.CodeBlobUploadInvalid}},
+	outOfOrder:      {manifest: cell{http.StatusRequestedRangeNotSatisfiable, oci.CodeBlobUploadInvalid}, remedy: "GET the upload to learn where it ends, and go on from there"},
+	wrongDigest:     {manifest: cell{http.StatusBadRequest, oci.CodeDigestInvalid}},
+	wrongLength:     {manifest: cell{http.StatusBadRequest, oci.CodeSizeInvalid}},
+	badManifest:     {manifest: cell{http.StatusBadRequest, oci.CodeManifestInvalid}},
+	missingBlob:     {manifest: cell{http.StatusNotFound, oci.CodeManifestBlobUnknown}, remedy: "push it first"},
+	oversized:       {manifest: cell{http.StatusRequestEntityTooLarge, oci.CodeSizeInvalid}},
+	immutableTag:    {manifest: cell{http.StatusForbidden, oci.CodeDenied}},
+	deleteOff:       {manifest: cell{http.StatusMethodNotAllowed, oci.CodeUnsupported}},
+	stillNamed:      {manifest: cell{http.StatusMethodNotAllowed, oci.CodeUnsupported}, remedy: "delete the manifests that name it first"},
+	noRoom:          {manifest: cell{http.StatusInsufficientStorage, oci.CodeDenied}},
+	tooMany:         {manifest: cell{http.StatusTooManyRequests, oci.CodeTooManyRequests}, remedy: "finish them, cancel them with DELETE, or wait until they expire"},
 	noUpstream: {
 		manifest: cell{http.StatusServiceUnavailable, oci.CodeUnavailable},
 		patient:  cell{http.StatusTooManyRequests, oci.CodeTooManyRequests},
@@ -144,6 +178,30 @@ func judge(err error) *failure {
 	case errors.Is(err, fill.ErrDigest), errors.Is(err, fill.ErrSize), errors.Is(err, fill.ErrTooLarge), errors.Is(err, fill.ErrBusy), errors.Is(err, fill.ErrClosed),
 		errors.Is(err, context.DeadlineExceeded), errors.Is(err, errNoAnswer):
 		f.situation = noUpstream
+	case errors.Is(err, hosted.ErrNoUpload):
+		f.situation = noUpload
+	case errors.Is(err, hosted.ErrBusy):
+		f.situation = tooMany
+	case errors.Is(err, hosted.ErrOffset), errors.Is(err, hosted.ErrTaken):
+		f.situation = outOfOrder
+	case errors.Is(err, hosted.ErrLength):
+		f.situation = wrongLength
+	case errors.Is(err, hosted.ErrDigest), errors.Is(err, hosted.ErrAlgorithm):
+		f.situation = wrongDigest
+	case errors.Is(err, hosted.ErrManifest):
+		f.situation = badManifest
+	case errors.As(err, new(*hosted.Missing)):
+		f.situation = missingBlob
+	case errors.Is(err, hosted.ErrTooLarge), errors.As(err, new(*http.MaxBytesError)):
+		f.situation = oversized
+	case errors.Is(err, hosted.ErrImmutable):
+		f.situation = immutableTag
+	case errors.Is(err, hosted.ErrNoDelete):
+		f.situation = deleteOff
+	case errors.Is(err, hosted.ErrNamed):
+		f.situation = stillNamed
+	case errors.Is(err, storage.ErrFull):
+		f.situation = noRoom
 	case errors.Is(err, fs.ErrNotExist):
 		f.situation = unknownContent
 	}

@@ -4,15 +4,12 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io/fs"
 	"iter"
 	"slices"
 	"sort"
 	"strconv"
 	"strings"
-
-	"github.com/opencontainers/go-digest"
-	"github.com/opencontainers/image-spec/specs-go"
-	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/caddy-registry/mirror/internal/catalog"
 	"github.com/caddy-registry/mirror/internal/oci"
@@ -24,8 +21,9 @@ const (
 	maxCatalog = 50_000 // repositories looked at for one page
 	// catalogPage is how many repositories are asked of the catalog at once.
 	catalogPage = 200
-	// maxReferrers bounds an answer to about 4 MiB, what clients will read.
-	maxReferrers = 4 << 20
+	// maxHostedTags are on a page of hosted tags whose size the client does not
+	// say, about 1 MiB.
+	maxHostedTags = 10_000
 )
 
 // page reads n and last. n is -1 where it is absent.
@@ -59,13 +57,16 @@ func (x *exchange) tags(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if x.target.Upstream == nil {
+		return x.hostedTags(ctx, n, last)
+	}
 	held, err := x.mirror.tree.Tags(ctx, x.target.Repository)
 	if err != nil {
 		return err
 	}
 	held = slices.DeleteFunc(held, func(tag string) bool {
-		if tag <= last || x.target.Upstream == nil {
-			return tag <= last
+		if tag <= last {
+			return true
 		}
 		state, ok, err := x.mirror.known(ctx, x.target, tag)
 		return err == nil && ok && state.standing(x.mirror.now(), x.target.Upstream) >= gone
@@ -73,17 +74,7 @@ func (x *exchange) tags(ctx context.Context) error {
 	sort.Strings(held)
 	var tags []string
 	var more bool
-	switch {
-	case x.target.Upstream == nil:
-		if exists, err := x.mirror.tree.Exists(ctx, x.target.Repository); err != nil {
-			return err
-		} else if !exists {
-			return fail(unknownName, "the hosted repository %s has nothing in it", x.target.Repository)
-		}
-		tags = held
-		x.cached(hit)
-	case n == 0:
-	default:
+	if n != 0 {
 		tags, more, err = x.upstreamTags(ctx, n, last)
 		var refusal *upstream.Error
 		switch {
@@ -110,6 +101,56 @@ func (x *exchange) tags(ctx context.Context) error {
 	if n >= 0 && len(tags) > n {
 		tags, more = tags[:n], n > 0
 	}
+	return x.sendTags(tags, n, more)
+}
+
+// hostedTags answers with the tags of a hosted repository, in the order of their
+// bytes. One that is all of whose tags have been removed still exists: its list is
+// empty, as the spec wants of a repository that is found, and only one in which
+// there has never been anything is unknown.
+func (x *exchange) hostedTags(ctx context.Context, n int, last string) error {
+	repository := x.target.Repository
+	if exists, err := x.mirror.tree.Exists(ctx, repository); err != nil {
+		return err
+	} else if !exists {
+		return fail(unknownName, "nothing has been pushed to the hosted repository %s", repository)
+	}
+	var tags []string
+	more := false
+	if n != 0 {
+		held, err := x.mirror.tree.Tags(ctx, repository)
+		if err != nil {
+			return err
+		}
+		sort.Strings(held)
+		most := n
+		if n < 0 {
+			most = maxHostedTags
+		}
+		after, found := slices.BinarySearch(held, last)
+		if found {
+			after++
+		}
+		for _, tag := range held[after:] {
+			// A process that died while it removed a tag has left something of it.
+			switch _, err := x.mirror.tree.Tag(ctx, repository, tag); {
+			case errors.Is(err, fs.ErrNotExist):
+				continue
+			case err != nil:
+				return err
+			}
+			if more = len(tags) == most; more {
+				break
+			}
+			tags = append(tags, tag)
+		}
+	}
+	x.cached(hit)
+	return x.sendTags(tags, n, more)
+}
+
+// sendTags sends a page of tags.
+func (x *exchange) sendTags(tags []string, n int, more bool) error {
 	if more && len(tags) > 0 {
 		x.more(n, tags[len(tags)-1])
 	}
@@ -162,81 +203,6 @@ func merge(page, held []string, more bool) []string {
 	return merged
 }
 
-// referrers answers with what refers to a manifest, at the upstream and held.
-func (x *exchange) referrers(ctx context.Context, subject digest.Digest) error {
-	t := x.target
-	held, err := share(ctx, x.mirror, "held referrers "+t.Repository+" "+subject.String(), func(ctx context.Context) ([]v1.Descriptor, error) {
-		return x.mirror.referrers(ctx, t.Repository, subject)
-	})
-	if err != nil {
-		return err
-	}
-	held = slices.Clip(held)
-	found := held
-	if t.Upstream != nil {
-		theirs, err := share(ctx, x.mirror, "referrers "+t.Repository+" "+subject.String(), func(ctx context.Context) ([]v1.Descriptor, error) {
-			return t.Upstream.Client.Referrers(ctx, t.Name, subject)
-		})
-		var refusal *upstream.Error
-		switch {
-		case err == nil:
-			x.cached(miss)
-			found = slices.Clone(theirs)
-			for _, d := range held {
-				if !slices.ContainsFunc(found, func(e v1.Descriptor) bool { return e.Digest == d.Digest }) {
-					found = append(found, d)
-				}
-			}
-		case errors.As(err, &refusal) && (refusal.Kind == upstream.NotFound || refusal.Kind == upstream.Unauthorized):
-			return err
-		default:
-			// Held, or at least the fallback tag: what can be said offline.
-			x.cached(stale)
-			found = x.fallbackHeld(ctx, subject, held)
-			x.w.Header().Set("Warning", `299 - "`+warning("only referrers that are held: "+err.Error())+`"`)
-		}
-	} else {
-		x.cached(hit)
-		found = x.fallbackHeld(ctx, subject, held)
-	}
-	if types := x.r.URL.Query()["artifactType"]; len(types) > 0 {
-		found = slices.DeleteFunc(found, func(d v1.Descriptor) bool { return !slices.Contains(types, d.ArtifactType) })
-		x.w.Header().Set("OCI-Filters-Applied", "artifactType")
-	}
-	index := v1.Index{
-		Versioned: specs.Versioned{SchemaVersion: 2},
-		MediaType: v1.MediaTypeImageIndex,
-		Manifests: append([]v1.Descriptor{}, found...),
-	}
-	body, err := json.Marshal(index)
-	if err != nil {
-		return err
-	}
-	for len(body) > maxReferrers {
-		index.Manifests = index.Manifests[:len(index.Manifests)/2]
-		if body, err = json.Marshal(index); err != nil {
-			return err
-		}
-		x.w.Header().Set("Warning", `299 - "the list is too long and was cut"`)
-	}
-	x.w.Header().Set("Content-Type", v1.MediaTypeImageIndex)
-	return x.json(body)
-}
-
-// maxHeldReferrers are read for one answer.
-const maxHeldReferrers = 5_000
-
-// referrers describes what is held of a repository that names a subject.
-func (m *Mirror) referrers(ctx context.Context, repository string, subject digest.Digest) ([]v1.Descriptor, error) {
-	if c := m.catalog(ctx); c != nil {
-		digests, err := c.Referrers(ctx, repository, subject, maxHeldReferrers)
-		if err == nil {
-			return m.tree.Describe(ctx, repository, digests)
-		}
-	}
-	return m.tree.Referrers(ctx, repository, subject)
-}
-
 // catalog returns the catalog if it has everything that is stored, or nil.
 func (m *Mirror) catalog(ctx context.Context) *catalog.Catalog {
 	if m.complete == nil {
@@ -245,26 +211,8 @@ func (m *Mirror) catalog(ctx context.Context) *catalog.Catalog {
 	return m.complete(ctx)
 }
 
-// fallbackHeld adds what a stored fallback tag lists.
-func (x *exchange) fallbackHeld(ctx context.Context, subject digest.Digest, found []v1.Descriptor) []v1.Descriptor {
-	repository := x.target.Repository
-	d, err := x.mirror.tree.Tag(ctx, repository, oci.FallbackTag(subject))
-	if err != nil {
-		return found
-	}
-	list, err := x.mirror.tree.Manifest(ctx, repository, d)
-	if err != nil {
-		return found
-	}
-	for _, child := range list.Children {
-		if !slices.ContainsFunc(found, func(e v1.Descriptor) bool { return e.Digest == child.Digest }) {
-			found = append(found, child)
-		}
-	}
-	return found
-}
-
-// catalog lists what is held, under the names by which this site answers.
+// catalog lists what is held and the caller may pull, under the names by which
+// this site answers.
 func (x *exchange) catalog() error {
 	n, last, err := x.page()
 	if err != nil {
@@ -292,8 +240,7 @@ func (x *exchange) catalog() error {
 			x.w.Header().Set("Warning", `299 - "there are more repositories than could be listed"`)
 			break
 		}
-		name, up, ok := x.site.address(repository)
-		if ok && name > last && x.listed(ctx, repository, up) {
+		if name, ok := x.visible(ctx, repository); ok && name > last {
 			names = append(names, name)
 		}
 		if inOrder && len(names) > n {
@@ -338,16 +285,6 @@ func cataloged(ctx context.Context, c *catalog.Catalog, after string) iter.Seq2[
 			}
 		}
 	}
-}
-
-// listed keeps private repositories out of the catalog, and of an upstream that
-// is asked with credentials those nobody has looked at.
-func (x *exchange) listed(ctx context.Context, repository string, up *Upstream) bool {
-	record, err := x.mirror.tree.Record(ctx, repository)
-	if err == nil && record.Public != nil {
-		return record.Public.Public
-	}
-	return up == nil || up.Client.Anonymous() == nil
 }
 
 // address is the name by which a stored repository can be asked for at this

@@ -71,14 +71,13 @@ func (m *Mirror) asked(t Target, ref oci.Reference, at time.Time) {
 // fetched; with force, a tag is checked though it is fresh.
 func (m *Mirror) manifest(ctx context.Context, t Target, ref oci.Reference, head, force bool) (*manifestAnswer, error) {
 	if t.Upstream == nil {
-		d := ref.Digest
+		var stored *tree.Manifest
+		var err error
 		if ref.Tag != "" {
-			var err error
-			if d, err = m.tree.Tag(ctx, t.Repository, ref.Tag); err != nil {
-				return nil, notHosted(err)
-			}
+			stored, err = m.tree.Tagged(ctx, t.Repository, ref.Tag)
+		} else {
+			stored, err = m.tree.Manifest(ctx, t.Repository, ref.Digest)
 		}
-		stored, err := m.tree.Manifest(ctx, t.Repository, d)
 		if err != nil {
 			return nil, notHosted(err)
 		}
@@ -146,7 +145,7 @@ func (m *Mirror) fetch(ctx context.Context, t Target, ref oci.Reference, must bo
 	if err := m.claim(ctx, t); err != nil {
 		return nil, err
 	}
-	stored, err := m.tree.PutManifest(ctx, t.Repository, got.Digest, got.Body)
+	stored, err := m.tree.PutManifest(ctx, t.Repository, got.Digest, got.Body, nil)
 	if err != nil {
 		m.diskTrouble("storing a manifest", ref.Join(t.Repository), err)
 		return m.tree.Remember(t.Repository, got.Digest, got.Body)

@@ -16,6 +16,8 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/catalog"
 	"github.com/caddy-registry/mirror/internal/fill"
+	"github.com/caddy-registry/mirror/internal/hosted"
+	"github.com/caddy-registry/mirror/internal/notify"
 	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/internal/upstream"
 	"github.com/caddy-registry/mirror/storage"
@@ -37,6 +39,7 @@ const (
 // configurations.
 type Mirror struct {
 	tree     *tree.Tree
+	hosted   *hosted.Registry
 	fills    *fill.Table
 	log      *zap.Logger
 	now      func() time.Time
@@ -56,7 +59,6 @@ type Mirror struct {
 	tagLocks [64]sync.Mutex
 	seed     maphash.Seed
 	pending  *lru.Cache[manifestKey, []string]
-	claims   sync.Mutex
 	pendMu   sync.Mutex // makes changes of pending whole
 	flights  singleflight.Group
 	aheads   chan struct{} // holds a value for each check ahead
@@ -65,8 +67,11 @@ type Mirror struct {
 	probes   *lru.Cache[string, tree.Verdict] // verdicts not worth a record
 	told     *lru.Cache[trouble, time.Time]   // when it was last told of
 	emit     atomic.Pointer[func(string, map[string]any)]
+	notify   atomic.Pointer[func(notify.Event)]
+	pulls    atomic.Bool                 // notify is told of pulls
 	coming   *lru.Cache[member, *layers] // of manifests that have just come
 	untagged atomic.Uint64               // tags that were removed
+	changes  atomic.Uint64               // pushes and deletes that were answered
 	maxBlob  atomic.Int64
 	proven   *lru.Cache[digest.Digest, struct{}] // blobs that were hashed on suspicion
 }
@@ -82,6 +87,8 @@ type manifestKey struct {
 type Parts struct {
 	Store storage.Store
 	Tree  *tree.Tree // in the store
+	// Hosted is what is hosted in the store.
+	Hosted *hosted.Registry
 	// Room makes room for n bytes where there is none, and reports whether it is
 	// worth trying again; nil: nobody does.
 	Room func(ctx context.Context, n int64) bool
@@ -96,7 +103,7 @@ type Parts struct {
 
 // New returns a mirror.
 func New(p Parts) *Mirror {
-	m := &Mirror{tree: p.Tree, complete: p.Catalog, suspect: p.Suspect, log: p.Log, now: time.Now, patience: blobPatience, aheads: make(chan struct{}, checksAhead)}
+	m := &Mirror{tree: p.Tree, hosted: p.Hosted, complete: p.Catalog, suspect: p.Suspect, log: p.Log, now: time.Now, patience: blobPatience, aheads: make(chan struct{}, checksAhead)}
 	if m.suspect == nil {
 		m.suspect = func(digest.Digest) {}
 	}
@@ -166,6 +173,11 @@ type Settings struct {
 	// storage_full no more. Each comes once a minute at most, for each upstream
 	// or repository.
 	Emit func(event string, data map[string]any)
+	// Notify is told of every push, mount and delete, before the client is
+	// answered; nil: nobody is. With Pulls it is told of every pull of what is
+	// hosted here, too.
+	Notify func(notify.Event)
+	Pulls  bool
 }
 
 // Set replaces the settings.
@@ -173,6 +185,8 @@ func (m *Mirror) Set(s Settings) {
 	m.tree.Heat(s.Hot)
 	m.maxBlob.Store(s.MaxBlob)
 	m.emit.Store(&s.Emit)
+	m.pulls.Store(s.Pulls)
+	m.notify.Store(&s.Notify)
 }
 
 // share runs f once for all who ask with the same key at the same time, on the
@@ -270,28 +284,19 @@ func conflict(t Target, record tree.Record) error {
 
 // claim records a mirrored repository before anything is stored in it.
 func (m *Mirror) claim(ctx context.Context, t Target) error {
-	if _, err := m.tree.Record(ctx, t.Repository); !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	m.claims.Lock()
-	defer m.claims.Unlock()
-	record, err := m.tree.Record(ctx, t.Repository)
-	if err == nil {
-		return conflict(t, record)
-	}
-	if !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	err = m.tree.PutRecord(ctx, t.Repository, tree.Record{
+	record, err := m.tree.Claim(ctx, t.Repository, tree.Record{
 		Class:    tree.Mirrored,
 		Upstream: t.Upstream.Name,
 		Prefix:   t.Upstream.Prefix,
 		Created:  m.now().UTC(),
 	})
-	if err != nil {
-		// A repository without a record belongs to whoever's prefix it is
-		// under.
-		m.diskTrouble("recording a repository", t.Repository, err)
+	if err == nil {
+		return conflict(t, record)
 	}
+	if _, known := m.tree.Record(ctx, t.Repository); !errors.Is(known, fs.ErrNotExist) {
+		return known
+	}
+	// A repository without a record belongs to whoever's prefix it is under.
+	m.diskTrouble("recording a repository", t.Repository, err)
 	return nil
 }

@@ -234,53 +234,6 @@ func TestWildcardAfterClose(t *testing.T) {
 	}
 }
 
-func TestPattern(t *testing.T) {
-	for _, c := range []struct {
-		pattern string
-		match   string // separated by spaces
-		differ  string
-	}{
-		{"apps", "apps", "app apps/web apps2 web/apps"},
-		{"apps/web", "apps/web", "apps apps/web/x apps/webs x/apps/web"},
-		{"apps/*", "apps/web apps/x", "apps apps/web/x app/web"},
-		{"apps/**", "apps apps/web apps/web/x/y", "app apps2/web x/apps"},
-		{"*", "apps web", "apps/web"},
-		{"*/web", "apps/web x/web", "web apps/web/x a/b/web"},
-		{"**", "apps apps/web a/b/c/d", ""},
-		{"**/web", "web apps/web a/b/web", "webs web/x"},
-		{"**/web/**", "web a/web web/a a/web/b/c", "a/webs/b"},
-		{"team/*/web", "team/a/web", "team/web team/a/b/web team/a/web/x"},
-		{"team/**/web", "team/web team/a/web team/a/b/web", "team web team/webs"},
-		{"**/**", "a a/b", ""},
-		{"a/**/b/**/c", "a/b/c a/x/b/c a/b/x/c a/b/b/c/c", "a/c/b a/b a/c"},
-		{"a.b/c-d", "a.b/c-d", "axb/c-d"},
-	} {
-		p, err := ParsePattern(c.pattern)
-		if err != nil {
-			t.Errorf("%s: %v", c.pattern, err)
-			continue
-		}
-		if p.String() != c.pattern {
-			t.Errorf("%s prints as %s", c.pattern, p)
-		}
-		for name := range strings.FieldsSeq(c.match) {
-			if !p.Match(name) {
-				t.Errorf("%s does not match %s", c.pattern, name)
-			}
-		}
-		for name := range strings.FieldsSeq(c.differ) {
-			if p.Match(name) {
-				t.Errorf("%s matches %s", c.pattern, name)
-			}
-		}
-	}
-	for _, s := range []string{"", "/", "/apps", "apps/", "a//b", "Apps", "apps/we*", "***", "apps/***", "a:b", "../x", "a b", "[a]", "?"} {
-		if p, err := ParsePattern(s); err == nil {
-			t.Errorf("ParsePattern(%q) = %v, want an error", s, p)
-		}
-	}
-}
-
 // TestWildcardSettings: what is configured for a wildcard holds for each of its
 // hosts.
 func TestWildcardSettings(t *testing.T) {

@@ -20,7 +20,8 @@ const (
 // public checks that everyone may read a repository at its upstream, where we
 // ask with credentials. Otherwise whoever reaches this mirror could read with
 // them. An anonymous probe decides; its verdict is kept in the record, for
-// times when nobody can be asked. Unknown means private.
+// times when nobody can be asked. Unknown means private. A rule of the site that
+// names the repository opens it to whom it names, and this is not asked.
 func (m *Mirror) public(ctx context.Context, t Target, kind oci.Kind, ref oci.Reference) error {
 	if m.readable(t) {
 		return nil
@@ -36,7 +37,7 @@ func (m *Mirror) public(ctx context.Context, t Target, kind oci.Kind, ref oci.Re
 	if known && verdict.Public && age < publicFor {
 		return nil
 	}
-	private := fail(privateName, "%s can be read at %s only with the mirror's credentials, and is not opened to everyone who reaches this mirror", t.Name, t.Upstream.Name)
+	private := fail(privateName, "%s can be read at %s only with the mirror's credentials; a rule of the site that names it opens it to whom it says", t.Name, t.Upstream.Name)
 	if known && !verdict.Public && age < privateFor {
 		return private
 	}

@@ -79,11 +79,11 @@ func TestFind(t *testing.T) {
 
 func TestFindNothing(t *testing.T) {
 	u := newUpstreams(t, siteList(t))
-	pattern, err := ParsePattern("apps/**")
+	pattern, err := oci.ParsePattern("apps/**")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := NewSite(SiteConfig{Upstreams: u, Hosted: []Pattern{pattern}}); err != nil {
+	if _, err := NewSite(SiteConfig{Upstreams: u, Hosted: []oci.Pattern{pattern}}); err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range []struct {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/caddy-registry/mirror/internal/access"
 	"github.com/caddy-registry/mirror/internal/oci"
 )
 
@@ -56,18 +57,23 @@ type Report struct {
 	Abort bool
 }
 
-// ServeHTTP answers a request below /v2 from a mirror. See [oci.ParsePath].
-func (s *Site) ServeHTTP(m *Mirror, w http.ResponseWriter, r *http.Request, route oci.Route) Report {
+// ServeHTTP answers a caller's request below /v2 from a mirror. See
+// [oci.ParsePath].
+func (s *Site) ServeHTTP(m *Mirror, w http.ResponseWriter, r *http.Request, route oci.Route, caller access.Caller) Report {
 	header := w.Header()
 	set(header, "Docker-Distribution-Api-Version", "registry/2.0")
-	x := &exchange{site: s, mirror: m, w: w, r: r, route: route, began: m.now()}
+	if r.ContentLength != 0 {
+		r.Body = &incoming{ReadCloser: r.Body}
+	}
+	x := &exchange{site: s, mirror: m, w: w, r: r, route: route, caller: caller, began: m.now()}
 	if err := x.serve(); err != nil {
 		x.report.Err = err
 		if r.Context().Err() == nil {
 			m.tell(x.target, x.about(), err, false)
 			m.learnLack(x.target, route.Kind, route.Ref, x.began, err)
 		}
-		if r.Context().Err() == nil && !x.report.Abort {
+		if x.listens() && !x.report.Abort {
+			x.hasten()
 			refusal(err, route.Kind, r.UserAgent(), x.about()).Write(w, r)
 		}
 	}
@@ -81,9 +87,14 @@ type exchange struct {
 	w      http.ResponseWriter
 	r      *http.Request
 	route  oci.Route
+	caller access.Caller
 	target Target
+	// opened says that a rule names the repository for the caller to read, who
+	// need not ask whether everyone may.
+	opened bool
 	report Report
 	began  time.Time
+	id     string // by which events name the request, once there is one
 }
 
 // about names what was asked for, for error messages.
@@ -96,7 +107,7 @@ func (x *exchange) about() string {
 		name = x.target.Upstream.Name + "/" + name
 	}
 	switch ref := x.route.Ref; {
-	case ref == "":
+	case ref == "", x.route.Kind == oci.KindUpload:
 		return name
 	case strings.Contains(ref, ":"):
 		return name + "@" + printable(ref)
@@ -105,17 +116,69 @@ func (x *exchange) about() string {
 	}
 }
 
+// action is what a request asks to be allowed, or 0 if nothing at its path
+// answers its method.
+func (x *exchange) action() access.Action {
+	kind := x.route.Kind
+	switch method := x.r.Method; {
+	case kind == oci.KindUpload:
+		switch method {
+		case http.MethodPost:
+			if x.route.Ref == "" {
+				return access.Push
+			}
+		case http.MethodGet, http.MethodHead, http.MethodPatch, http.MethodPut, http.MethodDelete:
+			if x.route.Ref != "" {
+				return access.Push
+			}
+		}
+	case method == http.MethodGet, method == http.MethodHead:
+		return access.Pull
+	case method == http.MethodPut && kind == oci.KindManifest:
+		return access.Push
+	case method == http.MethodDelete && (kind == oci.KindManifest || kind == oci.KindBlob):
+		return access.Delete
+	}
+	return 0
+}
+
+// allow are the methods that a kind of path answers, for what is hosted here.
+func allow(route oci.Route) string {
+	switch {
+	case route.Kind == oci.KindUpload && route.Ref == "":
+		return "POST"
+	case route.Kind == oci.KindUpload:
+		return "GET, HEAD, PATCH, PUT, DELETE"
+	case route.Kind == oci.KindManifest:
+		return "GET, HEAD, PUT, DELETE"
+	case route.Kind == oci.KindBlob:
+		return "GET, HEAD, DELETE"
+	}
+	return "GET, HEAD"
+}
+
 func (x *exchange) serve() error {
 	head := x.r.Method == http.MethodHead
-	if x.r.Method != http.MethodGet && !head || x.route.Kind == oci.KindUpload {
-		x.w.Header().Set("Allow", "GET, HEAD")
-		return fail(readOnly, "this mirror answers GET and HEAD only; push to the registry itself")
+	if x.route.Kind == oci.KindObsolete {
+		return fail(unknownEndpoint, "this registry speaks version 2 of the registry API; a client that asks for /v1/ is too old: use Docker 1.6 or a later one")
+	}
+	action := x.action()
+	unanswered := func() error {
+		x.w.Header().Set("Allow", allow(x.route))
+		return fail(readOnly, "nothing at this path answers %s", printable(x.r.Method))
+	}
+	if action == 0 && x.route.Name == "" {
+		return unanswered()
 	}
 	switch x.route.Kind {
 	case oci.KindPing:
 		return x.json([]byte("{}"))
 	case oci.KindCatalog:
 		return x.catalog()
+	case oci.KindSearchPing:
+		return x.searchPing()
+	case oci.KindSearch:
+		return x.search()
 	case oci.KindUnknown:
 		return fail(unknownEndpoint, "there is nothing at this path of the registry API")
 	}
@@ -130,17 +193,42 @@ func (x *exchange) serve() error {
 	if ns := x.target.Namespace; ns != "" {
 		x.w.Header().Set("OCI-Namespace", ns)
 	}
+	if x.target.Upstream != nil && action != access.Pull {
+		x.w.Header().Set("Allow", "GET, HEAD")
+		return fail(readOnly, "what is mirrored answers GET and HEAD only; push to %s itself, or to a name that is hosted here", x.target.Upstream.Name)
+	}
+	if action == 0 {
+		return unanswered()
+	}
 	var ref oci.Reference
-	if x.route.Kind != oci.KindTags {
+	if x.route.Kind != oci.KindTags && x.route.Kind != oci.KindUpload {
 		if ref, err = oci.ParseReference(x.route.Ref); err == nil && x.route.Kind != oci.KindManifest && ref.Digest == "" {
 			err = fmt.Errorf("%q is not a digest", printable(x.route.Ref))
 		}
-		if err != nil {
+		switch {
+		case err == nil:
+		case x.route.Kind != oci.KindManifest || strings.Contains(x.route.Ref, ":"):
 			return fail(badReference, "%v", err)
+		case action == access.Push:
+			return fail(badTag, "%v", err)
+		default:
+			// There cannot be such a tag: a 404, says the conformance suite of 1.1.
+			return fail(unknownContent, "%v", err)
 		}
 	}
+	verdict := x.verdict(action)
+	if !verdict.Allowed {
+		return x.denied(action)
+	}
+	x.opened = verdict.Explicit
 	if err := x.mirror.admit(x.r.Context(), x.target); err != nil {
 		return err
+	}
+	switch {
+	case x.route.Kind == oci.KindUpload:
+		return x.upload()
+	case action != access.Pull:
+		return x.change(ref)
 	}
 	if done, err := x.warm(ref, head); done {
 		return err
@@ -152,8 +240,10 @@ func (x *exchange) serve() error {
 	}
 	ctx, cancel := context.WithTimeoutCause(x.r.Context(), budget, errNoAnswer)
 	defer cancel()
-	if err := x.mirror.public(ctx, x.target, x.route.Kind, ref); err != nil {
-		return err
+	if !x.opened {
+		if err := x.mirror.public(ctx, x.target, x.route.Kind, ref); err != nil {
+			return err
+		}
 	}
 	switch x.route.Kind {
 	case oci.KindManifest:
@@ -180,6 +270,9 @@ func (x *exchange) json(body []byte) error {
 		header.Set("Content-Type", "application/json")
 	}
 	header.Set("Content-Length", strconv.Itoa(len(body)))
+	if x.site.rules != nil {
+		header.Set("Cache-Control", personal+"no-cache")
+	}
 	x.w.WriteHeader(http.StatusOK)
 	if x.r.Method != http.MethodHead {
 		x.w.Write(body)
@@ -242,6 +335,7 @@ func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) (err er
 		return err
 	}
 	describe(c)
+	x.pulled(d, "", size, "")
 	switch {
 	case sum < 0:
 		x.mirror.ahead(x.target, d)

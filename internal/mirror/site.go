@@ -6,6 +6,9 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+
+	"github.com/caddy-registry/mirror/internal/access"
+	"github.com/caddy-registry/mirror/internal/oci"
 )
 
 // A Site is one place where clients ask: which registries it answers for, and
@@ -15,7 +18,8 @@ type Site struct {
 	allowed   map[string]bool // names; nil: all
 	byDefault *Upstream       // nil: off
 	ns        bool
-	hosted    []Pattern
+	hosted    []oci.Pattern
+	rules     access.Rules
 }
 
 // SiteConfig configures a Site.
@@ -28,10 +32,12 @@ type SiteConfig struct {
 	// IgnoreNS lets ?ns= pass unread.
 	IgnoreNS bool
 	// Hosted are the names of this site that no upstream has.
-	Hosted []Pattern
+	Hosted []oci.Pattern
 	// ShadowDefault permits hosted names on a site that has a default
 	// registry, and so may have the same names.
 	ShadowDefault bool
+	// Rules say who may do what.
+	Rules access.Rules
 }
 
 // Check reports what contradicts itself, whatever registries there are.
@@ -52,7 +58,7 @@ func NewSite(cfg SiteConfig) (*Site, error) {
 	if err := cfg.Check(); err != nil {
 		return nil, err
 	}
-	s := &Site{upstreams: cfg.Upstreams, ns: !cfg.IgnoreNS, hosted: cfg.Hosted}
+	s := &Site{upstreams: cfg.Upstreams, ns: !cfg.IgnoreNS, hosted: cfg.Hosted, rules: cfg.Rules}
 	if len(cfg.Allowed) > 0 {
 		s.allowed = map[string]bool{}
 		for _, name := range cfg.Allowed {
@@ -82,14 +88,49 @@ func NewSite(cfg SiteConfig) (*Site, error) {
 			return nil, fmt.Errorf("hosted %s: %w", pattern, err)
 		}
 	}
+	for i, rule := range cfg.Rules {
+		for _, pattern := range rule.On {
+			if err := s.means(pattern); err != nil {
+				return nil, fmt.Errorf("access: rules[%d]: on %s: %w", i, pattern, err)
+			}
+		}
+	}
 	cfg.Upstreams.serve(s)
 	return s, nil
+}
+
+// means checks that a rule's pattern can fit what this site is asked for: a name
+// that is not the one rules go by would let a deny pass unnoticed.
+func (s *Site) means(pattern oci.Pattern) error {
+	first := pattern[0]
+	if strings.HasPrefix(first, "*") {
+		return nil
+	}
+	if entry, host := s.upstreams.inPath(first); entry != nil && len(pattern) > 1 {
+		pathName := entry.PathName
+		if entry.Client == nil { // a wildcard's
+			pathName = host
+		}
+		if first != pathName {
+			return fmt.Errorf("%s is another name of %s; write %s/%s", first, pathName, pathName, strings.Join(pattern[1:], "/"))
+		}
+		if entry.Name == "docker.io" && len(pattern) == 2 && pattern[1] != "**" {
+			return fmt.Errorf("names of %s without a slash are in library; write %[1]s/library/%s", first, pattern[1])
+		}
+		return nil
+	}
+	for _, hosted := range s.hosted {
+		if hosted[0] == first || strings.HasPrefix(hosted[0], "*") {
+			return nil
+		}
+	}
+	return fmt.Errorf("%s is neither the path name of a registry nor hosted here; what is mirrored from docker.io is docker.io/..., whatever the default is", first)
 }
 
 // overlap reports a hosted pattern whose first component means a registry, or
 // lies where a registry's images are stored. A pattern that begins with a
 // wildcard overlaps nothing: registries' path names are looked at first.
-func (u *Upstreams) overlap(pattern Pattern) error {
+func (u *Upstreams) overlap(pattern oci.Pattern) error {
 	first := pattern[0]
 	if strings.HasPrefix(first, "*") {
 		return nil
@@ -228,7 +269,7 @@ func (s *Site) hosts(repository string) bool {
 			return false
 		}
 	}
-	return slices.ContainsFunc(s.hosted, func(p Pattern) bool { return p.Match(repository) })
+	return slices.ContainsFunc(s.hosted, func(p oci.Pattern) bool { return p.Match(repository) })
 }
 
 // queryValue reads one parameter without building a map of all.

@@ -42,7 +42,7 @@ func (o siteOptions) site(t testing.TB) (*Site, error) {
 		cfg.Default = ""
 	}
 	for s := range strings.FieldsSeq(o.hosted) {
-		p, err := ParsePattern(s)
+		p, err := oci.ParsePattern(s)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -340,7 +340,7 @@ func (m *Mirror) setTag(ctx context.Context, key tagKey, d digest.Digest) {
 	if !ok || state.digest != d || !state.gone.IsZero() {
 		return
 	}
-	if err := m.tree.SetTag(ctx, key.repository, key.tag, d, state.checked); err != nil {
+	if err := m.tree.SetTag(ctx, key.repository, key.tag, d, state.checked, nil); err != nil {
 		m.diskTrouble("storing a tag", key.repository+":"+key.tag, err)
 	}
 }
@@ -440,7 +440,7 @@ func (m *Mirror) check(ctx context.Context, t Target, tag string, had *tree.Mani
 		}
 	}
 	if current.Unstored { // there may be room now
-		if stored, err := m.tree.PutManifest(ctx, t.Repository, current.Digest, current.Body); err == nil {
+		if stored, err := m.tree.PutManifest(ctx, t.Repository, current.Digest, current.Body, nil); err == nil {
 			current = stored
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddy-registry/mirror/internal/access"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/regtest"
 )
@@ -42,7 +43,7 @@ func BenchmarkWarm(b *testing.B) {
 				clear(w.header)
 				w.bytes = 0
 				route, _ := oci.ParsePath(r.URL.Path)
-				m.site.ServeHTTP(m.mirror, w, r, route)
+				m.site.ServeHTTP(m.mirror, w, r, route, access.Caller{})
 			}
 			if w.status != http.StatusOK || w.bytes == 0 {
 				b.Errorf("%d, %d bytes", w.status, w.bytes)

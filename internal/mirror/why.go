@@ -182,12 +182,12 @@ func (m *Mirror) whoseName(ctx context.Context, t Target, w *Why) (private strin
 	switch {
 	case !known:
 		w.Readers = "nobody has asked yet whether everyone may read it"
-		private = "the upstream is asked first whether everyone may read it, and if not it is refused"
+		private = "the upstream is asked first whether everyone may read it, and if not it is refused, except where a rule of a site names it"
 	case verdict.Public:
 		w.Readers = "everyone, as was found " + stamp(verdict.Checked)
 	default:
 		w.Readers = "only those with the mirror's credentials, as was found " + stamp(verdict.Checked)
-		private = "refused, unless the upstream says that everyone may read it now"
+		private = "refused, unless the upstream says that everyone may read it now, or a rule of a site names it"
 	}
 	return private, nil
 }

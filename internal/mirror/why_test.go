@@ -144,10 +144,10 @@ func TestWhyNot(t *testing.T) {
 	if err != nil || !strings.HasPrefix(w.Answer, "404: it is hosted here") {
 		t.Errorf("%+v, %v", w, err)
 	}
-	if _, err := b.tree.PutManifest(t.Context(), repository, first.Digest, first.Data); err != nil {
+	if _, err := b.tree.PutManifest(t.Context(), repository, first.Digest, first.Data, nil); err != nil {
 		t.Fatal(err)
 	}
-	if err := b.tree.SetTag(t.Context(), repository, "latest", first.Digest, b.now()); err != nil {
+	if err := b.tree.SetTag(t.Context(), repository, "latest", first.Digest, b.now(), nil); err != nil {
 		t.Fatal(err)
 	}
 	w, err = b.mirror.Why(t.Context(), target, oci.Reference{Tag: "latest"})

@@ -11,19 +11,23 @@ import (
 // Error codes of the spec ("Error codes"), and the three of distribution's
 // that clients know.
 const (
-	CodeBlobUnknown     = "BLOB_UNKNOWN"
-	CodeDenied          = "DENIED"
-	CodeDigestInvalid   = "DIGEST_INVALID"
-	CodeManifestInvalid = "MANIFEST_INVALID"
-	CodeManifestUnknown = "MANIFEST_UNKNOWN"
-	CodeNameInvalid     = "NAME_INVALID"
-	CodeNameUnknown     = "NAME_UNKNOWN"
-	CodePageInvalid     = "PAGINATION_NUMBER_INVALID"
-	CodeRangeInvalid    = "RANGE_INVALID"
-	CodeTagInvalid      = "TAG_INVALID"
-	CodeTooManyRequests = "TOOMANYREQUESTS"
-	CodeUnavailable     = "UNAVAILABLE"
-	CodeUnsupported     = "UNSUPPORTED"
+	CodeBlobUnknown         = "BLOB_UNKNOWN"
+	CodeBlobUploadInvalid   = "BLOB_UPLOAD_INVALID"
+	CodeBlobUploadUnknown   = "BLOB_UPLOAD_UNKNOWN"
+	CodeDenied              = "DENIED"
+	CodeDigestInvalid       = "DIGEST_INVALID"
+	CodeManifestBlobUnknown = "MANIFEST_BLOB_UNKNOWN"
+	CodeManifestInvalid     = "MANIFEST_INVALID"
+	CodeManifestUnknown     = "MANIFEST_UNKNOWN"
+	CodeNameInvalid         = "NAME_INVALID"
+	CodeNameUnknown         = "NAME_UNKNOWN"
+	CodePageInvalid         = "PAGINATION_NUMBER_INVALID"
+	CodeRangeInvalid        = "RANGE_INVALID"
+	CodeSizeInvalid         = "SIZE_INVALID"
+	CodeTagInvalid          = "TAG_INVALID"
+	CodeTooManyRequests     = "TOOMANYREQUESTS"
+	CodeUnavailable         = "UNAVAILABLE"
+	CodeUnsupported         = "UNSUPPORTED"
 )
 
 // An Error is an answer that is not content: an HTTP status and an OCI error

@@ -15,6 +15,10 @@ import (
 // is willing to read.
 const MaxManifestSize = 4 << 20
 
+// MaxStoredManifest is the largest manifest that is stored and served, in bytes:
+// what is pushed may be as large if a configuration says so.
+const MaxStoredManifest = 32 << 20
+
 // A Manifest is what this program reads of a manifest's bytes, of whatever
 // type. The bytes themselves are what is stored and served; they are never
 // written again from this.
@@ -29,6 +33,9 @@ type Manifest struct {
 	// Blobs are the config and layers, less foreign layers, which no registry
 	// holds.
 	Blobs []v1.Descriptor
+	// Foreign are those foreign layers. Whoever has pushed one here all the same
+	// wants it kept.
+	Foreign []v1.Descriptor
 	// Children are the manifests of an index.
 	Children []v1.Descriptor
 }
@@ -96,7 +103,9 @@ func ParseManifest(body []byte) (*Manifest, error) {
 		m.Blobs = append(m.Blobs, *raw.Config)
 	}
 	for _, layer := range append(raw.Layers, raw.Blobs...) {
-		if !foreign(layer) {
+		if foreign(layer) {
+			m.Foreign = append(m.Foreign, layer)
+		} else {
 			m.Blobs = append(m.Blobs, layer)
 		}
 	}
@@ -106,7 +115,7 @@ func ParseManifest(body []byte) (*Manifest, error) {
 	if raw.Manifests != nil {
 		m.Children = *raw.Manifests
 	}
-	m.Blobs, m.Children = valid(m.Blobs), valid(m.Children)
+	m.Blobs, m.Foreign, m.Children = valid(m.Blobs), valid(m.Foreign), valid(m.Children)
 	return m, nil
 }
 

@@ -6,14 +6,17 @@ import "strings"
 type Kind int
 
 const (
-	KindUnknown   Kind = iota
-	KindPing           // /v2/
-	KindCatalog        // /v2/_catalog
-	KindManifest       // /v2/<name>/manifests/<reference>
-	KindBlob           // /v2/<name>/blobs/<digest>
-	KindUpload         // /v2/<name>/blobs/uploads/[<session>]
-	KindTags           // /v2/<name>/tags/list
-	KindReferrers      // /v2/<name>/referrers/<digest>
+	KindUnknown    Kind = iota
+	KindPing            // /v2/
+	KindCatalog         // /v2/_catalog
+	KindManifest        // /v2/<name>/manifests/<reference>
+	KindBlob            // /v2/<name>/blobs/<digest>
+	KindUpload          // /v2/<name>/blobs/uploads/[<session>]
+	KindTags            // /v2/<name>/tags/list
+	KindReferrers       // /v2/<name>/referrers/<digest>
+	KindSearchPing      // /v1/_ping
+	KindSearch          // /v1/search
+	KindObsolete        // what else the API had before /v2/
 )
 
 // A Route is an API path taken apart. Name and Ref are as the client wrote
@@ -25,15 +28,15 @@ type Route struct {
 }
 
 // ParsePath takes an API path apart. It reports false for a path outside /v2/,
-// which belongs to somebody else. A path inside that names no endpoint has
-// KindUnknown.
+// which belongs to somebody else, unless it is one of the API before it. A path
+// inside that names no endpoint has KindUnknown.
 //
 // It reads from the right, because a name may itself have a component called
 // "blobs" or "manifests".
 func ParsePath(path string) (Route, bool) {
 	rest, ok := strings.CutPrefix(path, "/v2")
 	if !ok || rest != "" && rest[0] != '/' {
-		return Route{}, false
+		return parseOld(path)
 	}
 	rest = strings.TrimPrefix(rest, "/")
 	switch rest {
@@ -66,4 +69,21 @@ func ParsePath(path string) (Route, bool) {
 		return Route{Kind: KindReferrers, Name: name, Ref: last}, true
 	}
 	return Route{}, true
+}
+
+// parseOld takes a path of the first API apart, of which clients still use the
+// search. Other paths of /v1/ may be somebody else's.
+func parseOld(path string) (Route, bool) {
+	switch path {
+	case "/v1/_ping":
+		return Route{Kind: KindSearchPing}, true
+	case "/v1/search":
+		return Route{Kind: KindSearch}, true
+	}
+	for _, first := range [...]string{"/v1/repositories", "/v1/images", "/v1/users"} {
+		if rest, ok := strings.CutPrefix(path, first); ok && (rest == "" || rest[0] == '/') {
+			return Route{Kind: KindObsolete}, true
+		}
+	}
+	return Route{}, false
 }

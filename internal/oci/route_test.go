@@ -56,6 +56,14 @@ func TestParsePath(t *testing.T) {
 		{"/v2/_catalog/", Route{}},
 		{"/v2/nginx/layers/" + d, Route{}},
 
+		// What is left of the API before.
+		{"/v1/_ping", Route{Kind: KindSearchPing}},
+		{"/v1/search", Route{Kind: KindSearch}},
+		{"/v1/repositories/library/nginx/images", Route{Kind: KindObsolete}},
+		{"/v1/images/0a1b/ancestry", Route{Kind: KindObsolete}},
+		{"/v1/users/", Route{Kind: KindObsolete}},
+		{"/v1/users", Route{Kind: KindObsolete}},
+
 		// What the client wrote is not checked here, only taken apart.
 		{"/v2/UPPER/manifests/latest", Route{KindManifest, "UPPER", "latest"}},
 		{"/v2/nginx/manifests/", Route{Kind: KindManifest, Name: "nginx"}},
@@ -66,7 +74,7 @@ func TestParsePath(t *testing.T) {
 			t.Errorf("ParsePath(%q) = %+v, %v, want %+v", c.path, got, ours, c.want)
 		}
 	}
-	for _, path := range []string{"", "/", "/v1/", "/v2x", "/v2x/nginx/manifests/latest", "/v20/", "v2/", "/V2/", "/x/v2/", "/v2.", "/token"} {
+	for _, path := range []string{"", "/", "/v1", "/v1/", "/v1/_pin", "/v1/_ping/", "/v1/search/x", "/v1/usersx", "/v1/api/users/", "/x/v1/search", "/v1/repositoriesx", "/v2x", "/v2x/nginx/manifests/latest", "/v20/", "v2/", "/V2/", "/x/v2/", "/v2.", "/token"} {
 		if got, ours := ParsePath(path); ours {
 			t.Errorf("ParsePath(%q) = %+v, want it left to others", path, got)
 		}
@@ -97,7 +105,7 @@ func FuzzParsePath(f *testing.F) {
 	for _, path := range []string{
 		"/v2", "/v2/", "/v2x", "/v2/_catalog", "/v2/a/manifests/b", "/v2/a/blobs/sha256:x",
 		"/v2/a/blobs/uploads", "/v2/a/blobs/uploads/", "/v2/a/blobs/uploads/x", "/v2/a/tags/list",
-		"/v2/a/referrers/x", "/v2//", "/v2/a/b/../../manifests/x", "/v2/a/blobs/uploads/manifests/x",
+		"/v1/_ping", "/v1/search", "/v1/users/x", "/v1/imagesx", "/v2/a/referrers/x", "/v2//", "/v2/a/b/../../manifests/x", "/v2/a/blobs/uploads/manifests/x",
 	} {
 		f.Add(path, "blobs/uploads", "latest")
 	}
@@ -105,13 +113,14 @@ func FuzzParsePath(f *testing.F) {
 	f.Add("/v2/tags/list", "a/tags", "sha256:"+hex256)
 	f.Fuzz(func(t *testing.T, path, name, ref string) {
 		route, ours := ParsePath(path)
-		if want := path == "/v2" || strings.HasPrefix(path, "/v2/"); ours != want {
+		old := route.Kind == KindSearchPing || route.Kind == KindSearch || route.Kind == KindObsolete
+		if want := path == "/v2" || strings.HasPrefix(path, "/v2/"); ours != want && !old || old && (want || !ours || !strings.HasPrefix(path, "/v1/")) {
 			t.Errorf("ParsePath(%q) says ours: %v", path, ours)
 		}
 		if !ours && route != (Route{}) {
 			t.Errorf("ParsePath(%q) = %+v for what is not ours", path, route)
 		}
-		if ours && route.Kind != KindUnknown {
+		if ours && route.Kind != KindUnknown && !old {
 			if got := wire(route); got != path && got != path+"/" {
 				t.Errorf("ParsePath(%q) = %+v, which is written %q", path, route, got)
 			}

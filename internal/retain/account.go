@@ -94,14 +94,17 @@ func (k *Keeper) used() (int64, bool) {
 
 // partial is how many bytes of blobs are on the disk that are not whole, as of a
 // moment ago.
-func (k *Keeper) partial() int64 {
+func (k *Keeper) partial() int64 { return k.partialAt(false) }
+
+// partialAt is so as of now, if that matters.
+func (k *Keeper) partialAt(now bool) int64 {
 	f := k.parts.Load()
 	if f == nil {
 		return 0
 	}
 	a, most := &k.account, min(k.settings().MaxSize/1000, partialMore)
 	a.mu.Lock()
-	if time.Since(a.asked) < k.paces.partial && a.since <= most {
+	if !now && time.Since(a.asked) < k.paces.partial && a.since <= most {
 		defer a.mu.Unlock()
 		return a.partial
 	}
@@ -149,8 +152,20 @@ func (k *Keeper) reserve(n, ahead int64) (*reservation, error) {
 	}
 	a := &k.account
 	size := onDisk(n)
+	tight := func() (used int64, yes bool) {
+		used = a.total(partial)
+		return used, limit > 0 && a.known && size > limit-used-ahead
+	}
 	a.mu.Lock()
-	if used := a.total(partial); limit > 0 && a.known && size > limit-used-ahead {
+	used, full := tight()
+	if full {
+		// Somebody may just have given up something to make room for this.
+		a.mu.Unlock()
+		partial = k.partialAt(true)
+		a.mu.Lock()
+		used, full = tight()
+	}
+	if full {
 		a.mu.Unlock()
 		return nil, fmt.Errorf("storage: %w for %s: %s of max_size %s are used; raise max_size, or wait until something is evicted",
 			storage.ErrFull, humanize.IBytes(uint64(n)), humanize.IBytes(uint64(max(used, 0))), humanize.IBytes(uint64(limit)))

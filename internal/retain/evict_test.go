@@ -511,9 +511,9 @@ func TestPulledAgain(t *testing.T) {
 		wg.Go(func() {
 			ctx := t.Context()
 			body := image("v1", nil, layers...)
-			_, err := b.tree.PutManifest(ctx, "docker.io/a", d, body)
+			_, err := b.tree.PutManifest(ctx, "docker.io/a", d, body, nil)
 			if err == nil {
-				err = b.tree.SetTag(ctx, "docker.io/a", "v1", d, b.clock.time())
+				err = b.tree.SetTag(ctx, "docker.io/a", "v1", d, b.clock.time(), nil)
 			}
 			for _, l := range layers {
 				if err != nil {

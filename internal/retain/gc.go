@@ -9,6 +9,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
 
+	"github.com/caddy-registry/mirror/internal/catalog"
 	"github.com/caddy-registry/mirror/internal/tree"
 )
 
@@ -58,57 +59,85 @@ func (k *Keeper) collect(ctx context.Context, j *job, dry bool) error {
 	return nil
 }
 
-// collectLinks removes links of mirrored repositories to blobs that no manifest
-// of theirs names.
+// collectLinks removes links to blobs that no manifest of their repository names:
+// of mirrored repositories, and of hosted ones that have a record. What is in
+// those of another program is its own.
 func (k *Keeper) collectLinks(ctx context.Context, j *job, dry bool, before time.Time) error {
 	c, err := k.mayDelete()
 	if err != nil {
 		return err
 	}
 	var pace pace
-	return pages(ctx, c.Mirrored, func(name string) error {
-		batch := func(after *digest.Digest) (int, error) {
-			w := k.watch()
-			defer w.end()
-			if err := k.Flush(ctx); err != nil {
-				return 0, err
+	if err := pages(ctx, c.Mirrored, func(name string) error {
+		return k.collectLinksOf(ctx, c, j, &pace, name, tree.Mirrored, dry, before)
+	}); err != nil {
+		return err
+	}
+	// Whoever has been told lately that a blob is there may be about to push a
+	// manifest that names it.
+	unheard, err := k.unheard(ctx, c)
+	if err != nil {
+		return err
+	}
+	if !unheard.Before(before) {
+		k.log.Info("blobs of hosted repositories that no manifest names are left for a later gc: it is not known which were asked for before the catalog was made or the last process was killed",
+			zap.Time("known_since", unheard))
+		return nil
+	}
+	return pages(ctx, c.Hosted, func(name string) error {
+		if !k.recorded(ctx, name) {
+			return pace.rest(ctx)
+		}
+		return k.collectLinksOf(ctx, c, j, &pace, name, tree.Hosted, dry, before)
+	})
+}
+
+func (k *Keeper) collectLinksOf(ctx context.Context, c *catalog.Catalog, j *job, pace *pace, name string, class tree.Class, dry bool, before time.Time) error {
+	batch := func(after *digest.Digest) (int, error) {
+		begin := k.watch
+		if class == tree.Hosted {
+			begin = k.watchReads
+		}
+		w := begin()
+		defer w.end()
+		if err := k.Flush(ctx); err != nil {
+			return 0, err
+		}
+		links, err := c.Loose(ctx, name, class, before, *after, gcBatch)
+		if err != nil {
+			return 0, err
+		}
+		for _, link := range links {
+			*after = link.Digest
+			if dry {
+				j.found(name+"@"+link.Digest.String(), 0)
+				if link.Frees > 0 {
+					j.found(link.Digest.String(), link.Frees)
+				}
+				continue
 			}
-			links, err := c.Loose(ctx, name, before, *after, gcBatch)
+			err := k.tree.Unlink(ctx, name, link.Digest, w.needs(name, link.Digest))
+			if errors.Is(err, tree.ErrNeeded) {
+				continue // somebody wants it again
+			}
 			if err != nil {
 				return 0, err
 			}
-			for _, link := range links {
-				*after = link.Digest
-				if dry {
-					j.found(name+"@"+link.Digest.String(), 0)
-					if link.Frees > 0 {
-						j.found(link.Digest.String(), link.Frees)
-					}
-					continue
-				}
-				err := k.tree.Unlink(ctx, name, link.Digest, w.needs(name, link.Digest))
-				if errors.Is(err, tree.ErrNeeded) {
-					continue // somebody wants it again
-				}
-				if err != nil {
-					return 0, err
-				}
-				j.found(name+"@"+link.Digest.String(), 0)
-			}
-			return len(links), nil
+			j.found(name+"@"+link.Digest.String(), 0)
 		}
-		for after := digest.Digest(""); ; {
-			n, err := batch(&after)
-			if err == nil && n > 0 {
-				err = k.between(ctx, &pace, dry)
-			} else if err == nil {
-				err = pace.rest(ctx)
-			}
-			if err != nil || n < gcBatch {
-				return err
-			}
+		return len(links), nil
+	}
+	for after := digest.Digest(""); ; {
+		n, err := batch(&after)
+		if err == nil && n > 0 {
+			err = k.between(ctx, pace, dry)
+		} else if err == nil {
+			err = pace.rest(ctx)
 		}
-	})
+		if err != nil || n < gcBatch {
+			return err
+		}
+	}
 }
 
 // between is what comes after a batch.
@@ -151,8 +180,8 @@ func (k *Keeper) collectBlobs(ctx context.Context, j *job, dry bool, before time
 	}
 }
 
-// collectRepositories forgets mirrored repositories of which nothing is held and
-// in which nothing is pinned.
+// collectRepositories forgets repositories that have a record, of which nothing is
+// held and in which nothing is pinned.
 func (k *Keeper) collectRepositories(ctx context.Context, j *job, dry bool, before time.Time) error {
 	c, err := k.mayDelete()
 	if err != nil {

@@ -20,11 +20,12 @@ const (
 // Kinds of jobs. Compare is what reindex is when nobody has asked for it: it
 // looks for differences only.
 const (
-	kindGC      = "gc"
-	kindScrub   = "scrub"
-	kindReindex = "reindex"
-	kindCompare = "compare"
-	kindPurge   = "purge"
+	kindGC        = "gc"
+	kindScrub     = "scrub"
+	kindReindex   = "reindex"
+	kindCompare   = "compare"
+	kindPurge     = "purge"
+	kindRetention = "retention"
 )
 
 var (
@@ -35,7 +36,7 @@ var (
 // A Job is work that takes its time. It goes on when nobody waits for it.
 type Job struct {
 	ID      string    `json:"id"`
-	Kind    string    `json:"kind"` // gc, scrub, reindex, compare or purge
+	Kind    string    `json:"kind"` // gc, scrub, reindex, compare, purge or retention
 	Begun   time.Time `json:"begun"`
 	Ended   time.Time `json:"ended,omitzero"`
 	Done    int64     `json:"done"` // of Total, which grows while it is being found out
@@ -45,7 +46,7 @@ type Job struct {
 	DryRun  bool      `json:"dry_run,omitempty"`
 	Found   []string  `json:"found,omitempty"`  // what was or would be removed, or is damaged: the first 1,000
 	Removed int64     `json:"removed"`          // how many were or would be
-	Kept    int64     `json:"kept,omitempty"`   // how many stay because they are pinned
+	Kept    int64     `json:"kept,omitempty"`   // how many stay because they are pinned or immutable
 	Bytes   int64     `json:"bytes"`            // freed, or that would be
 	Error   string    `json:"error,omitempty"`  // why it has ended early
 	Healed  int64     `json:"healed,omitempty"` // damaged blobs that have been fetched again
@@ -221,8 +222,10 @@ func (j *jobs) close() {
 	j.wg.Wait()
 }
 
-// schedule begins a GC whenever it is time.
+// schedule begins a GC whenever it is time, behind a retention where there is one
+// to do.
 func (k *Keeper) schedule(ctx context.Context) {
+	var retained <-chan struct{} // closed when the retention has ended behind which a GC comes; nil: none
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -241,13 +244,29 @@ func (k *Keeper) schedule(ctx context.Context) {
 			return
 		case <-k.jobs.changed:
 			k.damage.rouse()
+		case <-retained:
+			retained = nil
+			k.scheduled()
 		case <-timer.C:
-			if !due.IsZero() && !k.now().Before(due) {
-				if _, err := k.GC(false); err != nil {
-					k.log.Warn("the scheduled gc could not begin", zap.Error(err))
-				}
+			if due.IsZero() || k.now().Before(due) || retained != nil {
+				continue
+			}
+			if !k.set.Load().retains() {
+				k.scheduled()
+			} else if j, err := k.begin(k.retention(false)); err != nil {
+				k.log.Warn("the scheduled retention could not begin", zap.Error(err))
+				k.scheduled()
+			} else {
+				retained = j.over
 			}
 		}
+	}
+}
+
+// scheduled begins the GC for which it is time.
+func (k *Keeper) scheduled() {
+	if _, err := k.GC(false); err != nil {
+		k.log.Warn("the scheduled gc could not begin", zap.Error(err))
 	}
 }
 

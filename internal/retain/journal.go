@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -56,6 +57,7 @@ type journal struct {
 	named    int                   // the sum of pending
 	dropping bool                  // until noted is empty
 	drops    uint64                // how often something has been dropped
+	unheard  time.Time             // when a read was last dropped
 	doubts   uint64                // how often completeness has been doubted
 	complete time.Time             // zero: something may be missing from the catalog
 	closed   bool                  // it was closed with everything, and what others have written since is to be found
@@ -102,7 +104,7 @@ func names(c tree.Change, visit func(digest.Digest)) {
 	if c.Manifest == nil {
 		return
 	}
-	for _, d := range c.Manifest.Blobs {
+	for _, d := range slices.Concat(c.Manifest.Blobs, c.Manifest.Foreign) {
 		visit(d.Digest)
 	}
 	for _, d := range c.Manifest.Children {
@@ -121,8 +123,10 @@ func (k *Keeper) Note(c tree.Change) {
 		w.see(c)
 	}
 	if c.Kind == tree.Read || c.Kind == tree.ReadBlob {
-		// They are for the order of eviction only: the other changes go before.
+		// The other changes go before. These are for the order of eviction, and for
+		// whoever may be about to push what names a blob: see unheard.
 		if j.dropping || len(j.noted) >= k.paces.noted/2 {
+			j.unheard = k.now()
 			return
 		}
 	} else if j.dropping || len(j.noted) >= k.paces.noted || j.named >= maxNamed {
@@ -152,6 +156,7 @@ func (k *Keeper) drop() {
 	j := &k.journal
 	j.drops++
 	j.doubts++
+	j.unheard = k.now()
 	j.complete, j.closed = time.Time{}, false
 	k.account.doubt()
 	j.tell()
@@ -278,6 +283,18 @@ func (k *Keeper) needed(ctx context.Context, d digest.Digest) func() (bool, erro
 	}
 }
 
+// unheard is until when somebody may have been told that a blob is there without
+// the catalog having heard of it.
+func (k *Keeper) unheard(ctx context.Context, c *catalog.Catalog) (time.Time, error) {
+	until, err := c.Unheard(ctx)
+	k.journal.mu.Lock()
+	defer k.journal.mu.Unlock()
+	if k.journal.unheard.After(until) {
+		until = k.journal.unheard
+	}
+	return until, err
+}
+
 // completeSince says since when all that is stored is in the catalog; zero: it
 // is not.
 func (k *Keeper) completeSince() time.Time {
@@ -339,6 +356,14 @@ func (k *Keeper) admit(ctx context.Context, c *catalog.Catalog) error {
 	at, err := c.Complete(ctx)
 	if err == nil {
 		err = c.SetComplete(ctx, time.Time{})
+	}
+	if err != nil {
+		return err
+	}
+	heard, err := c.Unheard(ctx)
+	if err == nil && (heard.IsZero() || at.IsZero() || at.Unix() != k.before.Unix()) {
+		// What was read before is not in it, or not all.
+		err = c.SetUnheard(ctx, k.now())
 	}
 	if err != nil {
 		return err
@@ -514,6 +539,12 @@ func (k *Keeper) finish(c *catalog.Catalog) {
 	var err error
 	for left := 1; left > 0 && err == nil; {
 		left, _, err = k.writeBatch(ctx, c)
+	}
+	k.journal.mu.Lock()
+	unheard := k.journal.unheard
+	k.journal.mu.Unlock()
+	if err == nil && !unheard.IsZero() {
+		err = c.SetUnheard(ctx, unheard)
 	}
 	if err == nil && k.quiet() {
 		// Each close has a time of its own: the copy of an earlier catalog is

@@ -60,6 +60,7 @@ type kept struct {
 	// catalog opens it in place of the file, if it is not nil.
 	catalog func(context.Context) (*catalog.Catalog, error)
 	partial func() int64
+	alone   func(repository string) (done func())
 	wrap    func(storage.Store) storage.Store
 	events  chan map[string]any
 	logged  *observer.ObservedLogs
@@ -132,7 +133,7 @@ func (b *kept) start() {
 	if open == nil {
 		open = b.file
 	}
-	b.Begin(b.tree, Hooks{Catalog: open, Partial: b.partial})
+	b.Begin(b.tree, Hooks{Catalog: open, Partial: b.partial, Alone: b.alone})
 	b.open = true
 }
 
@@ -277,7 +278,7 @@ func (b *kept) repository(name, upstream string) {
 func (b *kept) manifest(repository string, body []byte) digest.Digest {
 	b.t.Helper()
 	d := digest.FromBytes(body)
-	if _, err := b.tree.PutManifest(b.t.Context(), repository, d, body); err != nil {
+	if _, err := b.tree.PutManifest(b.t.Context(), repository, d, body, nil); err != nil {
 		b.t.Fatal(err)
 	}
 	return d
@@ -313,7 +314,7 @@ func (b *kept) blob(repository string, data []byte) bool {
 
 func (b *kept) tag(repository, tag string, d digest.Digest) {
 	b.t.Helper()
-	if err := b.tree.SetTag(b.t.Context(), repository, tag, d, b.clock.time()); err != nil {
+	if err := b.tree.SetTag(b.t.Context(), repository, tag, d, b.clock.time(), nil); err != nil {
 		b.t.Fatal(err)
 	}
 	b.read(repository, tag)

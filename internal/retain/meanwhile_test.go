@@ -238,6 +238,30 @@ func TestPartialAskedSeldom(t *testing.T) {
 	}
 }
 
+// TestPartialAskedBeforeRefusal: whoever has just given up a part of a blob for
+// somebody who found no room makes room by that at once.
+func TestPartialAskedBeforeRefusal(t *testing.T) {
+	partial := int64(800 * mib)
+	b := keep(t, func(b *kept) {
+		b.settings.MaxSize = 1000 * mib
+		b.paces.partial = time.Hour
+		b.partial = func() int64 { return partial }
+	})
+	b.repository("docker.io/a", "docker.io")
+	b.ready()
+	b.flush()
+	b.Stop()
+	if _, err := b.Store().Reserve(300 * mib); !errors.Is(err, storage.ErrFull) {
+		t.Fatalf("300 beside 800 of 1000 MiB: %v", err)
+	}
+	partial = 0
+	r, err := b.Store().Reserve(300 * mib)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Release()
+}
+
 // TestGCAfterDryRun: one that is to delete is not mistaken for a dry run that is
 // under way.
 func TestGCAfterDryRun(t *testing.T) {

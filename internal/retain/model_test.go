@@ -209,6 +209,22 @@ func (m *model) step() {
 		m.forget()
 	case 19:
 		if repositories[repository] == "" {
+			m.ready()
+			if m.hosted[name] != "" {
+				m.say("delete %s", name)
+				if _, err := m.tree.DeleteTag(m.t.Context(), repository, tag, nil); err != nil {
+					m.t.Fatal(err)
+				}
+				delete(m.hosted, name)
+				delete(m.read, name)
+			}
+			m.say("gc")
+			m.done(m.GC(false))
+			for name, upstream := range repositories {
+				if _, err := m.tree.Record(m.t.Context(), name); err != nil {
+					m.repository(name, upstream) // as whoever comes for it next does
+				}
+			}
 			return
 		}
 		m.say("purge %s", name)
@@ -387,7 +403,7 @@ func (m *model) coldest(there map[string]time.Time) {
 	}
 }
 
-// TestModel: whatever happens, nothing pinned, hosted or referred to is missing,
+// TestModel: whatever happens, and whatever is deleted or collected, nothing pinned, hosted or referred to is missing,
 // the budgets hold, the catalog is what the store is, and what goes is what was
 // not read for longest.
 func TestModel(t *testing.T) {

@@ -438,9 +438,9 @@ func TestReconcileBesideWriters(t *testing.T) {
 					t.Error(err)
 				}
 				failed(b.tree.LinkBlob(t.Context(), repository, l, l))
-				_, err := b.tree.PutManifest(t.Context(), repository, d, body)
+				_, err := b.tree.PutManifest(t.Context(), repository, d, body, nil)
 				failed(err)
-				failed(b.tree.SetTag(t.Context(), repository, tag, d, time.Now()))
+				failed(b.tree.SetTag(t.Context(), repository, tag, d, time.Now(), nil))
 				if i%2 == 0 {
 					failed(b.tree.RemoveTag(t.Context(), repository, tag, d, nil))
 					failed(b.tree.RemoveManifest(t.Context(), repository, d, nil))

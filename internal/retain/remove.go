@@ -20,7 +20,8 @@ type watch struct {
 
 	// Guarded by keeper.journal.mu.
 	seen map[watched]bool
-	all  bool // more than can be remembered, or what cannot be told apart
+	all  bool             // more than can be remembered, or what cannot be told apart
+	read map[watched]bool // blobs that clients have asked for; nil: it does not matter
 }
 
 // watched is a digest in a repository, or with "" anywhere.
@@ -39,6 +40,15 @@ func (k *Keeper) watch() *watch {
 	return w
 }
 
+// watchReads begins one that sees reads of blobs, too.
+func (k *Keeper) watchReads() *watch {
+	w := k.watch()
+	k.journal.mu.Lock()
+	defer k.journal.mu.Unlock()
+	w.read = map[watched]bool{}
+	return w
+}
+
 func (w *watch) end() {
 	w.keeper.journal.mu.Lock()
 	defer w.keeper.journal.mu.Unlock()
@@ -48,12 +58,15 @@ func (w *watch) end() {
 // see notes a change. The journal's lock is held.
 func (w *watch) see(c tree.Change) {
 	switch {
-	case c.Kind == tree.Pinned, c.Kind == tree.Recorded && (c.Record == nil || c.Record.Class != tree.Mirrored), len(w.seen) > maxNamed:
+	case c.Kind == tree.Pinned, c.Kind == tree.Recorded && (c.Record == nil || c.Record.Class != tree.Mirrored), len(w.seen)+len(w.read) > maxNamed:
 		// It may be about everything that hangs together with what it names.
 		w.all, w.seen = true, nil
 	}
 	if w.all {
 		return
+	}
+	if c.Kind == tree.ReadBlob && w.read != nil {
+		w.read[watched{c.Repository, c.Canonical}] = true
 	}
 	names(c, func(d digest.Digest) {
 		w.seen[watched{c.Repository, d}] = true
@@ -70,7 +83,7 @@ func (w *watch) needs(repository string, d digest.Digest) func() (bool, error) {
 		}
 		w.keeper.journal.mu.Lock()
 		defer w.keeper.journal.mu.Unlock()
-		return w.all || w.seen[watched{repository, d}], nil
+		return w.all || w.seen[watched{repository, d}] || w.read[watched{repository, d}], nil
 	}
 }
 

@@ -33,6 +33,7 @@ type Keeper struct {
 	paces    paces
 	journal  journal
 	account  account
+	quota    quota
 	eviction eviction
 	jobs     jobs
 	damage   damage
@@ -66,6 +67,9 @@ type Hooks struct {
 	// but for those that a reservation covers which is not released. It is
 	// called about once a second while there are reservations; nil: none.
 	Partial func() int64
+	// Alone keeps pushes to a hosted repository out until done; nil: nobody
+	// pushes.
+	Alone func(repository string) (done func())
 }
 
 // New returns a keeper of an open store, which it does not close. It does
@@ -73,7 +77,7 @@ type Hooks struct {
 func New(store storage.Store, log *zap.Logger) *Keeper {
 	k := &Keeper{
 		store: store, log: log, now: time.Now, paces: standard,
-		journal: newJournal(), eviction: newEviction(),
+		journal: newJournal(), eviction: newEviction(), quota: newQuota(),
 		jobs: newJobs(), damage: newDamage(), reconcile: make(chan struct{}, 1),
 	}
 	k.set.Store(&Settings{})
@@ -86,6 +90,9 @@ type Settings struct {
 	MaxSize int64
 	// Limits are those of upstreams, by name.
 	Limits map[string]Limit
+	// Hosted are those of hosted repositories: the first whose pattern matches
+	// are a repository's.
+	Hosted []Hosted
 	// GC is when the catalog is compared with the store and what nothing refers
 	// to is deleted; nil: when somebody asks for it. Grace is how old that must be.
 	GC    cron.Schedule
@@ -156,6 +163,9 @@ func (k *Keeper) Close() {
 func (k *Keeper) Set(s Settings) {
 	s.Limits = maps.Clone(s.Limits)
 	k.set.Store(&s)
+	k.quota.mu.Lock()
+	k.quota.adapt(&s)
+	k.quota.mu.Unlock()
 	k.eviction.hope()
 	signal(k.eviction.kick)
 	k.jobs.settled()
@@ -174,7 +184,8 @@ func (k *Keeper) emit(event string, data map[string]any) {
 // Status is how a store is kept.
 type Status struct {
 	Usage     catalog.Usage   `json:"usage"`
-	Upstreams map[string]Used `json:"upstreams"` // those that have a limit
+	Upstreams map[string]Used `json:"upstreams"`        // those that have a limit
+	Hosted    []HostedUsed    `json:"hosted,omitempty"` // those that have a limit
 	MaxSize   int64           `json:"max_size,omitempty"`
 	Partial   int64           `json:"partial"`           // bytes of blobs that are not whole yet
 	Reserved  int64           `json:"reserved"`          // bytes of those that are coming
@@ -191,6 +202,14 @@ type Used struct {
 	Bytes   int64         `json:"bytes"`
 	MaxSize int64         `json:"max_size,omitempty"`
 	TTL     time.Duration `json:"ttl,omitempty"`
+}
+
+// HostedUsed is what the repositories of a hosted pattern take, with what is on its
+// way to them.
+type HostedUsed struct {
+	Pattern string `json:"pattern"`
+	Bytes   int64  `json:"bytes"`
+	MaxSize int64  `json:"max_size"`
 }
 
 // Evicted counts.
@@ -225,6 +244,9 @@ func (k *Keeper) Status(ctx context.Context) (Status, error) {
 		s.Catalog = "rebuilding"
 	}
 	if s.Usage, err = c.Usage(ctx, ""); err != nil {
+		return s, err
+	}
+	if s.Hosted, err = k.hostedUsed(ctx); err != nil {
 		return s, err
 	}
 	for name, limit := range settings.Limits {

@@ -1,6 +1,9 @@
 package tree
 
 import (
+	"context"
+	"fmt"
+	"io/fs"
 	"sync/atomic"
 	"time"
 
@@ -102,4 +105,18 @@ func (t *Tree) AskedBlob(repository string, m Member, at time.Time) {
 	if m.read != nil && m.Canonical != "" && m.read.again(at) {
 		t.note(Change{Kind: ReadBlob, Repository: repository, Canonical: m.Canonical, At: at})
 	}
+}
+
+// Promise does what AskedBlob does, and finds out then whether the blob is still
+// there: from now on whoever collects knows that it was asked for. If it has gone,
+// the error is an fs.ErrNotExist.
+func (t *Tree) Promise(ctx context.Context, repository string, d digest.Digest, m Member, at time.Time) error {
+	t.AskedBlob(repository, m, at)
+	// A removal that has not heard of it has ended then, and memory knows.
+	t.keepDigest(m.Canonical)()
+	now, ok, err := t.Member(ctx, repository, d)
+	if err == nil && (!ok || now.Canonical == "") {
+		err = fmt.Errorf("blob %s of repository %s: %w", d, repository, fs.ErrNotExist)
+	}
+	return err
 }

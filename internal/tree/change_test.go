@@ -104,7 +104,7 @@ func TestTold(t *testing.T) {
 		t.Errorf("%+v", c[0])
 	}
 	other := digest.SHA512.FromString(body)
-	if _, err := b.PutManifest(ctx, "s", other, []byte(body)); err != nil {
+	if _, err := b.PutManifest(ctx, "s", other, []byte(body), nil); err != nil {
 		t.Fatal(err)
 	}
 	b.wantTold("manifested s " + short(one) + " " + short(other))
@@ -125,7 +125,7 @@ func TestTold(t *testing.T) {
 		{"r", list, []string{"tagged r v1 " + short(list)}},
 		{"s", other, []string{"tagged s v1 " + short(one) + " " + short(other)}},
 	} {
-		if err := b.SetTag(ctx, tag.repository, "v1", tag.d, at); err != nil {
+		if err := b.SetTag(ctx, tag.repository, "v1", tag.d, at, nil); err != nil {
 			t.Fatal(err)
 		}
 		if c := b.wantTold(tag.want...); len(c) > 0 && !c[0].At.Equal(at) {
@@ -190,7 +190,7 @@ func TestToldInTime(t *testing.T) {
 	b.put("r", image(layer, layer))
 	b.layer("r", "a layer")
 	for _, step := range []func() error{
-		func() error { return b.SetTag(ctx, "r", "v1", one, time.Now()) },
+		func() error { return b.SetTag(ctx, "r", "v1", one, time.Now(), nil) },
 		func() error { return b.Pin(ctx, "r", oci.Reference{Tag: "v1"}, time.Now()) },
 		func() error { return second(b.Unpin(ctx, "r", oci.Reference{Tag: "v1"})) },
 		func() error { return b.RemoveTag(ctx, "r", "v1", one, nil) },
@@ -241,10 +241,12 @@ func TestToldOfFailures(t *testing.T) {
 		b.wantTold(want...)
 	}
 	put := func(body string) func() error {
-		return func() error { return second(b.PutManifest(ctx, "r", digest.FromString(body), []byte(body))) }
+		return func() error { return second(b.PutManifest(ctx, "r", digest.FromString(body), []byte(body), nil)) }
 	}
 	link := func() error { return b.LinkBlob(ctx, "r", layer, layer) }
-	tag := func(d digest.Digest) func() error { return func() error { return b.SetTag(ctx, "r", "v1", d, at) } }
+	tag := func(d digest.Digest) func() error {
+		return func() error { return b.SetTag(ctx, "r", "v1", d, at, nil) }
+	}
 	record := func(upstream string) func() error {
 		return func() error { return b.PutRecord(ctx, "r", Record{Class: Mirrored, Upstream: upstream}) }
 	}
@@ -252,7 +254,10 @@ func TestToldOfFailures(t *testing.T) {
 
 	fails("/blobs/", put(body), "manifested r "+short(one), "unmanifested r "+short(one), "removed "+short(one))
 	fails("/revisions/", put(body), "manifested r "+short(one), "unmanifested r "+short(one))
+	// What is there and whole is not written again.
+	b.ok(b.store.Put(ctx, layout.Blob(two), []byte("damaged"), storage.Lazy))
 	fails("/blobs/", put(other), "manifested r "+short(two))
+	b.ok(b.store.Put(ctx, layout.Blob(two), []byte(other), storage.Lazy))
 	fails("/_layers/", link, "linked r "+short(layer), "unlinked r "+short(layer))
 	fails("/pins/", pin, "pinned r v1", "unpinned r v1")
 	fails("/index/", tag(two), "tagged r v1 "+short(two), "untagged r v1")
@@ -299,7 +304,7 @@ func TestReadsTold(t *testing.T) {
 		repository string
 		d          digest.Digest
 	}{{"s", one}, {"r", long}} {
-		if _, err := b.PutManifest(t.Context(), put.repository, put.d, []byte(body)); err != nil {
+		if _, err := b.PutManifest(t.Context(), put.repository, put.d, []byte(body), nil); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -356,7 +361,7 @@ func TestPins(t *testing.T) {
 	ctx, at := t.Context(), time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 	one := digest.FromString("one")
 	long := digest.SHA512.FromString(index())
-	if _, err := b.PutManifest(ctx, "a", long, []byte(index())); err != nil {
+	if _, err := b.PutManifest(ctx, "a", long, []byte(index()), nil); err != nil {
 		t.Fatal(err)
 	}
 	b.told.take()

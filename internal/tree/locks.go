@@ -2,6 +2,7 @@ package tree
 
 import (
 	"hash/maphash"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -10,13 +11,21 @@ import (
 
 var seed = maphash.MakeSeed()
 
-// stripes are locks for more things than there are locks. Whoever holds one of
-// repositories may take one of tags or of digests, and none after that.
+// stripes are locks for more things than there are locks. They are taken in this
+// order, and none of a kind after another of that kind:
+//
+//	one of repositories, one of tags, those of digests all at once.
+//
+// What refers to content holds the content's lock, shared, from before it is told
+// of until it is written: a manifest those of the blobs and manifests it names, and
+// a tag that of its manifest. What removes content holds it alone, asks whether
+// somebody refers to it, and removes. So either the removal hears of the reference,
+// or the reference finds that the content is gone.
 type stripes [1024]sync.RWMutex
 
-func (s *stripes) of(name string) *sync.RWMutex {
-	return &s[maphash.String(seed, name)%uint64(len(s))]
-}
+func (s *stripes) index(name string) uint64 { return maphash.String(seed, name) % uint64(len(s)) }
+
+func (s *stripes) of(name string) *sync.RWMutex { return &s[s.index(name)] }
 
 // lock takes the lock of a name and returns what gives it back.
 func (s *stripes) lock(name string) (unlock func()) {
@@ -62,6 +71,41 @@ func (g *guards) of(name string) *guard {
 // from being made or removed by anyone else.
 func (t *Tree) lockDigest(canonical digest.Digest) (unlock func()) {
 	return t.digests.lock(string(canonical))
+}
+
+// lockReferring does so for a manifest, and keeps what it names from being removed,
+// though not from being referred to by others.
+func (t *Tree) lockReferring(canonical digest.Digest, named []digest.Digest) (unlock func()) {
+	own := t.digests.index(string(canonical))
+	all := []uint64{own}
+	for _, d := range named {
+		all = append(all, t.digests.index(string(d)))
+	}
+	slices.Sort(all)
+	all = slices.Compact(all)
+	for _, i := range all {
+		if i == own {
+			t.digests[i].Lock()
+		} else {
+			t.digests[i].RLock()
+		}
+	}
+	return func() {
+		for _, i := range all {
+			if i == own {
+				t.digests[i].Unlock()
+			} else {
+				t.digests[i].RUnlock()
+			}
+		}
+	}
+}
+
+// keepDigest keeps the bytes of a digest, and links to them, from being removed.
+func (t *Tree) keepDigest(canonical digest.Digest) (release func()) {
+	l := t.digests.of(string(canonical))
+	l.RLock()
+	return l.RUnlock
 }
 
 func (t *Tree) lockTag(repository, tag string) (unlock func()) {

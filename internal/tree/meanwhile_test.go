@@ -121,7 +121,7 @@ func TestReadWhileRemoved(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := newBench(t)
 			b.put("r", body)
-			_, err := b.PutManifest(t.Context(), "r", long, []byte(body))
+			_, err := b.PutManifest(t.Context(), "r", long, []byte(body), nil)
 			b.ok(err)
 			b.layer("r", "a layer")
 			b.ok(b.PutRecord(t.Context(), "s", record))
@@ -246,7 +246,7 @@ func TestOneAfterTheOther(t *testing.T) {
 	layer, body := digest.FromString("a layer"), image(digest.FromString("config"))
 	d := digest.FromString(body)
 	ctx := t.Context()
-	put := func(b *bench) error { return second(b.PutManifest(ctx, "r", d, []byte(body))) }
+	put := func(b *bench) error { return second(b.PutManifest(ctx, "r", d, []byte(body), nil)) }
 	for name, c := range map[string]struct {
 		key    string
 		remove func(b *bench) error
@@ -256,7 +256,7 @@ func TestOneAfterTheOther(t *testing.T) {
 		"tag": {
 			layout.TagLink("r", "v1"),
 			func(b *bench) error { return b.RemoveTag(ctx, "r", "v1", d, nil) },
-			func(b *bench) error { return b.SetTag(ctx, "r", "v1", layer, time.Now()) },
+			func(b *bench) error { return b.SetTag(ctx, "r", "v1", layer, time.Now(), nil) },
 			[]string{"untagged r v1", "tagged r v1 " + short(layer)},
 		},
 		"gone tag": {
@@ -323,7 +323,7 @@ func TestOneAfterTheOther(t *testing.T) {
 			b.ok(put(b))
 			b.layer("r", "a layer")
 			b.put("s", index(d))
-			b.ok(b.SetTag(ctx, "r", "v1", d, time.Now()))
+			b.ok(b.SetTag(ctx, "r", "v1", d, time.Now(), nil))
 			b.ok(b.PutRecord(ctx, "empty", Record{Class: Mirrored}))
 			b.ok(b.Pin(ctx, "r", oci.Reference{Tag: "v1"}, time.Now()))
 			b.told.take()
@@ -401,12 +401,12 @@ func TestToldIsStored(t *testing.T) {
 				d, l := digest.FromString(body), digest.FromString(layer)
 				switch random.IntN(10) {
 				case 0, 1:
-					b.PutManifest(ctx, repository, d, []byte(body))
+					b.PutManifest(ctx, repository, d, []byte(body), nil)
 				case 2:
 					b.Tree.store.Put(ctx, layout.Blob(l), []byte(layer), storage.Lazy)
 					b.LinkBlob(ctx, repository, l, l)
 				case 3:
-					b.SetTag(ctx, repository, tag, d, time.Now())
+					b.SetTag(ctx, repository, tag, d, time.Now(), nil)
 				case 4:
 					b.RemoveTag(ctx, repository, tag, d, nil)
 				case 5:

@@ -93,6 +93,11 @@ func (t *Tree) Record(ctx context.Context, repository string) (Record, error) {
 // PutRecord writes a repository's record.
 func (t *Tree) PutRecord(ctx context.Context, repository string, r Record) error {
 	defer t.repositories.lock(repository)()
+	return t.putRecord(ctx, repository, r)
+}
+
+// putRecord does so. The repository's lock is held.
+func (t *Tree) putRecord(ctx context.Context, repository string, r Record) error {
 	r.Schema = recordSchema
 	data, err := json.Marshal(r)
 	if err != nil {

@@ -52,6 +52,11 @@ func (t *Tree) RemoveTag(ctx context.Context, repository, tag string, d digest.D
 			return err
 		}
 	}
+	return t.untag(ctx, repository, tag)
+}
+
+// untag removes a tag. Its lock is held.
+func (t *Tree) untag(ctx context.Context, repository, tag string) error {
 	// From here on it means nothing. What is left behind it by a process that dies
 	// is removed the next time, or said again by the next SetTag.
 	if err := t.store.Delete(ctx, layout.TagLink(repository, tag)); err != nil {
@@ -268,18 +273,24 @@ func (t *Tree) enter(ctx context.Context, repository string) (leave func(), err 
 	}
 }
 
-// Forget removes what is left of a mirrored repository that has no manifest: its
-// links, its record, and its directories. Pins stay: they are of what may come
-// again. Others are kept whole: that they have no manifest yet may mean that one
-// is being pushed.
+// Forget removes what is left of a repository that has no manifest: its links, its
+// record, and its directories. Pins stay: they are of what may come again. A hosted
+// one with a link is kept whole, since a manifest may be about to be pushed, and so
+// is one without a record. Whoever puts something into it later records it again as
+// what it was.
 func (t *Tree) Forget(ctx context.Context, repository string) error {
 	defer t.repositories.lock(repository)()
 	record, err := t.Record(ctx, repository)
 	if err != nil {
-		return fmt.Errorf("repository %s is not known to be mirrored, and is kept: %w", repository, err)
+		return fmt.Errorf("nobody knows what repository %s is, and it is kept: %w", repository, err)
 	}
 	if record.Class != Mirrored {
-		return fmt.Errorf("repository %s is %s, and is kept", repository, record.Class)
+		for info, err := range t.store.List(ctx, layout.Layers(repository), true) {
+			if err != nil {
+				return err
+			}
+			return fmt.Errorf("repository %s has %s, and is kept", repository, info.Key)
+		}
 	}
 	for info, err := range t.store.List(ctx, layout.Revisions(repository), true) {
 		if err != nil {
@@ -292,6 +303,9 @@ func (t *Tree) Forget(ctx context.Context, repository string) error {
 	tags, err := t.Tags(ctx, repository)
 	if err != nil {
 		return err
+	}
+	if record.Class != Mirrored && len(tags) > 0 {
+		return fmt.Errorf("repository %s has the tag %s, and is kept", repository, tags[0])
 	}
 	for _, tag := range tags {
 		means, err := t.Tag(ctx, repository, tag)

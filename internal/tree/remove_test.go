@@ -60,13 +60,13 @@ func TestRemoveTag(t *testing.T) {
 	ctx := t.Context()
 	body := image(digest.FromString("config"))
 	one, two, long := b.put("r", body), b.put("r", index()), digest.SHA512.FromString(body)
-	_, err := b.PutManifest(ctx, "r", long, []byte(body))
+	_, err := b.PutManifest(ctx, "r", long, []byte(body), nil)
 	b.ok(err)
 	for _, tag := range []string{"moved", "other"} {
-		b.ok(b.SetTag(ctx, "r", tag, one, time.Now()))
-		b.ok(b.SetTag(ctx, "r", tag, two, time.Now()))
+		b.ok(b.SetTag(ctx, "r", tag, one, time.Now(), nil))
+		b.ok(b.SetTag(ctx, "r", tag, two, time.Now(), nil))
 	}
-	b.ok(b.SetTag(ctx, "r", "long", long, time.Now()))
+	b.ok(b.SetTag(ctx, "r", "long", long, time.Now(), nil))
 	b.told.take()
 
 	b.ok(b.RemoveTag(ctx, "r", "moved", one, nil)) // what it meant before
@@ -95,7 +95,7 @@ func TestRemoveTag(t *testing.T) {
 		b.restart()
 	}
 	// It may come again, as new.
-	b.ok(b.SetTag(ctx, "r", "moved", one, time.Now()))
+	b.ok(b.SetTag(ctx, "r", "moved", one, time.Now(), nil))
 	if r, err := b.TagRecord(ctx, "r", "moved"); err != nil || !r.Moved.IsZero() {
 		t.Errorf("%+v, %v", r, err)
 	}
@@ -111,7 +111,7 @@ func TestRemoveManifest(t *testing.T) {
 			body, list := image(only, shared), index(child)
 			for _, repository := range []string{"r", "s"} {
 				for _, algorithm := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
-					_, err := b.PutManifest(ctx, repository, algorithm.FromString(body), []byte(body))
+					_, err := b.PutManifest(ctx, repository, algorithm.FromString(body), []byte(body), nil)
 					b.ok(err)
 				}
 				b.put(repository, image(shared))
@@ -274,8 +274,8 @@ func TestForget(t *testing.T) {
 		b.ok(b.PutRecord(ctx, repository, record))
 		d := b.put(repository, index())
 		b.layer(repository, "a layer")
-		b.ok(b.SetTag(ctx, repository, "v1", digest.FromString("before"), time.Now()))
-		b.ok(b.SetTag(ctx, repository, "v1", d, time.Now()))
+		b.ok(b.SetTag(ctx, repository, "v1", digest.FromString("before"), time.Now(), nil))
+		b.ok(b.SetTag(ctx, repository, "v1", d, time.Now(), nil))
 	}
 	b.ok(b.Pin(ctx, "a", oci.Reference{Tag: "v1"}, time.Now()))
 	b.told.take()
@@ -335,10 +335,10 @@ func TestStoredAfterForget(t *testing.T) {
 	layer := digest.FromString("a layer")
 	for name, store := range map[string]func(*bench) error{
 		"manifest": func(b *bench) error {
-			return second(b.PutManifest(b.t.Context(), "r", digest.FromString(index()), []byte(index())))
+			return second(b.PutManifest(b.t.Context(), "r", digest.FromString(index()), []byte(index()), nil))
 		},
 		"blob": func(b *bench) error { return b.LinkBlob(b.t.Context(), "r", layer, layer) },
-		"tag":  func(b *bench) error { return b.SetTag(b.t.Context(), "r", "v1", layer, time.Now()) },
+		"tag":  func(b *bench) error { return b.SetTag(b.t.Context(), "r", "v1", layer, time.Now(), nil) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBench(t)
@@ -382,8 +382,8 @@ func TestKilledWhileRemoving(t *testing.T) {
 			b.ok(b.PutRecord(ctx, "r", Record{Class: Mirrored}))
 			b.put("r", body)
 			b.layer("r", "a layer")
-			b.ok(b.SetTag(ctx, "r", "v1", digest.FromString("before"), time.Now()))
-			b.ok(b.SetTag(ctx, "r", "v1", d, time.Now()))
+			b.ok(b.SetTag(ctx, "r", "v1", digest.FromString("before"), time.Now(), nil))
+			b.ok(b.SetTag(ctx, "r", "v1", d, time.Now(), nil))
 			killed := make(chan bool)
 			failpoint.Set(func(name string) {
 				if name == point {

@@ -82,7 +82,7 @@ func (t *Tree) TellManifest(ctx context.Context, repository string, d digest.Dig
 	at, err := t.linkedSince(ctx, layout.RevisionLink(repository, d), d)
 	var body []byte
 	if err == nil {
-		body, err = t.store.Get(ctx, layout.Blob(d), oci.MaxManifestSize)
+		body, err = t.store.Get(ctx, layout.Blob(d), oci.MaxStoredManifest)
 	}
 	c := Change{Kind: Manifested, Repository: repository, Canonical: d, Size: int64(len(body)), At: at}
 	switch {

@@ -78,10 +78,10 @@ func TestTellInOrder(t *testing.T) {
 			})
 			defer tree.Close()
 			ctx := t.Context()
-			if _, err := tree.PutManifest(ctx, repository, m, body); err != nil {
+			if _, err := tree.PutManifest(ctx, repository, m, body, nil); err != nil {
 				t.Fatal(err)
 			}
-			if err := tree.SetTag(ctx, repository, "x", m, time.Now()); err != nil {
+			if err := tree.SetTag(ctx, repository, "x", m, time.Now(), nil); err != nil {
 				t.Fatal(err)
 			}
 			if err := tree.LinkBlob(ctx, repository, m, m); err != nil {

@@ -18,7 +18,6 @@ import (
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/singleflight"
 
-	"github.com/caddy-registry/mirror/internal/failpoint"
 	"github.com/caddy-registry/mirror/internal/layout"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/storage"
@@ -62,6 +61,7 @@ type Tree struct {
 	// Changes are made and told of under the lock of what they change, so that
 	// they are told of in the order in which they are made.
 	repositories, tags, digests stripes
+	unsynced                    unsynced
 	guards                      guards // of members, revisions, scanned and records, by repository
 	// forgotten are records that Forget has removed, in case somebody who has
 	// seen them before still has something to store.
@@ -207,15 +207,17 @@ func (t *Tree) WarmBlob(repository string, d digest.Digest, at time.Time) ([]byt
 }
 
 // Manifest returns a manifest that belongs to a repository: because it was
-// stored there, or because an index stored there names it and its bytes are
-// held for another repository. Bytes that do not match the digest count as
+// stored there, or, unless it is hosted, because an index stored there names it
+// and its bytes are held for another repository. Bytes that do not match the digest count as
 // absent, so that they are fetched again.
 func (t *Tree) Manifest(ctx context.Context, repository string, d digest.Digest) (*Manifest, error) {
 	if m, ok := t.Warm(repository, d, time.Time{}); ok {
 		return m, nil
 	}
 	m, absent := t.linkedManifest(ctx, repository, d)
-	if !errors.Is(absent, fs.ErrNotExist) || d.Algorithm() != digest.Canonical {
+	// In a hosted one anybody who pushes could name what he may not read, and what
+	// has been deleted would be back.
+	if !errors.Is(absent, fs.ErrNotExist) || d.Algorithm() != digest.Canonical || t.isHosted(ctx, repository) {
 		return m, absent
 	}
 	// Is it the child of an index? After a start that is not known before the
@@ -247,7 +249,7 @@ func (t *Tree) adopt(ctx context.Context, repository string, d digest.Digest) (*
 	}
 	// Where there is no room for a link it is known for as long as there is
 	// memory.
-	t.manifested(ctx, repository, d, m, func() error { return nil })
+	t.manifested(ctx, &writing{tree: t}, repository, d, m, func() error { return nil })
 	t.known(repository, m, d, t.hot.since(d))
 	return m, nil
 }
@@ -278,7 +280,7 @@ func (t *Tree) linkedManifest(ctx context.Context, repository string, d digest.D
 
 // load reads a manifest that lies under a digest.
 func (t *Tree) load(ctx context.Context, d, canonical digest.Digest) (*Manifest, error) {
-	body, err := t.store.Get(ctx, layout.Blob(canonical), oci.MaxManifestSize)
+	body, err := t.store.Get(ctx, layout.Blob(canonical), oci.MaxStoredManifest)
 	if errors.Is(err, storage.ErrTooLarge) {
 		return nil, fmt.Errorf("%w: %s is no manifest: %w", fs.ErrNotExist, d, err)
 	}
@@ -362,70 +364,21 @@ func otherThan(canonical, d digest.Digest) digest.Digest {
 	return d
 }
 
-// PutManifest stores a manifest whose bytes match the digest.
-func (t *Tree) PutManifest(ctx context.Context, repository string, d digest.Digest, body []byte) (*Manifest, error) {
-	parsed, err := parse(d, body)
-	if err != nil {
-		return nil, err
-	}
-	m, canonical := newManifest(d, body, parsed), digest.FromBytes(body)
-	leave, err := t.enter(ctx, repository)
-	if err != nil {
-		return nil, err
-	}
-	defer leave()
-	defer t.lockDigest(canonical)()
-	err = t.manifested(ctx, repository, canonical, m, func() error {
-		err := t.store.Put(ctx, layout.Blob(canonical), body, storage.Lazy)
-		failpoint.Hit("manifest.stored")
-		return err
-	})
-	if err != nil {
-		return nil, err
-	}
-	failpoint.Hit("manifest.linked")
-	t.known(repository, m, canonical, t.hot.since(canonical))
-	return m, nil
-}
-
-// manifested links a manifest once store has stored it, and tells of it before.
-// The lock of its digest is held.
-func (t *Tree) manifested(ctx context.Context, repository string, canonical digest.Digest, m *Manifest, store func() error) error {
-	t.note(Change{
-		Kind: Manifested, Repository: repository, Canonical: canonical, Digest: otherThan(canonical, m.Digest),
-		Size: int64(len(m.Body)), Manifest: m.Manifest, At: t.now(),
-	})
-	err := store()
-	if err == nil {
-		err = t.setLink(ctx, layout.RevisionLink(repository, canonical), canonical)
-	}
-	if err == nil && m.Digest != canonical {
-		return t.setLink(ctx, layout.RevisionLink(repository, m.Digest), canonical)
-	}
-	if err != nil {
-		ctx := context.WithoutCancel(ctx)
-		if t.absent(ctx, layout.RevisionLink(repository, canonical)) {
-			t.note(Change{Kind: Unmanifested, Repository: repository, Canonical: canonical})
-		}
-		if t.absent(ctx, layout.Blob(canonical)) {
-			t.note(Change{Kind: Removed, Canonical: canonical})
-		}
-	}
-	return err
-}
-
 // absent reports whether it is certain that there is nothing under a key.
 func (t *Tree) absent(ctx context.Context, key string) bool {
 	_, err := t.store.Stat(ctx, key)
 	return errors.Is(err, fs.ErrNotExist)
 }
 
-// Member reports whether a blob belongs to a repository, from memory, its
-// links, and the manifests stored there, in this order.
+// Member reports whether a blob belongs to a repository: from memory, its links,
+// and, unless it is hosted, the manifests stored there, in this order. What a hosted
+// repository has not been given by a push or a mount, no manifest gives it: whoever
+// pushes one can name anything.
 func (t *Tree) Member(ctx context.Context, repository string, d digest.Digest) (Member, bool, error) {
 	key := member{repository, d}
 	known, ok := t.members.Get(key)
-	if ok && known.Canonical != "" {
+	inherits := ok && known.Linked || !t.isHosted(ctx, repository)
+	if ok && known.Canonical != "" && inherits {
 		return known, true, nil
 	}
 	g := t.guards.of(repository)
@@ -435,7 +388,10 @@ func (t *Tree) Member(ctx context.Context, repository string, d digest.Digest) (
 		return Member{}, false, err
 	}
 	linked := err == nil
-	if !ok { // the manifests tell, and the size besides
+	if !linked && !inherits {
+		return Member{Size: -1}, false, nil
+	}
+	if !ok && inherits { // the manifests tell, and the size besides
 		if known, ok, err = t.named(ctx, repository, d, func(Member) bool { return true }); err != nil {
 			return Member{}, false, err
 		}
@@ -447,7 +403,7 @@ func (t *Tree) Member(ctx context.Context, repository string, d digest.Digest) (
 	defer g.mu.Unlock()
 	if g.removals.Load() != since {
 		if t.absent(ctx, layout.LayerLink(repository, d)) {
-			return known, ok, nil
+			return known, ok && inherits, nil
 		}
 	}
 	return t.linked(key, canonical), true, nil
@@ -578,39 +534,6 @@ func (t *Tree) manifests(ctx context.Context, repository string, visit func(*Man
 			return err
 		}
 		visit(m)
-	}
-	return nil
-}
-
-// LinkBlob makes a stored blob a member of a repository, under the digest it
-// was asked for by and under the one it lies at. If its bytes are not there any
-// more, the error is an fs.ErrNotExist.
-func (t *Tree) LinkBlob(ctx context.Context, repository string, asked, canonical digest.Digest) error {
-	leave, err := t.enter(ctx, repository)
-	if err != nil {
-		return err
-	}
-	defer leave()
-	defer t.lockDigest(canonical)()
-	info, err := t.store.Stat(ctx, layout.Blob(canonical))
-	if err != nil {
-		return err
-	}
-	t.note(Change{Kind: Linked, Repository: repository, Canonical: canonical, Digest: otherThan(canonical, asked), Size: info.Size, At: t.now()})
-	g := t.guards.of(repository)
-	for _, d := range []digest.Digest{canonical, asked} {
-		if err := t.setLink(ctx, layout.LayerLink(repository, d), canonical); err != nil {
-			if t.absent(context.WithoutCancel(ctx), layout.LayerLink(repository, canonical)) {
-				t.note(Change{Kind: Unlinked, Repository: repository, Canonical: canonical})
-			}
-			return err
-		}
-		g.mu.Lock()
-		t.linked(member{repository, d}, canonical)
-		g.mu.Unlock()
-		if asked == canonical {
-			break
-		}
 	}
 	return nil
 }

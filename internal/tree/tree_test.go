@@ -104,7 +104,7 @@ func (b *bench) layer(repository, data string) digest.Digest {
 func (b *bench) put(repository, body string) digest.Digest {
 	b.t.Helper()
 	d := digest.FromString(body)
-	m, err := b.PutManifest(b.t.Context(), repository, d, []byte(body))
+	m, err := b.PutManifest(b.t.Context(), repository, d, []byte(body), nil)
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -180,7 +180,7 @@ func TestManifestIsStoredAsItCame(t *testing.T) {
 func TestPutManifestRefusesWhatIsNone(t *testing.T) {
 	b := newBench(t)
 	body := []byte("<html>log in</html>")
-	if _, err := b.PutManifest(t.Context(), "r", digest.FromBytes(body), body); err == nil {
+	if _, err := b.PutManifest(t.Context(), "r", digest.FromBytes(body), body, nil); err == nil {
 		t.Error("a web page was stored as a manifest")
 	}
 	if _, err := os.Stat(b.file(layout.RevisionLink("r", digest.FromBytes(body)))); err == nil {
@@ -226,7 +226,7 @@ func TestDamagedLinksAreAbsent(t *testing.T) {
 			b := newBench(t)
 			d := b.put("r", body)
 			layer := b.layer("r", "a layer")
-			if err := b.SetTag(t.Context(), "r", "latest", d, time.Now()); err != nil {
+			if err := b.SetTag(t.Context(), "r", "latest", d, time.Now(), nil); err != nil {
 				t.Fatal(err)
 			}
 			b.write(layout.RevisionLink("r", d), []byte(link))
@@ -241,7 +241,7 @@ func TestDamagedLinksAreAbsent(t *testing.T) {
 			// What they led to is put right by the next pull.
 			b.put("r", body)
 			b.layer("r", "a layer")
-			if err := b.SetTag(t.Context(), "r", "latest", d, time.Now()); err != nil {
+			if err := b.SetTag(t.Context(), "r", "latest", d, time.Now(), nil); err != nil {
 				t.Fatal(err)
 			}
 			b.wantManifest("r", d, body)
@@ -348,7 +348,7 @@ func TestChildHeldForAnotherRepository(t *testing.T) {
 }
 
 func TestLayerIsNoManifest(t *testing.T) {
-	large := strings.Repeat("x", oci.MaxManifestSize+1)
+	large := strings.Repeat("x", oci.MaxStoredManifest+1)
 	// A config is JSON with a field called config.
 	config := `{"architecture":"amd64","os":"linux","config":{"Env":["PATH=/bin"]},"rootfs":{"type":"layers","diff_ids":[]}}`
 	for name, data := range map[string]string{"small": "a layer", "large": large, "config": config, "json": `{"a":1}`} {
@@ -379,7 +379,7 @@ func TestSHA512(t *testing.T) {
 	b := newBench(t)
 	body := image(digest.FromString("config"))
 	long, canonical := digest.SHA512.FromString(body), digest.FromString(body)
-	if _, err := b.PutManifest(t.Context(), "r", long, []byte(body)); err != nil {
+	if _, err := b.PutManifest(t.Context(), "r", long, []byte(body), nil); err != nil {
 		t.Fatal(err)
 	}
 	b.holds(layout.Blob(canonical), body)
@@ -410,7 +410,7 @@ func TestSHA512(t *testing.T) {
 	if m := b.wantMember("r", unstored, true); m.Canonical != "" || m.Size != 12 {
 		t.Errorf("member %+v", m)
 	}
-	if _, err := b.PutManifest(t.Context(), "r", long, []byte(index())); err == nil {
+	if _, err := b.PutManifest(t.Context(), "r", long, []byte(index()), nil); err == nil {
 		b.wantNoManifest("r", long) // whatever was stored, it is not that
 	}
 }
@@ -419,7 +419,7 @@ func TestDamagedSHA512ManifestIsAbsent(t *testing.T) {
 	b := newBench(t)
 	body := image(digest.FromString("config"))
 	long := digest.SHA512.FromString(body)
-	if _, err := b.PutManifest(t.Context(), "r", long, []byte(body)); err != nil {
+	if _, err := b.PutManifest(t.Context(), "r", long, []byte(body), nil); err != nil {
 		t.Fatal(err)
 	}
 	other := b.put("s", index())
@@ -442,7 +442,7 @@ func TestTags(t *testing.T) {
 		tag string
 		d   digest.Digest
 	}{{"latest", one}, {"latest", two}, {"v1.0", one}, {"_x", two}} {
-		if err := b.SetTag(ctx, "r", set.tag, set.d, time.Now()); err != nil {
+		if err := b.SetTag(ctx, "r", set.tag, set.d, time.Now(), nil); err != nil {
 			t.Fatal(err)
 		}
 	}

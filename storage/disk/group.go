@@ -21,7 +21,8 @@ type host struct {
 	boot  string // storage.Boot
 	now   func() time.Time
 	after func(time.Duration, func()) (stop func() bool)
-	sync  func(dir *os.File) error
+	sync  func(dir *os.File) error // of a whole filesystem
+	fsync func(*os.File) error
 }
 
 func thisHost() host {
@@ -30,6 +31,7 @@ func thisHost() host {
 		now:   time.Now,
 		after: func(d time.Duration, f func()) func() bool { return time.AfterFunc(d, f).Stop },
 		sync:  syncfs,
+		fsync: (*os.File).Sync,
 	}
 }
 
@@ -47,6 +49,8 @@ type group struct {
 	// dir is the root. It is open for as long as the group, since the kernel
 	// tells of a write that failed those who had a file open then.
 	dir *os.File
+
+	syncs *syncs
 
 	doubt atomic.Pointer[interval] // that of the mark
 
@@ -66,7 +70,7 @@ func newGroup(root string, mode fs.FileMode, h host, last time.Time) (*group, er
 	if err != nil {
 		return nil, err
 	}
-	g := &group{root: root, mode: mode, host: h, dir: dir}
+	g := &group{root: root, mode: mode, host: h, dir: dir, syncs: newSyncs(root, h.fsync)}
 	now := h.now()
 	if now.After(last) {
 		last = now
@@ -145,6 +149,25 @@ func (g *group) close() error {
 	return errors.Join(err, g.dir.Close())
 }
 
+// lost doubts what a sync of single values may have failed to bring to the disk.
+func (g *group) lost() {
+	g.syncing.Lock()
+	defer g.syncing.Unlock()
+	next := g.mark
+	next.Doubt = g.unsynced()
+	g.doubt.Store(next.Doubt)
+	if err := next.write(g.root, g.mode); err == nil {
+		g.mark = next
+	}
+}
+
+// unsynced is what is in doubt once a sync has failed. The kernel tells once of
+// what it could not write, and from then on takes it for written: that the next
+// sync succeeds proves nothing for these values. The caller holds syncing.
+func (g *group) unsynced() *interval {
+	return g.mark.Doubt.join(g.mark.Time.Add(-markMargin), g.host.now().UTC())
+}
+
 // commit syncs, if anything is dirty, and then writes the mark. The caller
 // holds syncing.
 func (g *group) commit(dirty, clean bool) error {
@@ -156,10 +179,7 @@ func (g *group) commit(dirty, clean bool) error {
 			failpoint.Hit("store.synced")
 			next.Time = began
 		} else {
-			// The kernel tells once of what it could not write, and from then
-			// on takes it for written: that the next sync succeeds proves
-			// nothing for these values.
-			next.Doubt = next.Doubt.join(next.Time.Add(-markMargin), g.host.now().UTC())
+			next.Doubt = g.unsynced()
 			g.doubt.Store(next.Doubt)
 		}
 	}

@@ -29,10 +29,11 @@ type machine struct {
 	timers map[*time.Duration]func()
 	syncs  int
 	broken error // of every sync
+	fsync  func(*os.File) error
 }
 
 func newMachine(t *testing.T) *machine {
-	m := &machine{t: t, dir: t.TempDir(), boot: "first", clock: time.Now(), timers: map[*time.Duration]func(){}}
+	m := &machine{t: t, dir: t.TempDir(), boot: "first", clock: time.Now(), timers: map[*time.Duration]func(){}, fsync: (*os.File).Sync}
 	m.open()
 	t.Cleanup(func() {
 		m.broken = nil
@@ -71,6 +72,7 @@ func (m *machine) open() {
 			}
 			return syncfs(dir)
 		},
+		fsync: func(f *os.File) error { return m.fsync(f) },
 	})
 	if err != nil {
 		m.t.Fatal(err)

@@ -214,7 +214,7 @@ func (s *store) Put(_ context.Context, key string, data []byte, d storage.Durabi
 	}
 	_, err = f.Write(data)
 	if err == nil && d == storage.Durable {
-		err = f.Sync()
+		err = s.hold.group.syncs.file(f)
 	}
 	if closeErr := f.Close(); err == nil {
 		err = closeErr
@@ -237,7 +237,7 @@ func (s *store) PutFile(ctx context.Context, key, path string, d storage.Durabil
 		return err
 	}
 	if d == storage.Durable {
-		if err := syncPath(path); err != nil {
+		if err := s.hold.group.syncs.path(path); err != nil {
 			return err
 		}
 	}
@@ -262,7 +262,7 @@ func (s *store) copyIn(_ context.Context, target, path string, d storage.Durabil
 	}
 	_, err = io.Copy(to, from)
 	if err == nil && d == storage.Durable {
-		err = to.Sync()
+		err = s.hold.group.syncs.file(to)
 	}
 	if closeErr := to.Close(); err == nil {
 		err = closeErr
@@ -277,60 +277,60 @@ func (s *store) copyIn(_ context.Context, target, path string, d storage.Durabil
 	return os.Remove(path)
 }
 
-// move renames a finished file to its place, making the directories above it.
+// move renames a finished file to its place, making the directories above it. The
+// bytes of a durable one are on the disk already: whatever it replaces is lost only
+// for a whole one.
 func (s *store) move(from, to string, d storage.Durability) error {
-	dir := filepath.Dir(to)
 	err := os.Rename(from, to)
 	if errors.Is(err, fs.ErrNotExist) {
 		if _, lost := os.Lstat(from); lost != nil {
 			return err
 		}
-		err = s.moveBelow(dir, from, to, d)
+		err = s.moveBelow(filepath.Dir(to), from, to)
 	}
 	if err != nil {
 		return err
 	}
 	if d == storage.Durable {
-		return syncDir(dir)
+		return s.synced(s.hold.group.syncs.entries(to))
 	}
 	s.hold.group.wrote()
 	return nil
 }
 
-// syncDir syncs a directory, unless what was put there has been removed again
-// together with it.
-func syncDir(dir string) error {
-	if err := syncPath(dir); !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
-}
-
-// moveBelow is move where a directory is missing. For a durable write the parents
-// of new ones must be synced too, or the whole branch can be lost.
-func (s *store) moveBelow(dir, from, to string, d storage.Durability) error {
-	fresh, err := func() (fresh []string, err error) {
+// moveBelow is move where a directory is missing.
+func (s *store) moveBelow(dir, from, to string) error {
+	err := func() error {
 		s.pruning.RLock()
 		defer s.pruning.RUnlock()
-		for at := dir; d == storage.Durable && at != s.root; at = filepath.Dir(at) {
-			if _, err := os.Stat(at); err == nil {
-				break
-			}
-			fresh = append(fresh, filepath.Dir(at))
-		}
 		if err := s.mkdir(dir); err != nil {
-			return nil, err
+			return err
 		}
-		return fresh, os.Rename(from, to)
+		return os.Rename(from, to)
 	}()
 	if err != nil {
 		s.prune(dir)
-		return err
 	}
-	for _, parent := range fresh {
-		if err := syncDir(parent); err != nil {
+	return err
+}
+
+// Sync implements storage.Store.
+func (s *store) Sync(_ context.Context, keys ...string) error {
+	paths := make([]string, len(keys))
+	for i, key := range keys {
+		var err error
+		if paths[i], err = s.path(key); err != nil {
 			return err
 		}
+	}
+	return s.synced(s.hold.group.syncs.values(paths))
+}
+
+// synced takes note of a sync that has failed.
+func (s *store) synced(err error) error {
+	if err != nil {
+		s.hold.group.lost()
+		return fmt.Errorf("disk storage: bringing values to the disk: %w", err)
 	}
 	return nil
 }
@@ -376,6 +376,7 @@ func (s *store) prune(dir string) {
 	s.pruning.Lock()
 	defer s.pruning.Unlock()
 	for ; dir != s.root && syscall.Rmdir(dir) == nil; dir = filepath.Dir(dir) {
+		s.hold.group.syncs.pruned(dir)
 	}
 }
 

@@ -32,6 +32,8 @@ func Test(t *testing.T, open func(t *testing.T) storage.Store) {
 		{"Spool", testSpool},
 		{"PutFile", testPutFile},
 		{"Vouch", testVouch},
+		{"Sync", testSync},
+		{"SyncBesideDelete", testSyncBesideDelete},
 		{"OpenSurvivesDelete", testOpenSurvivesDelete},
 		{"List", testList},
 		{"BadKeys", testBadKeys},
@@ -245,6 +247,67 @@ func testVouch(t *testing.T, s storage.Store) {
 	wantAbsent(t, "Vouch of a directory", s.Vouch(ctx, "dir"))
 }
 
+func testSync(t *testing.T, s storage.Store) {
+	ctx := context.Background()
+	if err := s.Sync(ctx); err != nil {
+		t.Errorf("Sync of nothing: %v", err)
+	}
+	keys := []string{"v", "dir/v", "dir/w", "dir/deep/er/v"}
+	for range 2 {
+		for _, key := range keys {
+			put(t, s, key, key)
+		}
+		// Absence is no error, nor is syncing twice.
+		all := append(keys, "dir/none", "none/at/all", "dir/v/below", "dir", "dir/v")
+		for range 2 {
+			if err := s.Sync(ctx, all...); err != nil {
+				t.Fatalf("Sync: %v", err)
+			}
+		}
+		for _, key := range keys {
+			if got := get(t, s, key); got != key {
+				t.Errorf("%s is %q after Sync", key, got)
+			}
+			if err := s.Delete(ctx, key); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := s.Sync(ctx, keys...); err != nil {
+			t.Fatalf("Sync after Delete: %v", err)
+		}
+		if top := shallow(t, s, ""); slices.Contains(top, "dir/") || slices.Contains(top, "v") {
+			t.Errorf("Sync made something: %q", top)
+		}
+	}
+}
+
+// testSyncBesideDelete syncs values in directories that come and go.
+func testSyncBesideDelete(t *testing.T, s storage.Store) {
+	ctx := context.Background()
+	var wg sync.WaitGroup
+	for i := range 4 {
+		key, other := fmt.Sprintf("one/way/down/%d/value", i), fmt.Sprintf("one/way/down/%d/value", (i+1)%4)
+		wg.Go(func() {
+			for range 50 {
+				put(t, s, key, "x")
+				if err := s.Sync(ctx, key, other); err != nil {
+					t.Errorf("Sync beside Delete: %v", err)
+					return
+				}
+				if _, err := s.Get(ctx, key, 10); err != nil {
+					t.Errorf("Get after Sync: %v", err)
+					return
+				}
+				if err := s.Delete(ctx, key); err != nil {
+					t.Errorf("Delete: %v", err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
 func testPutFile(t *testing.T, s storage.Store) {
 	ctx := context.Background()
 	fills := spool(t, s, "fills")
@@ -345,6 +408,9 @@ func testBadKeys(t *testing.T, s storage.Store) {
 		}
 		if err := s.Vouch(ctx, key); err == nil {
 			t.Errorf("Vouch %.40q succeeded", key)
+		}
+		if err := s.Sync(ctx, "good", key); err == nil {
+			t.Errorf("Sync %.40q succeeded", key)
 		}
 	}
 }

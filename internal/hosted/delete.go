@@ -1,0 +1,95 @@
+package hosted
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/caddy-registry/mirror/internal/tree"
+)
+
+// stripes are locks of repositories. Whoever pushes a manifest shares one, so that
+// pushes do not wait for each other; whoever removes one has it alone. Then no push
+// finds its manifest gone before its tag is set. Tags and blobs need none: the tree
+// keeps them apart from who refers to them.
+type stripes [256]sync.RWMutex
+
+var seed = maphash.MakeSeed()
+
+func (s *stripes) of(repository string) *sync.RWMutex {
+	return &s[maphash.String(seed, repository)%uint64(len(s))]
+}
+
+// share keeps removals of manifests out of a repository until done.
+func (h *Registry) share(repository string) (done func()) {
+	l := h.repositories.of(repository)
+	l.RLock()
+	return l.RUnlock
+}
+
+// deleting is how everything begins that removes something: it fails where that
+// is off, whatever it is (CVE-2026-41888).
+func (h *Registry) deleting(repository string) (Options, error) {
+	options := h.options(repository)
+	if options.NoDelete {
+		return options, fmt.Errorf("%w: it is configured with `delete off`", ErrNoDelete)
+	}
+	return options, nil
+}
+
+// Alone keeps pushes of manifests, and other removals of them, out of a repository
+// until done.
+func (h *Registry) Alone(repository string) (done func()) {
+	l := h.repositories.of(repository)
+	l.Lock()
+	return l.Unlock
+}
+
+// DeleteTag takes a tag away, and returns what it meant. What that is stays. The
+// error is an fs.ErrNotExist if there is no such tag; or it wraps [ErrNoDelete] or
+// [ErrImmutable].
+func (h *Registry) DeleteTag(ctx context.Context, repository, tag string) (was digest.Digest, err error) {
+	options, err := h.deleting(repository)
+	if err != nil {
+		return "", err
+	}
+	return h.tree.DeleteTag(ctx, repository, tag, func(digest.Digest) error { return options.removable(tag) })
+}
+
+// DeleteManifest takes a manifest out of a repository, and every tag that means
+// it, whatever digest it is asked for by. It returns the tags. Blobs stay until
+// they are collected. The errors are those of DeleteTag: one immutable tag keeps
+// the manifest.
+func (h *Registry) DeleteManifest(ctx context.Context, repository string, d digest.Digest) (tags []string, err error) {
+	options, err := h.deleting(repository)
+	if err != nil {
+		return nil, err
+	}
+	defer h.Alone(repository)()
+	return h.tree.DeleteManifest(ctx, repository, d, options.removable)
+}
+
+// DeleteBlob takes a blob out of a repository, unless a manifest there names it:
+// then the error is [ErrNamed]. Otherwise they are those of DeleteTag.
+func (h *Registry) DeleteBlob(ctx context.Context, repository string, d digest.Digest) error {
+	if _, err := h.deleting(repository); err != nil {
+		return err
+	}
+	if err := h.tree.DeleteBlob(ctx, repository, d); errors.Is(err, tree.ErrNamed) {
+		return fmt.Errorf("%w: %w", ErrNamed, err)
+	} else if err != nil {
+		return err
+	}
+	return nil
+}
+
+func (o Options) removable(tag string) error {
+	if o.immutable(tag) {
+		return fmt.Errorf("%w: %s; only the mirror's configuration can let go of it", ErrImmutable, tag)
+	}
+	return nil
+}
