@@ -105,9 +105,9 @@ func (x *exchange) tags(ctx context.Context) error {
 }
 
 // hostedTags answers with the tags of a hosted repository, in the order of their
-// bytes. One that is all of whose tags have been removed still exists: its list is
-// empty, as the spec wants of a repository that is found, and only one in which
-// there has never been anything is unknown.
+// bytes. One whose tags have all been removed still exists: its list is empty, as
+// the spec wants of a repository that is found, and only one in which there is
+// nothing is unknown.
 func (x *exchange) hostedTags(ctx context.Context, n int, last string) error {
 	repository := x.target.Repository
 	if exists, err := x.mirror.tree.Exists(ctx, repository); err != nil {
@@ -230,7 +230,7 @@ func (x *exchange) catalog() error {
 		if inOrder = x.site.upstreams.asStored(); inOrder {
 			after = last
 		}
-		stored = cataloged(ctx, c, after)
+		stored = cataloged(ctx, c, "", after)
 	}
 	for repository, err := range stored {
 		if err != nil {
@@ -264,12 +264,12 @@ func (x *exchange) catalog() error {
 	return x.json(body)
 }
 
-// cataloged yields the repositories after a name that have a manifest, in the
-// order of their names.
-func cataloged(ctx context.Context, c *catalog.Catalog, after string) iter.Seq2[string, error] {
+// cataloged yields the repositories after a name that have a manifest, and a text
+// in their names, in the order of those.
+func cataloged(ctx context.Context, c *catalog.Catalog, containing, after string) iter.Seq2[string, error] {
 	return func(yield func(string, error) bool) {
-		for {
-			page, err := c.Repositories(ctx, "", after, catalogPage)
+		for after := after; ; {
+			page, err := c.Repositories(ctx, containing, after, catalogPage)
 			if err != nil {
 				yield("", err)
 				return

@@ -8,8 +8,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-
-	"github.com/caddy-registry/mirror/internal/catalog"
 )
 
 const (
@@ -152,28 +150,5 @@ func (x *exchange) searched(ctx context.Context, q string) iter.Seq2[string, err
 	if !x.site.upstreams.asStored() {
 		q = "" // the catalog knows other names than those that are searched
 	}
-	return containing(ctx, c, q)
-}
-
-// containing yields the repositories that have a manifest and a text in their
-// names.
-func containing(ctx context.Context, c *catalog.Catalog, text string) iter.Seq2[string, error] {
-	return func(yield func(string, error) bool) {
-		for after := ""; ; {
-			page, err := c.Repositories(ctx, text, after, catalogPage)
-			if err != nil {
-				yield("", err)
-				return
-			}
-			for _, repository := range page {
-				after = repository.Name
-				if (repository.Usage.Manifests > 0 || repository.Usage.Tags > 0) && !yield(after, nil) {
-					return
-				}
-			}
-			if len(page) < catalogPage {
-				return
-			}
-		}
-	}
+	return cataloged(ctx, c, q, "")
 }
