@@ -2,8 +2,6 @@ package hosted
 
 import (
 	"context"
-	"crypto/sha256"
-	"crypto/sha512"
 	"encoding"
 	"encoding/json"
 	"errors"
@@ -17,6 +15,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/storage"
 )
 
@@ -140,11 +139,11 @@ func (u *Upload) prove(ctx context.Context) error {
 		return err
 	}
 	defer f.Close()
-	hash := sha256.New()
-	if _, err := io.Copy(hash, untilDone{ctx, io.LimitReader(f, u.ends.Load())}); err != nil {
+	is, err := oci.DigestOf(ctx, digest.Canonical, io.LimitReader(f, u.ends.Load()))
+	if err != nil {
 		return err
 	}
-	if string(hash.Sum(nil)) != string(u.sums.sha256.Sum(nil)) {
+	if is != digest.NewDigest(digest.Canonical, u.sums.sha256) {
 		return errors.New("some of it was lost when the machine stopped")
 	}
 	u.mu.Lock()
@@ -161,25 +160,15 @@ type sums struct {
 }
 
 func newSums(algorithm digest.Algorithm) (sums, error) {
-	s := sums{sha256: sha256.New()}
-	if algorithm == "" || algorithm == digest.SHA256 {
+	s := sums{sha256: digest.Canonical.Hash()}
+	switch {
+	case algorithm == "", algorithm == digest.Canonical:
 		return s, nil
+	case !algorithm.Available():
+		return s, fmt.Errorf("%.50q: %w", string(algorithm), ErrAlgorithm)
 	}
-	other, err := newHash(algorithm)
-	s.algorithm, s.other = algorithm, other
-	return s, err
-}
-
-func newHash(algorithm digest.Algorithm) (hash.Hash, error) {
-	switch algorithm {
-	case digest.SHA256:
-		return sha256.New(), nil
-	case digest.SHA384:
-		return sha512.New384(), nil
-	case digest.SHA512:
-		return sha512.New(), nil
-	}
-	return nil, fmt.Errorf("%.50q: %w", string(algorithm), ErrAlgorithm)
+	s.algorithm, s.other = algorithm, algorithm.Hash()
+	return s, nil
 }
 
 func (s *sums) write(p []byte) {
@@ -192,26 +181,20 @@ func (s *sums) write(p []byte) {
 // sum is the sha256 of everything, and the digest by an algorithm, for which the
 // file is read once more where nobody has said before that it would be asked for.
 func (u *Upload) sum(ctx context.Context, algorithm digest.Algorithm) (canonical, asked digest.Digest, err error) {
-	canonical = digest.NewDigestFromBytes(digest.SHA256, u.sums.sha256.Sum(nil))
+	canonical = digest.NewDigest(digest.Canonical, u.sums.sha256)
 	switch algorithm {
-	case digest.SHA256:
+	case digest.Canonical:
 		return canonical, canonical, nil
 	case u.sums.algorithm:
-		return canonical, digest.NewDigestFromBytes(algorithm, u.sums.other.Sum(nil)), nil
-	}
-	hash, err := newHash(algorithm)
-	if err != nil {
-		return "", "", err
+		return canonical, digest.NewDigest(algorithm, u.sums.other), nil
 	}
 	f, err := os.Open(u.path)
 	if err != nil {
 		return "", "", err
 	}
 	defer f.Close()
-	if _, err := io.Copy(hash, untilDone{ctx, f}); err != nil {
-		return "", "", err
-	}
-	return canonical, digest.NewDigestFromBytes(algorithm, hash.Sum(nil)), nil
+	asked, err = oci.DigestOf(ctx, algorithm, f)
+	return canonical, asked, err
 }
 
 func marshal(h hash.Hash) ([]byte, error) {

@@ -1,7 +1,8 @@
 package oci
 
 import (
-	_ "crypto/sha512" // so that its digests can be verified
+	_ "crypto/sha256" // so that its digests can be made and verified
+	_ "crypto/sha512" // likewise
 	"fmt"
 	"strings"
 

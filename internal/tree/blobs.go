@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"github.com/caddy-registry/mirror/internal/layout"
+	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/storage"
 )
 
@@ -173,11 +174,11 @@ func (t *Tree) prove(ctx context.Context, canonical digest.Digest, anyway bool) 
 	if !hashed.Doubtful && !anyway { // proven since it was asked for
 		return nil
 	}
-	verifier := canonical.Verifier()
-	if _, err := io.Copy(verifier, untilDone{ctx, r}); err != nil {
+	is, err := oci.DigestOf(ctx, canonical.Algorithm(), r)
+	if err != nil {
 		return fmt.Errorf("hashing the stored bytes of %s: %w", canonical, err)
 	}
-	if verifier.Verified() {
+	if is == canonical {
 		// A store that cannot write it down asks again the next time.
 		if err := t.store.Vouch(ctx, key); errors.Is(err, fs.ErrNotExist) {
 			return err
@@ -203,17 +204,4 @@ func (t *Tree) prove(ctx context.Context, canonical digest.Digest, anyway bool) 
 		return err
 	}
 	return fmt.Errorf("the stored bytes of %s are %w", canonical, ErrDamaged)
-}
-
-// untilDone is a reader that ends with its context.
-type untilDone struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (u untilDone) Read(p []byte) (int, error) {
-	if u.ctx.Err() != nil {
-		return 0, context.Cause(u.ctx)
-	}
-	return u.r.Read(p)
 }
