@@ -216,7 +216,7 @@ func (s *state) open(ctx context.Context) (*opened, error) {
 		Heal: func(ctx context.Context, repository string, d digest.Digest, size int64) error {
 			return s.heal(ctx, o, repository, d, size)
 		},
-		Alone:   o.hosted.Alone,
+		Alone:   o.tree.Alone,
 		Partial: func() int64 { return o.mirror.Partial() + o.hosted.Partial() },
 	})
 	s.works.Store(o)

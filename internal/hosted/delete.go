@@ -4,32 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/maphash"
-	"sync"
 
 	"github.com/opencontainers/go-digest"
 
 	"github.com/caddy-registry/mirror/internal/tree"
 )
-
-// stripes are locks of repositories. Whoever pushes a manifest shares one, so that
-// pushes do not wait for each other; whoever removes one has it alone. Then no push
-// finds its manifest gone before its tag is set. Tags and blobs need none: the tree
-// keeps them apart from who refers to them.
-type stripes [256]sync.RWMutex
-
-var seed = maphash.MakeSeed()
-
-func (s *stripes) of(repository string) *sync.RWMutex {
-	return &s[maphash.String(seed, repository)%uint64(len(s))]
-}
-
-// share keeps removals of manifests out of a repository until done.
-func (h *Registry) share(repository string) (done func()) {
-	l := h.repositories.of(repository)
-	l.RLock()
-	return l.RUnlock
-}
 
 // deleting is how everything begins that removes something: it fails where that
 // is off, whatever it is (CVE-2026-41888).
@@ -39,14 +18,6 @@ func (h *Registry) deleting(repository string) (Options, error) {
 		return options, fmt.Errorf("%w: it is configured with `delete off`", ErrNoDelete)
 	}
 	return options, nil
-}
-
-// Alone keeps pushes of manifests, and other removals of them, out of a repository
-// until done.
-func (h *Registry) Alone(repository string) (done func()) {
-	l := h.repositories.of(repository)
-	l.Lock()
-	return l.Unlock
 }
 
 // DeleteTag takes a tag away, and returns what it meant. What that is stays. The
@@ -69,7 +40,7 @@ func (h *Registry) DeleteManifest(ctx context.Context, repository string, d dige
 	if err != nil {
 		return nil, err
 	}
-	defer h.Alone(repository)()
+	defer h.tree.Alone(repository)()
 	return h.tree.DeleteManifest(ctx, repository, d, options.removable)
 }
 

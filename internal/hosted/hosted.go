@@ -61,8 +61,6 @@ type Registry struct {
 	now      func() time.Time
 	settings atomic.Pointer[Settings]
 	uploads  uploads
-	// repositories keep pushes of manifests and deletions apart; see delete.go.
-	repositories stripes
 }
 
 // Parts are what a registry works with. It closes none of them, and they outlive
@@ -105,7 +103,8 @@ type Settings struct {
 // Options are those of hosted repositories.
 type Options struct {
 	Pattern oci.Pattern
-	// MaxManifest is how large a manifest may be, in bytes; 0: 4 MiB.
+	// MaxManifest is how large a manifest may be, in bytes, up to
+	// [oci.MaxStoredManifest]; 0: [oci.MaxManifestSize].
 	MaxManifest int64
 	// NoDelete refuses the removal of anything.
 	NoDelete bool

@@ -14,7 +14,11 @@ var seed = maphash.MakeSeed()
 // stripes are locks for more things than there are locks. They are taken in this
 // order, and none of a kind after another of that kind:
 //
-//	one of repositories, one of tags, those of digests all at once.
+//	one of pushes, one of repositories, one of tags, those of digests all at once.
+//
+// Pushes of manifests share that of their repository, so that they do not wait for
+// each other; whoever removes a manifest at somebody's wish has it alone. Then no
+// push finds its manifest gone before its tag is set.
 //
 // What refers to content holds the content's lock, shared, from before it is told
 // of until it is written: a manifest those of the blobs and manifests it names, and
@@ -111,3 +115,15 @@ func (t *Tree) keepDigest(canonical digest.Digest) (release func()) {
 func (t *Tree) lockTag(repository, tag string) (unlock func()) {
 	return t.tags.lock(repository + ":" + tag)
 }
+
+// Pushing keeps Alone out of a repository until done: it is for whoever stores a
+// manifest and tags it then. Any number may push at a time.
+func (t *Tree) Pushing(repository string) (done func()) {
+	l := t.pushes.of(repository)
+	l.RLock()
+	return l.RUnlock
+}
+
+// Alone keeps pushes of manifests, and others who are alone, out of a repository
+// until done.
+func (t *Tree) Alone(repository string) (done func()) { return t.pushes.lock(repository) }

@@ -60,9 +60,9 @@ type Tree struct {
 	now  func() time.Time
 	// Changes are made and told of under the lock of what they change, so that
 	// they are told of in the order in which they are made.
-	repositories, tags, digests stripes
-	unsynced                    unsynced
-	guards                      guards // of members, revisions, scanned and records, by repository
+	pushes, repositories, tags, digests stripes
+	unsynced                            unsynced
+	guards                              guards // of members, revisions, scanned and records, by repository
 	// forgotten are records that Forget has removed, in case somebody who has
 	// seen them before still has something to store.
 	forgotten *lru.Cache[string, Record]
