@@ -65,11 +65,6 @@ type Retention struct {
 	On []string `json:"on,omitempty"`
 }
 
-const (
-	defaultManifest = 4 << 20
-	maxManifest     = 32 << 20
-)
-
 // Check reports what is wrong.
 func (h *Hosted) Check() (err error) {
 	if h.pattern, err = oci.ParsePattern(h.Pattern); err != nil {
@@ -78,8 +73,8 @@ func (h *Hosted) Check() (err error) {
 	if h.maxSize, err = parseSize("max_size", h.MaxSize, 0); err != nil {
 		return err
 	}
-	if h.maxManifest, err = parseSize("max_manifest_size", h.MaxManifestSize, defaultManifest); err != nil || h.maxManifest == 0 || h.maxManifest > maxManifest {
-		return fmt.Errorf("max_manifest_size: %q is no size of up to %s", h.MaxManifestSize, humanize.IBytes(maxManifest))
+	if h.maxManifest, err = parseSize("max_manifest_size", h.MaxManifestSize, oci.MaxManifestSize); err != nil || h.maxManifest == 0 || h.maxManifest > oci.MaxStoredManifest {
+		return fmt.Errorf("max_manifest_size: %q is no size of up to %s", h.MaxManifestSize, humanize.IBytes(oci.MaxStoredManifest))
 	}
 	for _, option := range [...]struct{ name, value string }{{"delete", h.Delete}, {"require_blobs", h.RequireBlobs}} {
 		if option.value != "" && option.value != "on" && option.value != "off" {

@@ -57,8 +57,8 @@ type Mirror struct {
 
 	state *state
 	site  *mirror.Site
-	// identity is the placeholder of who asks, without braces; "": no rule needs
-	// to know.
+	// identity is the placeholder of who asks, without braces; "": the site has no
+	// rules.
 	identity    string
 	certificate bool // the placeholder is of a client's certificate
 	log         *zap.Logger

@@ -19,7 +19,7 @@ import (
 // MaxManifest is how large a manifest of a repository may be, in bytes.
 func (h *Registry) MaxManifest(repository string) int64 {
 	if most := h.options(repository).MaxManifest; most > 0 {
-		return min(most, oci.MaxStoredManifest)
+		return most
 	}
 	return oci.MaxManifestSize
 }
@@ -65,7 +65,7 @@ func (h *Registry) PutManifest(ctx context.Context, p Push) (*tree.Manifest, err
 		return nil, fmt.Errorf("%w: the %d bytes of the manifest have %s", ErrDigest, len(p.Body), d.Algorithm().FromBytes(p.Body))
 	}
 	// Whoever removes it waits until its tags are set, which would fail otherwise.
-	defer h.share(p.Repository)()
+	defer h.tree.Pushing(p.Repository)()
 	for _, tag := range p.Tags {
 		before, err := h.tree.Tag(ctx, p.Repository, tag)
 		if errors.Is(err, fs.ErrNotExist) {
