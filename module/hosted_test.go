@@ -129,3 +129,94 @@ func TestHostedUnserved(t *testing.T) {
 		t.Errorf("the log says %v", said)
 	}
 }
+
+// What is pushed while the store is full of what is mirrored, and that is being
+// evicted for other pulls and for it, finds room and stays: also what was a mirrored
+// layer until it was mounted.
+func TestPushDuringEviction(t *testing.T) {
+	up := regtest.New(t, regtest.Options{})
+	images := make([]regtest.Image, 16)
+	for i := range images {
+		name := fmt.Sprint("x", i)
+		images[i] = regtest.NewImage(name, regtest.Random(name, 1<<20))
+		up.Push("library/"+name, images[i], "latest")
+	}
+	m := startAdmin(t, "")
+	if err := m.load(fmt.Sprintf("storage disk %s {\nmin_free 1MB\nmax_size 8MiB\n}\n", m.dir)+upstreamFor("docker.io", up), hostedSite); err != nil {
+		t.Fatal(err)
+	}
+	m.complete()
+	pulls := func(round int) error {
+		for i := range images {
+			if err := m.tryPull(fmt.Sprint("docker.io/library/x", i), "latest", images[i]); err != nil {
+				return fmt.Errorf("round %d: %w", round, err)
+			}
+		}
+		return nil
+	}
+	evicted := func() float64 { return m.admins("GET", "status")["evicted"].(object)["blobs"].(float64) }
+	stop, pulling := make(chan struct{}), make(chan error, 1)
+	go func() {
+		for round := 0; ; round++ {
+			select {
+			case <-stop:
+				pulling <- nil
+				return
+			default:
+			}
+			if err := pulls(round); err != nil {
+				pulling <- err
+				return
+			}
+		}
+	}()
+	eventually(t, "the store to be full", func() bool { return evicted() > 0 })
+
+	// push is as clients do: again where there is no room yet.
+	push := func(p pusher, blob regtest.Content) {
+		eventually(t, "a push to find room", func() bool {
+			a := p.sends(202, "POST", p.path("blobs", "uploads", ""), nil)
+			a, err := m.try("PUT", withQuery(a.Header.Get("Location"), "digest", blob.Digest.String()), blob.Data, "Content-Type", "application/octet-stream")
+			if err != nil || a.StatusCode != 201 && a.StatusCode != 507 {
+				t.Fatalf("%v %v", a, err)
+			}
+			return a.StatusCode == 201
+		})
+	}
+	var pushed []regtest.Image
+	for i := range 3 {
+		before, name := evicted(), fmt.Sprint("own", i)
+		image := regtest.NewImage(name, regtest.Random(name, 1<<20))
+		if i == 2 {
+			image = images[0]
+		}
+		pushed = append(pushed, image)
+		p := pusher{m, "apps/" + name}
+		for _, blob := range image.Blobs {
+			mounted, err := m.try("POST", p.path("blobs", "uploads", "")+"?mount="+blob.Digest.String()+"&from=docker.io/library/x0", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if mounted.StatusCode != 201 {
+				push(p, blob)
+			}
+		}
+		// Between the blobs and the manifest, too.
+		eventually(t, "eviction to go on", func() bool { return evicted() > before })
+		p.put("latest", image.Content)
+	}
+	before := evicted()
+	eventually(t, "eviction to go on", func() bool { return evicted() > before+5 })
+	close(stop)
+	if err := <-pulling; err != nil {
+		t.Error(err)
+	}
+	up.Down()
+	for i, image := range pushed {
+		p := pusher{m, fmt.Sprint("apps/own", i)}
+		for _, blob := range image.Blobs {
+			p.sends(200, "HEAD", p.path("blobs", blob.Digest.String()), nil)
+		}
+		m.pull(p.repository, "latest", image)
+	}
+}
