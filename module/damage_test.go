@@ -152,7 +152,7 @@ func TestStoreEvents(t *testing.T) {
 	m.stop()
 	// What registry:2 leaves counts as hosted, once the store has been compared.
 	forgetRecords(t, m.dir)
-	if err := os.Remove(m.dir + "/mirror/session.json"); err != nil {
+	if err := os.Remove(m.dir + "/mirror/local/session.json"); err != nil {
 		t.Fatal(err)
 	}
 	load("off")

@@ -51,7 +51,11 @@ import (
 // it is for what is checked at each reading.
 //
 // Contexts bound the waiting of a backend on a network; a local backend may
-// ignore them.
+// ignore them. Where the network or what is behind it fails, and the store cannot
+// tell without it, the error wraps [ErrUnavailable].
+//
+// What belongs to one machine. Keys below [Local] tell of this process's use of
+// the store. A store that several processes may use at once keeps them apart.
 type Store interface {
 	// Open returns the length bytes of a value from offset, or all of them
 	// from there when length is negative, and what Stat would say of the
@@ -114,11 +118,75 @@ type Store interface {
 	// used counts as used for every later call.
 	Reserve(n int64) (Reservation, error)
 
+	// Distant is how to deal with a store whose values are not all on a local
+	// disk, and nil for one whose values are.
+	Distant() Distant
+
 	// Close brings what was written lazily to the disk and lets go of the
 	// store. No other method may be called afterwards, also when it fails: an
 	// error means that lazy writes may not survive a loss of power.
 	Close() error
 }
+
+// Local is the prefix of the keys that belong to one machine; see [Store].
+const Local = "mirror/local/"
+
+// A Distant store has its values in a distant place, such as a bucket, and keeps
+// near, on a local disk, what was read lately and what is still on its way there.
+// It is its own judge of what it keeps near. What is put lazily is near at first,
+// and is taken to the distant place behind whoever put it; Sync, and Put with
+// [Durable], wait until it is there, and for the distant place survives a loss of
+// this machine.
+//
+// Open and Get read distant values through the network. Whoever serves blobs asks
+// OpenNear first, and fetches what is not near once for all who want it.
+type Distant interface {
+	// OpenNear opens a whole value as Open does, if it is near. If it is not, the
+	// error wraps [ErrDistant], and the Info is what is known of it without asking
+	// for it there; its Size is -1 if that is not known. If the key holds nothing,
+	// the error is an fs.ErrNotExist.
+	OpenNear(ctx context.Context, key string) (io.ReadCloser, Info, error)
+
+	// Drop lets go of what is near of a value, if the value is at the distant
+	// place, too; it reports whether there was something. It is for a near copy
+	// that has been found wrong.
+	Drop(key string) bool
+
+	// Distrust says that the distant bytes of a key have been found wrong: what is
+	// put there next takes their place though it has the same length.
+	Distrust(key string)
+
+	// Shared reports whether another process may be writing to the same place now.
+	// What has been read of it more than two seconds ago is then not to be relied
+	// upon, unless its key is its digest; and nothing may be deleted because
+	// nobody here needs it. It costs nothing to ask.
+	Shared() bool
+
+	// Listed waits until the store knows all keys at the distant place, which a
+	// new one lists once. Until then List asks there.
+	Listed(ctx context.Context) error
+
+	// Relist finds out anew what is at the distant place, for what others than
+	// this store have written there or taken away.
+	Relist(ctx context.Context) error
+
+	// Presign returns a URL by which anybody can read a value from the distant
+	// place for the given time, by a GET or HEAD request, which are signed apart.
+	// It is a secret. If the value is not there, or not yet, the error is an
+	// fs.ErrNotExist.
+	Presign(ctx context.Context, method, key string, life time.Duration) (string, error)
+
+	// Secret is what all who share the place know besides it, and nil if there is
+	// none: uploads are kept below [Uploads] then, signed with it, so that each can
+	// go on with them.
+	Secret() []byte
+}
+
+// Uploads is the prefix of what has come of uploads under way, in a [Distant]
+// store with a secret. What is put there is at the distant place when Put or
+// PutFile returns, whatever the durability, and is not kept near; Get, Open, Stat
+// and List ask there each time.
+const Uploads = "mirror/uploads/"
 
 // Info describes a value, or in a shallow listing a directory.
 type Info struct {
@@ -158,6 +226,15 @@ type Measured interface {
 // ErrFull is wrapped by the error of a Reserve that would take the store
 // beyond a limit its operator set. The message names the option.
 var ErrFull = errors.New("not enough room")
+
+// ErrUnavailable is wrapped by the error of a store that could not say, or do, what
+// it was asked for, because what it depends on does not answer or refuses to. It may
+// be worth trying again.
+var ErrUnavailable = errors.New("the store cannot be reached")
+
+// ErrDistant is wrapped by the error of [Distant].OpenNear for a value that is not
+// near.
+var ErrDistant = errors.New("not near")
 
 // ErrTooLarge is wrapped by the error of a Get of a value beyond its limit.
 var ErrTooLarge = errors.New("larger than expected")

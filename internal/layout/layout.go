@@ -19,9 +19,9 @@ const (
 	// Records is the prefix under which every repository has its records.
 	Records = records + "repositories/"
 
-	// Session is the key of what is noted of the last process that changed the
-	// store.
-	Session = "mirror/session.json"
+	// Session is the key of what is noted of the last process on this machine that
+	// changed the store.
+	Session = "mirror/local/session.json"
 )
 
 // Blob is the key of a blob's bytes. registry:2 keeps every blob under its

@@ -10,9 +10,9 @@ import (
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// MaxManifestSize is the largest manifest taken from an upstream, and taken in
-// from a client unless the configuration says otherwise, in bytes: 4 MiB, what the spec asks registries to support and about what containerd
-// is willing to read.
+// MaxManifestSize is the largest manifest taken from an upstream, and from a
+// client unless the configuration says otherwise, in bytes: 4 MiB, what the spec
+// asks registries to support and about what containerd is willing to read.
 const MaxManifestSize = 4 << 20
 
 // MaxStoredManifest is the largest manifest that is stored and served, in bytes:

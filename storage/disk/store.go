@@ -97,6 +97,9 @@ func (s *store) Close() error {
 	return nil
 }
 
+// Distant implements storage.Store: all values are local files.
+func (s *store) Distant() storage.Distant { return nil }
+
 func (s *store) Spool(name string) (string, error) {
 	if err := storage.CheckKey(name); err != nil || strings.Contains(name, "/") || !isLetter(name[0]) {
 		return "", fmt.Errorf("disk storage: %.200q does not name a spool", name)
