@@ -27,33 +27,43 @@ type object struct {
 
 // get reads length bytes of an object from offset, or all from there if length is
 // negative, in one call.
-func (b *bucket) get(ctx context.Context, key string, offset, length int64) (io.ReadCloser, object, error)
+func (b *bucket) get(ctx context.Context, key string, offset, length int64) (io.ReadCloser, object, error) {
+	panic("unwritten")
+}
 
 // head describes an object.
-func (b *bucket) head(ctx context.Context, key string) (object, error)
+func (b *bucket) head(ctx context.Context, key string) (object, error) { panic("unwritten") }
 
 // put stores size bytes under a key, in one call. sum is their sha256 in
 // hexadecimal; it is what is signed, so the bytes are not read for that.
-func (b *bucket) put(ctx context.Context, key string, body io.ReadSeeker, size int64, sum string) error
+func (b *bucket) put(ctx context.Context, key string, body io.ReadSeeker, size int64, sum string) error {
+	panic("unwritten")
+}
 
 // putFile stores a local file: in one call up to put_limit, else in equal parts. p
 // is where the upload stands: it goes on from there, and saved is called with what
 // it has come to, one call at a time, so that another process can go on after this.
 // The upload is over, and p worth nothing, when putFile returns nil.
-func (b *bucket) putFile(ctx context.Context, key, path string, size int64, sum string, p parts, saved func(parts) error) error
+func (b *bucket) putFile(ctx context.Context, key, path string, size int64, sum string, p parts, saved func(parts) error) error {
+	panic("unwritten")
+}
 
 // abort ends an upload that will not be gone on with.
-func (b *bucket) abort(ctx context.Context, key string, p parts) error
+func (b *bucket) abort(ctx context.Context, key string, p parts) error { panic("unwritten") }
 
 // delete removes an object. There need not be one.
-func (b *bucket) delete(ctx context.Context, key string) error
+func (b *bucket) delete(ctx context.Context, key string) error { panic("unwritten") }
 
 // list yields the objects whose keys begin with a prefix, which is empty or ends in
 // a slash, in no order.
-func (b *bucket) list(ctx context.Context, prefix string, deep bool) iter.Seq2[object, error]
+func (b *bucket) list(ctx context.Context, prefix string, deep bool) iter.Seq2[object, error] {
+	panic("unwritten")
+}
 
 // presign returns a URL for one GET or HEAD request of an object.
-func (b *bucket) presign(ctx context.Context, method, key string, life time.Duration) (string, error)
+func (b *bucket) presign(ctx context.Context, method, key string, life time.Duration) (string, error) {
+	panic("unwritten")
+}
 
 // parts is an upload in parts under way: our own ledger, since what servers say of
 // parts cannot be relied upon (seed: more than 200 of them).
