@@ -111,7 +111,7 @@ func (b *bucket) call(ctx context.Context, o operation, key string, send func(co
 		} else if last.status != 0 {
 			b.breaker.answered()
 		}
-		if !last.again || attempt == attempts {
+		if !last.again || attempt == attempts || last.unavailable() && b.breaker.open() {
 			return last
 		}
 		if last.expired {
