@@ -267,7 +267,7 @@ func TestTrialThatHangs(t *testing.T) {
 	if !b.allow(now) || b.allow(now) {
 		t.Error("not one trial")
 	}
-	if now = now.Add(firstPause); !b.allow(now) {
+	if now = now.Add(2 * firstPause); !b.allow(now) {
 		t.Error("no other trial")
 	}
 }
