@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"math/rand/v2"
 	"net/http"
 	"slices"
 	"strings"
@@ -42,9 +43,7 @@ func connect(t *testing.T, s settings) *bucket {
 // content is n bytes, and their sha256.
 func content(n int) ([]byte, string) {
 	data := make([]byte, n)
-	for i := range data {
-		data[i] = byte(i*i>>8 ^ i)
-	}
+	rand.NewChaCha8([32]byte{byte(n)}).Read(data)
 	sum := sha256.Sum256(data)
 	return data, hex.EncodeToString(sum[:])
 }
@@ -178,6 +177,15 @@ func TestCalls(t *testing.T) {
 
 func TestAcceptEncodingIsNotSigned(t *testing.T) {
 	double := s3double.New(t, s3double.Options{Quirks: s3double.Quirks{AcceptEncoding: "gzip,gzip(gfe)"}})
+	double.Write("k", []byte("value"))
+	b := connect(t, settingsOf(double))
+	if got, _, err := b.read(context.Background(), "k", 10); err != nil || string(got) != "value" {
+		t.Errorf("%q, %v", got, err)
+	}
+}
+
+func TestWrongClock(t *testing.T) {
+	double := s3double.New(t, s3double.Options{Quirks: s3double.Quirks{Skew: time.Hour}})
 	double.Write("k", []byte("value"))
 	b := connect(t, settingsOf(double))
 	if got, _, err := b.read(context.Background(), "k", 10); err != nil || string(got) != "value" {
