@@ -202,7 +202,9 @@ func TestStoredSlow(t *testing.T) {
 				t.Errorf("it took %v", took)
 			}
 			wait(t.Context(), time.Second) // for the commit
+			m.mu.Lock()
 			clear(m.store.values)
+			m.mu.Unlock()
 		}
 		m.distant.hangs, m.distant.stalls = 10*time.Second, 0
 		f, err := m.table.Join(fill.Want{

@@ -363,3 +363,12 @@ func (d *Distant) Presign(_ context.Context, method, key string, life time.Durat
 
 // Secret implements storage.Distant.
 func (d *Distant) Secret() []byte { return nil }
+
+// Vouch implements storage.Store.
+func (d *Distant) Vouch(ctx context.Context, key string) error {
+	err := d.Store.Vouch(ctx, key)
+	if absent(err) {
+		_, err = d.known(key)
+	}
+	return err
+}
