@@ -19,10 +19,10 @@ import (
 )
 
 // newDistantBench is a tree on a store with a distant place in memory.
-func newDistantBench(t *testing.T) (*bench, *storagetest.Distant) {
+func newDistantBench(t *testing.T) (*bench, *storagetest.Double) {
 	t.Helper()
 	b := &bench{t: t, dir: t.TempDir()}
-	store := storagetest.NewDistant(disktest.Open(t, b.dir))
+	store := storagetest.NewDouble(disktest.Open(t, b.dir))
 	b.store = store
 	b.Tree = New(store, b.told.note)
 	t.Cleanup(func() {
