@@ -35,10 +35,8 @@ type afar struct {
 	distant storage.Distant // nil: there is no such place
 
 	mu sync.Mutex
-	// shared is whether others were using the store when it was last looked, and
-	// since is since when.
+	// shared is whether others were using the store when it was last looked.
 	shared bool
-	since  time.Time
 	told   bool // what of it was told last
 	others []string
 	// out is when it was last told that the store cannot be reached; zero: it could
@@ -87,7 +85,7 @@ func (k *Keeper) look() {
 	}
 	if told != shared {
 		a.mu.Lock()
-		a.shared, a.told, a.since = shared, shared, k.now()
+		a.shared, a.told = shared, shared
 		a.mu.Unlock()
 		if shared {
 			k.log.Warn("another process uses the store: gc, eviction, retention and purge are off, and what is hosted is asked of the store each time",
@@ -182,14 +180,20 @@ func (k *Keeper) listed(ctx context.Context, anew bool) error {
 	}
 }
 
-// Shared is since when another process uses the store, as far as is known, and
-// what that is called; zero: none does.
-func (k *Keeper) Shared() (since time.Time, others []string) {
-	a := &k.afar
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if !a.shared {
-		return time.Time{}, nil
+// Off is why nothing is deleted, while another process uses the store, or empty.
+func (k *Keeper) Off() string {
+	if err := k.afar.mayRemove(); err != nil {
+		return err.Error()
 	}
-	return a.since, a.others
+	return ""
+}
+
+// Backlog says how it stands with the place where the store has its values, unless
+// that is a local disk.
+func (k *Keeper) Backlog() (storage.Backlog, bool) {
+	b, ok := k.store.(storage.Backlogged)
+	if !ok {
+		return storage.Backlog{}, false
+	}
+	return b.Backlog(), true
 }

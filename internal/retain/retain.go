@@ -244,11 +244,8 @@ func (k *Keeper) Status(ctx context.Context) (Status, error) {
 	s.Reserved = k.account.reserved
 	k.account.mu.Unlock()
 	k.report(&s)
-	if err := k.afar.mayRemove(); err != nil {
-		s.Off = err.Error()
-	}
-	if b, ok := k.store.(storage.Backlogged); ok {
-		backlog := b.Backlog()
+	s.Off = k.Off()
+	if backlog, ok := k.Backlog(); ok {
 		s.Distant = &backlog
 	}
 	c, err := k.Catalog()
