@@ -32,7 +32,7 @@ var (
 )
 
 // open opens the store over a bucket whose near tier lies where near says. The bucket
-// is the store's from then on, also when it fails.
+// is the store's from then on, unless it fails.
 //
 // Within one process a cache directory is shared: after a reload that goes away from
 // it and a second one that comes back, the first may still be serving its last readers.
@@ -40,16 +40,15 @@ func open(ctx context.Context, near *disk.Disk, b *bucket, settings settings) (*
 	openedMu.Lock()
 	defer openedMu.Unlock()
 	if s := opened[near.Directory]; s != nil {
-		defer b.close()
 		if s.identity != identity(settings) {
 			return nil, fmt.Errorf("s3 storage: the cache directory %s is in use for another bucket, %s: %w; give each its own", near.Directory, s.identity, storage.ErrLocked)
 		}
 		s.refs++
+		b.close()
 		return s, nil
 	}
 	s, err := openWith(ctx, near, b, settings, time.Now, tick)
 	if err != nil {
-		b.close()
 		return nil, err
 	}
 	opened[near.Directory] = s
@@ -63,7 +62,24 @@ func tick(every time.Duration) (<-chan time.Time, func()) {
 
 // identity names a bucket, and nothing of how it is used.
 func identity(s settings) string {
-	return strings.Join([]string{strings.TrimSuffix(s.Endpoint, "/"), s.Bucket, s.Prefix}, " ")
+	at := s.Endpoint
+	if at == "" {
+		at = "aws:" + s.Region
+	}
+	return strings.Join([]string{at, s.Bucket, s.Prefix}, " ")
+}
+
+// configure has the store use other settings from now on.
+func (s *store) configure(to settings) error {
+	if err := s.bucket.configure(s.ctx, to); err != nil {
+		return err
+	}
+	s.settings.Store(&to)
+	s.budget.mu.Lock()
+	s.budget.limit = to.CacheSize
+	s.budget.mu.Unlock()
+	s.budget.full()
+	return nil
 }
 
 func openWith(ctx context.Context, near *disk.Disk, b *bucket, settings settings, now func() time.Time, ticker func(time.Duration) (<-chan time.Time, func())) (s *store, err error) {
