@@ -360,6 +360,13 @@ func (s *store) open(ctx context.Context, key string, offset, length int64, near
 	case local:
 		return s.near.Open(ctx, key, offset, length)
 	case upload:
+		if near {
+			info, err := s.Stat(ctx, key)
+			if err == nil {
+				err = fmt.Errorf("s3 storage: %s: %w", key, storage.ErrDistant)
+			}
+			return nil, info, err
+		}
 		return s.fetch(ctx, key, offset, length)
 	case blob:
 		r, info, err := s.near.Open(ctx, key, offset, length)
