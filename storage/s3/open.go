@@ -239,7 +239,7 @@ func (s *store) Backlog() storage.Backlog {
 	b := storage.Backlog{Pending: s.budget.waiting, PendingBytes: s.budget.pending, NearBytes: s.budget.near, CacheBytes: s.budget.limit}
 	s.budget.mu.Unlock()
 	b.Oldest = s.queue.oldest()
-	b.Calls, b.Failed = s.bucket.called()
+	b.Calls, b.Failed = s.bucket.called(), s.bucket.failures()
 	b.Others = s.owner.names()
 	b.Listed = s.index.complete.Load()
 	b.Shared = s.owner.shared.Load()
