@@ -60,7 +60,8 @@ const (
 	stall       = 30 * time.Second // between two bytes
 	unanswered  = 5 * time.Second  // a caller who has gone after this was not answered
 
-	worthAsking = 8 << 20
+	worthAsking   = 8 << 20  // bytes of a body that is not sent again unasked
+	longestAnswer = 16 << 20 // but for an object; a page of a listing has a thousand keys
 )
 
 // called is how many requests have been sent, by operation.
@@ -242,6 +243,12 @@ func (p *patient) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 		cancel(nil)
 		return nil, err
+	}
+	if o != opGet || resp.StatusCode >= 300 {
+		resp.Body = struct {
+			io.Reader
+			io.Closer
+		}{&io.LimitedReader{R: resp.Body, N: longestAnswer}, resp.Body}
 	}
 	resp.Body = &watched{
 		ReadCloser: resp.Body,

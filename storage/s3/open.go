@@ -82,8 +82,8 @@ func (s *store) configure(to settings) error {
 	return nil
 }
 
-func openWith(ctx context.Context, near *disk.Disk, b *bucket, settings settings, now func() time.Time, ticker func(time.Duration) (<-chan time.Time, func())) (s *store, err error) {
-	s = &store{
+func openWith(ctx context.Context, near *disk.Disk, b *bucket, settings settings, now func() time.Time, ticker func(time.Duration) (<-chan time.Time, func())) (_ *store, err error) {
+	s := &store{
 		bucket: b, root: near.Directory, identity: identity(settings), now: now, ticker: ticker, refs: 1,
 		log: caddy.Log().Named("registry.storage.s3"), seed: maphash.MakeSeed(), queue: newQueue(),
 		uploads: make(chan struct{}, maxUploads),
