@@ -223,6 +223,29 @@ type Measured interface {
 	Free() (free, keep int64, err error)
 }
 
+// A Backlogged store has values that are on their way to a distant place, and says
+// how that goes. It is optional.
+type Backlogged interface {
+	// Backlog costs nothing that is worth saving.
+	Backlog() Backlog
+}
+
+// A Backlog is what a [Backlogged] store has to say.
+type Backlog struct {
+	Pending      int64            // values that are not at the distant place yet
+	PendingBytes int64            // how much room those take
+	NearBytes    int64            // of all values that are near
+	CacheBytes   int64            // that they may take
+	Calls        map[string]int64 // requests to the distant place since the store was opened, by operation
+	Listed       bool             // what is at the distant place is known
+	Shared       bool             // as Distant has it
+
+	// Err is why the last request got no answer, and Since when that began. It is nil
+	// after one that did.
+	Err   error
+	Since time.Time
+}
+
 // ErrFull is wrapped by the error of a Reserve that would take the store
 // beyond a limit its operator set. The message names the option.
 var ErrFull = errors.New("not enough room")
