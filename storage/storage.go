@@ -159,7 +159,8 @@ type Distant interface {
 	// Shared reports whether another process may be writing to the same place now.
 	// What has been read of it more than two seconds ago is then not to be relied
 	// upon, unless its key is its digest; and nothing may be deleted because
-	// nobody here needs it. It costs nothing to ask.
+	// nobody here needs it. It costs nothing to ask. Once it is true it is so for five
+	// seconds at least: whoever asks each second misses nobody.
 	Shared() bool
 
 	// Listed waits until the store knows all keys at the distant place, which a

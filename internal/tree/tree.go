@@ -49,6 +49,7 @@ type Tree struct {
 	scans     singleflight.Group
 	proofs    proofs
 	life      life
+	sharing   sharing
 
 	// stays and suspect are Guard's. wrong are blobs that stay, as of their
 	// ModTime, so that they are not hashed again.
@@ -118,6 +119,7 @@ func New(store storage.Store, note func(Change)) *Tree {
 		store: store, members: members, revisions: revisions, hot: newHot(), records: records, scanned: scanned,
 		note: note, now: time.Now, forgotten: forgotten, wrong: wrong,
 	}
+	t.sharing.distant = store.Distant()
 	t.Guard(func(context.Context, digest.Digest) (bool, error) { return false, nil }, func(digest.Digest) {})
 	t.proofs.slots = make(chan struct{}, maxProofs)
 	t.life.ctx, t.life.cancel = context.WithCancelCause(context.Background())
@@ -168,18 +170,11 @@ func newManifest(d digest.Digest, body []byte, parsed *oci.Manifest) *Manifest {
 // at is when a client has asked for it by its digest; the zero time: none has.
 func (t *Tree) Warm(repository string, d digest.Digest, at time.Time) (*Manifest, bool) {
 	r, ok := t.revisions.Get(member{repository, d})
-	if !ok {
+	if !ok || !t.believes(repository) {
 		return nil, false
 	}
-	w, ok := t.hot.get(r.canonical)
+	m, ok := t.hotManifest(d, r.canonical)
 	if !ok {
-		return nil, false
-	}
-	m := w.manifest
-	if d != r.canonical {
-		m = w.other
-	}
-	if m == nil || m.Digest != d {
 		return nil, false
 	}
 	if !at.IsZero() && r.read.again(at) {
@@ -188,12 +183,25 @@ func (t *Tree) Warm(repository string, d digest.Digest, at time.Time) (*Manifest
 	return m, true
 }
 
+// hotManifest returns a manifest whose bytes are in memory, whoever it belongs to.
+func (t *Tree) hotManifest(d, canonical digest.Digest) (*Manifest, bool) {
+	w, ok := t.hot.get(canonical)
+	if !ok {
+		return nil, false
+	}
+	m := w.manifest
+	if d != canonical {
+		m = w.other
+	}
+	return m, m != nil && m.Digest == d
+}
+
 // WarmBlob returns the bytes of a small blob that belongs to a repository, if
 // memory alone tells. Nobody may change them. at is when a client has asked for
 // it; the zero time: none has.
 func (t *Tree) WarmBlob(repository string, d digest.Digest, at time.Time) ([]byte, bool) {
 	known, ok := t.members.Get(member{repository, d})
-	if !ok || !known.Linked {
+	if !ok || !known.Linked || !t.believes(repository) {
 		return nil, false
 	}
 	w, ok := t.hot.get(known.Canonical)
@@ -237,14 +245,17 @@ func (t *Tree) Manifest(ctx context.Context, repository string, d digest.Digest)
 
 // adopt links a manifest whose bytes are held.
 func (t *Tree) adopt(ctx context.Context, repository string, d digest.Digest) (*Manifest, error) {
+	m, err := t.load(ctx, d, d) // before the locks: it may take a network
+	if err != nil {
+		return nil, err
+	}
 	leave, err := t.enter(ctx, repository)
 	if err != nil {
 		return nil, err
 	}
 	defer leave()
 	defer t.lockDigest(d)()
-	m, err := t.load(ctx, d, d)
-	if err != nil {
+	if _, err := t.store.Stat(ctx, layout.Blob(d)); err != nil {
 		return nil, err
 	}
 	// Where there is no room for a link it is known for as long as there is
@@ -254,33 +265,47 @@ func (t *Tree) adopt(ctx context.Context, repository string, d digest.Digest) (*
 	return m, nil
 }
 
+// lookAgain is how often the store is read again for what has been removed
+// meanwhile, by the repository's guard. Nothing is read under the guard's lock, which
+// others need: it may take a network.
+const lookAgain = 3
+
 // linkedManifest returns a manifest that was stored in the repository.
-func (t *Tree) linkedManifest(ctx context.Context, repository string, d digest.Digest) (*Manifest, error) {
+func (t *Tree) linkedManifest(ctx context.Context, repository string, d digest.Digest) (m *Manifest, err error) {
 	key, g := layout.RevisionLink(repository, d), t.guards.of(repository)
-	since := g.removals.Load()
-	canonical, err := t.link(ctx, key)
-	if err != nil {
-		return nil, err
-	}
-	hotSince := t.hot.since(canonical)
-	m, err := t.load(ctx, d, canonical)
-	if err != nil {
-		return nil, err
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.removals.Load() != since {
-		if _, err := t.store.Stat(ctx, key); err != nil {
+	for range lookAgain {
+		since := g.removals.Load()
+		canonical, err := t.link(ctx, key)
+		if err != nil {
 			return nil, err
 		}
+		hotSince := t.hot.since(canonical)
+		var held bool
+		if m, held = t.hotManifest(d, canonical); !held || !t.Shared() { // whose links are read each time
+			if m, err = t.load(ctx, d, canonical); err != nil {
+				return nil, err
+			}
+		}
+		g.mu.Lock()
+		unchanged := g.removals.Load() == since
+		if unchanged {
+			t.remember(repository, m, canonical, hotSince)
+		}
+		g.mu.Unlock()
+		if unchanged {
+			break
+		}
 	}
-	t.remember(repository, m, canonical, hotSince)
 	return m, nil
 }
 
 // load reads a manifest that lies under a digest.
 func (t *Tree) load(ctx context.Context, d, canonical digest.Digest) (*Manifest, error) {
-	body, err := t.store.Get(ctx, layout.Blob(canonical), oci.MaxStoredManifest)
+	key := layout.Blob(canonical)
+	body, err := t.store.Get(ctx, key, oci.MaxStoredManifest)
+	if err == nil && d.Algorithm().FromBytes(body) != d && t.drop(key) {
+		body, err = t.store.Get(ctx, key, oci.MaxStoredManifest)
+	}
 	if errors.Is(err, storage.ErrTooLarge) {
 		return nil, fmt.Errorf("%w: %s is no manifest: %w", fs.ErrNotExist, d, err)
 	}
@@ -288,6 +313,9 @@ func (t *Tree) load(ctx context.Context, d, canonical digest.Digest) (*Manifest,
 		return nil, err
 	}
 	if d.Algorithm().FromBytes(body) != d {
+		if distant := t.store.Distant(); distant != nil {
+			distant.Distrust(key) // so that what is fetched in its place is stored there
+		}
 		t.suspect(canonical)
 		return nil, fmt.Errorf("the stored bytes of manifest %s are %w", d, ErrDamaged)
 	}
@@ -377,36 +405,46 @@ func (t *Tree) absent(ctx context.Context, key string) bool {
 func (t *Tree) Member(ctx context.Context, repository string, d digest.Digest) (Member, bool, error) {
 	key := member{repository, d}
 	known, ok := t.members.Get(key)
+	if ok && t.Shared() && t.isHosted(ctx, repository) {
+		known, ok = Member{}, false
+	}
 	inherits := ok && known.Linked || !t.isHosted(ctx, repository)
 	if ok && known.Canonical != "" && inherits {
 		return known, true, nil
 	}
 	g := t.guards.of(repository)
-	since := g.removals.Load()
-	canonical, err := t.link(ctx, layout.LayerLink(repository, d))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return Member{}, false, err
-	}
-	linked := err == nil
-	if !linked && !inherits {
-		return Member{Size: -1}, false, nil
-	}
-	if !ok && inherits { // the manifests tell, and the size besides
-		if known, ok, err = t.named(ctx, repository, d, func(Member) bool { return true }); err != nil {
+	var canonical digest.Digest
+	for range lookAgain {
+		since := g.removals.Load()
+		var err error
+		canonical, err = t.link(ctx, layout.LayerLink(repository, d))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return Member{}, false, err
 		}
-	}
-	if !linked {
-		return known, ok, nil
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.removals.Load() != since {
-		if t.absent(ctx, layout.LayerLink(repository, d)) {
-			return known, ok && inherits, nil
+		linked := err == nil
+		if !linked && !inherits {
+			return Member{Size: -1}, false, nil
+		}
+		if !ok && inherits { // the manifests tell, and the size besides
+			if known, ok, err = t.named(ctx, repository, d, func(Member) bool { return true }); err != nil {
+				return Member{}, false, err
+			}
+		}
+		if !linked {
+			return known, ok, nil
+		}
+		g.mu.Lock()
+		unchanged := g.removals.Load() == since
+		if unchanged {
+			known = t.linked(key, canonical)
+		}
+		g.mu.Unlock()
+		if unchanged {
+			return known, true, nil
 		}
 	}
-	return t.linked(key, canonical), true, nil
+	// Removals go on and on; it was linked a moment ago.
+	return Member{Canonical: canonical, Size: -1, Linked: true, read: new(LastRead)}, true, nil
 }
 
 // linked remembers that a repository's link proves a member. The repository's

@@ -202,6 +202,9 @@ func (s *store) Presign(ctx context.Context, method, key string, life time.Durat
 			}
 		}
 	}
+	if s.bucket.breaker.open() {
+		return "", fmt.Errorf("presigning %s: %w: it has not answered lately", key, storage.ErrUnavailable)
+	}
 	return s.bucket.presign(ctx, method, key, life)
 }
 
