@@ -195,6 +195,7 @@ type s3Calls struct {
 	keys   map[string]int // by operation and key
 	wanted string         // the operation to hold back
 	of     string         // of keys that begin with this
+	skip   int            // so many such calls before
 	after  int64          // after so many bytes of its body, either way
 	holds  chan struct{}  // closed when one is held
 	goOn   chan struct{}  // closed to let it go
@@ -229,8 +230,10 @@ func startS3Calls(t *testing.T, target string) *s3Calls {
 			c.keys[operation+" "+key]++
 			var h *heldBody
 			if c.wanted != "" && operation == c.wanted && strings.HasPrefix(key, c.of) {
-				h = &heldBody{ctx: r.Context(), left: c.after, holds: c.holds, goOn: c.goOn}
-				c.wanted = ""
+				if c.skip--; c.skip < 0 {
+					h = &heldBody{ctx: r.Context(), left: c.after, holds: c.holds, goOn: c.goOn}
+					c.wanted = ""
+				}
 			}
 			c.mu.Unlock()
 			if h != nil && r.Method == http.MethodGet {
@@ -295,7 +298,7 @@ func (c *s3Calls) count(operation string) int {
 	return c.counts[operation]
 }
 
-// of returns how often operations were asked for of one key, by operation.
+// ofKey is how often operations were asked for of one key, by operation.
 func (c *s3Calls) ofKey(key string) map[string]int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -315,14 +318,14 @@ func (c *s3Calls) all() string {
 	return fmt.Sprint(c.counts)
 }
 
-// hold arranges for the next call of an operation, of a key that begins so, to
-// stop after so many bytes of what it carries. The first result is closed when it
-// has; the second lets it go on.
-func (c *s3Calls) hold(t *testing.T, operation, prefix string, after int64) (<-chan struct{}, func()) {
+// hold arranges for a call of an operation, of a key that begins so, to stop after
+// so many bytes of what it carries: the next one, but for so many. The first result
+// is closed when it has; the second lets it go on.
+func (c *s3Calls) hold(t *testing.T, operation, prefix string, skip int, after int64) (<-chan struct{}, func()) {
 	t.Helper()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.wanted, c.of, c.after = operation, prefix, after
+	c.wanted, c.of, c.skip, c.after = operation, prefix, skip, after
 	c.holds, c.goOn = make(chan struct{}), make(chan struct{})
 	release := sync.OnceFunc(func() {
 		c.mu.Lock()
