@@ -117,7 +117,7 @@ func below(prefixes ...string) func(string) bool {
 var (
 	caddy = below("github.com/caddyserver", "github.com/mholt")
 	heavy = below("github.com/caddyserver", "github.com/mholt",
-		"github.com/aws", "github.com/minio",
+		"github.com/aws", "github.com/minio", "go.etcd.io",
 		"modernc.org/sqlite", "github.com/mattn/go-sqlite3", "github.com/ncruces/go-sqlite3",
 		"github.com/go-sql-driver", "github.com/jackc", "github.com/lib/pq")
 )
@@ -135,6 +135,7 @@ func TestImports(t *testing.T) {
 		{".", g.module + "/module"}, {"caddyfile", g.module + "/module"}, {"module", g.module + "/internal/mirror"},
 		{"internal/mirror", g.module + "/internal/upstream"}, {"internal/fill", g.module + "/storage"},
 		{"module", "github.com/caddyserver/caddy/v2"}, {"storage/disk", "github.com/caddyserver/caddy/v2"},
+		{"storage/s3", "github.com/aws/aws-sdk-go-v2/service/s3"}, {"storage/s3", "go.etcd.io/bbolt"},
 	} {
 		if !slices.Contains(g.imports[edge[0]], edge[1]) {
 			t.Errorf("%s does not import %s, or the imports cannot be read", edge[0], edge[1])
@@ -148,6 +149,9 @@ func TestImports(t *testing.T) {
 		inside := strings.HasPrefix(dir, "internal/")
 		if inside {
 			g.forbid(t, dir, "Caddy, SQL drivers or AWS", heavy)
+		}
+		if dir != "storage/s3" && dir != "." && dir != "xcaddy" {
+			g.forbid(t, dir, "AWS or bbolt", below("github.com/aws", "go.etcd.io"))
 		}
 		for _, imported := range imports {
 			to, ok := g.own(imported)
@@ -164,7 +168,7 @@ func TestImports(t *testing.T) {
 			case strings.HasPrefix(dir, "storage") && strings.HasPrefix(to, "internal/mirror"):
 				t.Errorf("%s imports %s, which is above it", dir, to)
 			case strings.HasPrefix(to, "storage/") && to != "storage/storagetest" && to != "storage/catalog" && !strings.HasPrefix(dir, to) &&
-				dir != "." && dir != "xcaddy" && (dir != "module" || to != "storage/disk"): // disk is the default
+				dir != "." && dir != "xcaddy" && (dir != "module" && dir != "storage/s3" || to != "storage/disk"): // disk is the default, and before every bucket
 				t.Errorf("%s imports %s; a user who needs no such module builds without it", dir, to)
 			}
 		}

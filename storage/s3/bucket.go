@@ -1,10 +1,28 @@
 package s3
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
 	"io"
-	"iter"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync/atomic"
 	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/aws/middleware"
+	v4 "github.com/aws/aws-sdk-go-v2/aws/signer/v4"
+	"github.com/aws/aws-sdk-go-v2/config"
+	"github.com/aws/aws-sdk-go-v2/credentials"
+	"github.com/aws/aws-sdk-go-v2/service/s3"
+	smithy "github.com/aws/smithy-go/middleware"
+
+	"github.com/caddy-registry/mirror/storage"
 )
 
 // A bucket is what the store asks of S3: one prefix of one bucket. It keeps nothing
@@ -12,9 +30,161 @@ import (
 //
 // Keys are the store's; the prefix of the configuration is put before them here.
 // An absent key is an fs.ErrNotExist. What may be otherwise at another time (no
-// answer, 5xx, SlowDown, refused credentials) wraps storage.ErrUnavailable, and after
-// several in a row so does every call for a while, at once.
-type bucket struct{}
+// answer, 5xx, SlowDown, refused credentials, a bucket that is not there) wraps
+// storage.ErrUnavailable, and after several in a row so does every call for a while,
+// at once. Errors name no URL and no secret.
+//
+// A call is tried several times. Bodies take as long as they take, but must not
+// stand still.
+type bucket struct {
+	name   string // of the bucket
+	prefix string // empty, or ending in a slash
+	where  string // the endpoint, for messages
+
+	http    *http.Client
+	remote  atomic.Pointer[remote]
+	breaker breaker
+	counts  [operations]atomic.Int64
+}
+
+// remote is what configure may change while calls are under way.
+type remote struct {
+	settings settings
+	client   *s3.Client
+	refresh  func() // forgets credentials that have expired
+	secrets  *strings.Replacer
+}
+
+// settings say which bucket is meant and how it is used, and how the store in front
+// of it keeps to it.
+type settings struct {
+	Endpoint  string // URL; empty: AWS's for the region
+	Region    string // empty: us-east-1 with an endpoint, else AWS's chain
+	Bucket    string
+	Prefix    string // before every key; empty, or with no slash at either end
+	PathStyle bool   // the bucket in the path, not in the host
+	AccessKey string // empty: AWS's chain
+	SecretKey string
+
+	PutLimit int64 // bytes up to which an object is stored in one call
+	PartSize int64 // least bytes of a part
+	MaxParts int   // of one object
+	ListV1   bool
+
+	CacheSize int64  // bytes of the near tier that copies may take
+	Secret    []byte // what all who share the bucket know; nil: nobody shares uploads
+	PushLocal bool   // a durable value need only be near
+
+	transport http.RoundTripper // in place of the network, for tests
+}
+
+// newBucket checks nothing of what is at the other end: the first call finds out.
+func newBucket(ctx context.Context, s settings) (*bucket, error) {
+	b := &bucket{name: s.Bucket, where: s.Endpoint}
+	if s.Prefix != "" {
+		b.prefix = s.Prefix + "/"
+	}
+	transport := s.transport
+	if transport == nil {
+		transport = newTransport()
+	}
+	b.http = &http.Client{
+		Transport: &patient{next: transport, sent: func(o operation) { b.counts[o].Add(1) }},
+		// A request is signed for one host.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	return b, b.configure(ctx, s)
+}
+
+// configure has later calls use other credentials, limits and ways. Endpoint, bucket
+// and prefix are those of newBucket.
+func (b *bucket) configure(ctx context.Context, s settings) error {
+	r := &remote{settings: s, refresh: func() {}, secrets: strings.NewReplacer()}
+	region := s.Region
+	if region == "" && s.Endpoint != "" {
+		region = "us-east-1"
+	}
+	var provider aws.CredentialsProvider
+	if s.AccessKey != "" {
+		provider = credentials.NewStaticCredentialsProvider(s.AccessKey, s.SecretKey, "")
+		r.secrets = strings.NewReplacer(s.AccessKey, "…", s.SecretKey, "…")
+	}
+	if provider == nil || region == "" {
+		chain, err := config.LoadDefaultConfig(ctx)
+		if err != nil {
+			return fmt.Errorf("s3: reading AWS's configuration from the environment and its files: %w", err)
+		}
+		if region == "" {
+			region = chain.Region
+		}
+		if provider == nil {
+			provider = chain.Credentials
+			if cache, ok := provider.(*aws.CredentialsCache); ok {
+				r.refresh = cache.Invalidate
+			}
+		}
+	}
+	if region == "" {
+		return errors.New("s3: no region: give the region of the bucket, or set AWS_REGION")
+	}
+	options := s3.Options{
+		Region:       region,
+		UsePathStyle: s.PathStyle,
+		Credentials:  chained{provider},
+		HTTPClient:   b.http,
+		Retryer:      aws.NopRetryer{},
+		APIOptions:   []func(*smithy.Stack) error{plain},
+		// Checksums in trailers are not understood by many that speak S3.
+		RequestChecksumCalculation:                aws.RequestChecksumCalculationWhenRequired,
+		ResponseChecksumValidation:                aws.ResponseChecksumValidationWhenRequired,
+		DisableLogOutputChecksumValidationSkipped: true,
+	}
+	if s.Endpoint != "" {
+		options.BaseEndpoint = aws.String(strings.TrimSuffix(s.Endpoint, "/"))
+	}
+	r.client = s3.New(options)
+	b.remote.Store(r)
+	return nil
+}
+
+// close lets go of idle connections.
+func (b *bucket) close() { b.http.CloseIdleConnections() }
+
+// chained marks the errors of credentials that cannot be had.
+type chained struct{ aws.CredentialsProvider }
+
+type noCredentials struct{ error }
+
+func (n noCredentials) Unwrap() error { return n.error }
+
+func (c chained) Retrieve(ctx context.Context) (aws.Credentials, error) {
+	found, err := c.CredentialsProvider.Retrieve(ctx)
+	if err != nil {
+		return found, noCredentials{err}
+	}
+	return found, nil
+}
+
+// plain leaves Accept-Encoding out of what is signed, since proxies in front of some
+// stores, Google's among them, change it.
+func plain(stack *smithy.Stack) error {
+	if _, ok := stack.Finalize.Get("DisableAcceptEncodingGzip"); ok {
+		_, err := stack.Finalize.Remove("DisableAcceptEncodingGzip")
+		return err
+	}
+	return nil
+}
+
+// signedAs has a request be signed for a body of this sha256, which is then not read
+// to find out.
+func signedAs(sum string) func(*s3.Options) {
+	return s3.WithAPIOptions(func(stack *smithy.Stack) error {
+		return stack.Finalize.Insert(smithy.FinalizeMiddlewareFunc("PayloadHashIsKnown",
+			func(ctx context.Context, in smithy.FinalizeInput, next smithy.FinalizeHandler) (smithy.FinalizeOutput, smithy.Metadata, error) {
+				return next.HandleFinalize(v4.SetPayloadHash(ctx, sum), in)
+			}), "ComputePayloadHash", smithy.Before)
+	})
+}
 
 // An object is what S3 says of one. A shallow listing yields directories as well,
 // as keys that end in a slash.
@@ -25,50 +195,227 @@ type object struct {
 	modified time.Time
 }
 
+func (b *bucket) full(key string) *string { return aws.String(b.prefix + key) }
+
 // get reads length bytes of an object from offset, or all from there if length is
-// negative, in one call.
+// negative, in one call. The object is that of which bytes are read. A body that
+// ends early or stands still fails with storage.ErrUnavailable.
 func (b *bucket) get(ctx context.Context, key string, offset, length int64) (io.ReadCloser, object, error) {
-	panic("unwritten")
+	if offset < 0 {
+		return nil, object{}, fmt.Errorf("s3: reading %s: there is nothing at %d", key, offset)
+	}
+	if length == 0 {
+		o, err := b.head(ctx, key)
+		if err == nil && offset > o.size {
+			err = outside(key, offset, length, o.size)
+		}
+		if err != nil {
+			return nil, object{}, err
+		}
+		return http.NoBody, o, nil
+	}
+	in := &s3.GetObjectInput{Bucket: &b.name, Key: b.full(key)}
+	switch {
+	case length > 0:
+		in.Range = aws.String(fmt.Sprintf("bytes=%d-%d", offset, offset+length-1))
+	case offset > 0:
+		in.Range = aws.String(fmt.Sprintf("bytes=%d-", offset))
+	}
+	var out *s3.GetObjectOutput
+	err := b.call(ctx, opGet, key, func(ctx context.Context, c *s3.Client) (err error) {
+		out, err = c.GetObject(ctx, in)
+		return err
+	}, nil)
+	if err != nil {
+		if f, ok := errors.AsType[*fault](err); ok && f.status == http.StatusRequestedRangeNotSatisfiable {
+			if _, size, ok := contentRange(f.header.Get("Content-Range")); ok && length < 0 && offset == size {
+				o, err := b.head(ctx, key)
+				return http.NoBody, o, err
+			} else if ok {
+				err = outside(key, offset, length, size)
+			}
+		}
+		return nil, object{}, err
+	}
+	o := object{key: key, size: aws.ToInt64(out.ContentLength), etag: aws.ToString(out.ETag), modified: aws.ToTime(out.LastModified)}
+	want := o.size
+	if in.Range != nil {
+		first, size, ok := contentRange(aws.ToString(out.ContentRange))
+		switch {
+		case !ok || first != offset:
+			out.Body.Close()
+			return nil, object{}, fmt.Errorf("s3: reading %s: %s answered the range %s with %q; a store that has no ranges cannot be used", key, b.where, *in.Range, aws.ToString(out.ContentRange))
+		case length > size-offset:
+			out.Body.Close()
+			return nil, object{}, outside(key, offset, length, size)
+		case length < 0:
+			length = size - offset
+		}
+		o.size, want = size, length
+	} else if out.ContentLength == nil {
+		out.Body.Close()
+		return nil, object{}, fmt.Errorf("s3: reading %s: %s does not say how long it is", key, b.where)
+	}
+	return &body{from: out.Body, left: want, failed: func(err error) error { return b.broken(ctx, key, err) }}, o, nil
+}
+
+func outside(key string, offset, length, size int64) error {
+	return fmt.Errorf("s3: %d bytes from %d do not lie inside the %d of %s", length, offset, size, key)
+}
+
+// contentRange reads "bytes 5-9/10" and "bytes */10".
+func contentRange(s string) (first, size int64, ok bool) {
+	span, total, found := strings.Cut(strings.TrimPrefix(s, "bytes "), "/")
+	if !found {
+		return 0, 0, false
+	}
+	size, err := strconv.ParseInt(total, 10, 64)
+	if err != nil {
+		return 0, 0, false
+	}
+	from, _, _ := strings.Cut(span, "-")
+	if from == "*" {
+		return 0, size, true
+	}
+	first, err = strconv.ParseInt(from, 10, 64)
+	return first, size, err == nil && 0 <= first && first < size
+}
+
+// body is what is left to be read of an object.
+type body struct {
+	from   io.ReadCloser
+	left   int64
+	failed func(error) error
+}
+
+func (r *body) Read(p []byte) (int, error) {
+	if r.left == 0 {
+		return 0, io.EOF
+	}
+	n, err := r.from.Read(p[:min(int64(len(p)), r.left)])
+	r.left -= int64(n)
+	switch {
+	case err == nil:
+	case r.left == 0:
+		err = io.EOF
+	case err == io.EOF:
+		err = r.failed(io.ErrUnexpectedEOF)
+	default:
+		err = r.failed(err)
+	}
+	return n, err
+}
+
+func (r *body) Close() error { return r.from.Close() }
+
+// read is get for small objects, whole; a body that fails is asked for again. For one
+// of more than limit bytes the error wraps storage.ErrTooLarge.
+func (b *bucket) read(ctx context.Context, key string, limit int64) ([]byte, object, error) {
+	for again := false; ; again = true {
+		r, o, err := b.get(ctx, key, 0, -1)
+		if err != nil {
+			return nil, object{}, err
+		}
+		if o.size > limit {
+			r.Close()
+			return nil, o, fmt.Errorf("s3: %s has %d bytes, %w (%d)", key, o.size, storage.ErrTooLarge, limit)
+		}
+		data := make([]byte, o.size)
+		_, err = io.ReadFull(r, data)
+		r.Close()
+		if err == nil {
+			return data, o, nil
+		}
+		if again || !errors.Is(err, storage.ErrUnavailable) {
+			return nil, object{}, err
+		}
+	}
 }
 
 // head describes an object.
-func (b *bucket) head(ctx context.Context, key string) (object, error) { panic("unwritten") }
+func (b *bucket) head(ctx context.Context, key string) (object, error) {
+	o, _, err := b.look(ctx, key)
+	return o, err
+}
+
+// look is head, and how long ago the object was written by the clock of the server.
+func (b *bucket) look(ctx context.Context, key string) (object, time.Duration, error) {
+	var out *s3.HeadObjectOutput
+	err := b.call(ctx, opHead, key, func(ctx context.Context, c *s3.Client) (err error) {
+		out, err = c.HeadObject(ctx, &s3.HeadObjectInput{Bucket: &b.name, Key: b.full(key)})
+		return err
+	}, nil)
+	if err != nil {
+		return object{}, 0, err
+	}
+	o := object{key: key, size: aws.ToInt64(out.ContentLength), etag: aws.ToString(out.ETag), modified: aws.ToTime(out.LastModified)}
+	served, ok := middleware.GetServerTime(out.ResultMetadata)
+	if !ok {
+		served = time.Now()
+	}
+	return o, served.Sub(o.modified), nil
+}
 
 // put stores size bytes under a key, in one call. sum is their sha256 in
-// hexadecimal; it is what is signed, so the bytes are not read for that.
+// hexadecimal; it is what is signed, so the bytes are not read for that. If it is
+// empty they are.
 func (b *bucket) put(ctx context.Context, key string, body io.ReadSeeker, size int64, sum string) error {
-	panic("unwritten")
+	if sum == "" {
+		var err error
+		if sum, err = hashed(body); err != nil {
+			return fmt.Errorf("s3: storing %s: %w", key, err)
+		}
+	}
+	began := time.Now()
+	// Whether the bytes came before the answer got lost. Few bytes are sent again
+	// for what it costs to ask.
+	var landed func(context.Context) bool
+	if size >= worthAsking {
+		landed = func(ctx context.Context) bool {
+			o, age, err := b.look(ctx, key)
+			return err == nil && o.size == size && age <= time.Since(began)+2*time.Second
+		}
+	}
+	return b.call(ctx, opPut, key, func(ctx context.Context, c *s3.Client) error {
+		if _, err := body.Seek(0, io.SeekStart); err != nil {
+			return err
+		}
+		_, err := c.PutObject(ctx, &s3.PutObjectInput{
+			Bucket:        &b.name,
+			Key:           b.full(key),
+			Body:          body,
+			ContentLength: &size,
+			ContentType:   aws.String("application/octet-stream"),
+		}, signedAs(sum))
+		return err
+	}, landed)
 }
 
-// putFile stores a local file: in one call up to put_limit, else in equal parts. p
-// is where the upload stands: it goes on from there, and saved is called with what
-// it has come to, one call at a time, so that another process can go on after this.
-// The upload is over, and p worth nothing, when putFile returns nil.
-func (b *bucket) putFile(ctx context.Context, key, path string, size int64, sum string, p parts, saved func(parts) error) error {
-	panic("unwritten")
+// putBytes is put for bytes.
+func (b *bucket) putBytes(ctx context.Context, key string, data []byte) error {
+	return b.put(ctx, key, bytes.NewReader(data), int64(len(data)), "")
 }
 
-// abort ends an upload that will not be gone on with.
-func (b *bucket) abort(ctx context.Context, key string, p parts) error { panic("unwritten") }
+// hashed is the sha256 of a body, in hexadecimal.
+func hashed(body io.ReadSeeker) (string, error) {
+	if _, err := body.Seek(0, io.SeekStart); err != nil {
+		return "", err
+	}
+	hash := sha256.New()
+	if _, err := io.Copy(hash, body); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(hash.Sum(nil)), nil
+}
 
 // delete removes an object. There need not be one.
-func (b *bucket) delete(ctx context.Context, key string) error { panic("unwritten") }
-
-// list yields the objects whose keys begin with a prefix, which is empty or ends in
-// a slash, in no order.
-func (b *bucket) list(ctx context.Context, prefix string, deep bool) iter.Seq2[object, error] {
-	panic("unwritten")
-}
-
-// presign returns a URL for one GET or HEAD request of an object.
-func (b *bucket) presign(ctx context.Context, method, key string, life time.Duration) (string, error) {
-	panic("unwritten")
-}
-
-// parts is an upload in parts under way: our own ledger, since what servers say of
-// parts cannot be relied upon (seed: more than 200 of them).
-type parts struct {
-	Upload string   `json:"upload,omitempty"` // its ID; empty: not begun
-	Size   int64    `json:"size,omitempty"`   // bytes of a part, but for the last
-	ETags  []string `json:"etags,omitempty"`  // of the parts that are there; "" of one that is not
+func (b *bucket) delete(ctx context.Context, key string) error {
+	err := b.call(ctx, opDelete, key, func(ctx context.Context, c *s3.Client) error {
+		_, err := c.DeleteObject(ctx, &s3.DeleteObjectInput{Bucket: &b.name, Key: b.full(key)})
+		return err
+	}, nil)
+	if absent(err) {
+		return nil
+	}
+	return err
 }

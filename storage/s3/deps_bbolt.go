@@ -1,0 +1,3 @@
+package s3
+
+import _ "go.etcd.io/bbolt" // the index
