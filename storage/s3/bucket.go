@@ -228,11 +228,13 @@ func (b *bucket) get(ctx context.Context, key string, offset, length int64) (io.
 	}, nil)
 	if err != nil {
 		if f, ok := errors.AsType[*fault](err); ok && f.status == http.StatusRequestedRangeNotSatisfiable {
-			if _, size, ok := contentRange(f.header.Get("Content-Range")); ok && length < 0 && offset == size {
-				o, err := b.head(ctx, key)
-				return http.NoBody, o, err
-			} else if ok {
-				err = outside(key, offset, length, size)
+			// S3 does not say how long the object is.
+			if o, failed := b.head(ctx, key); failed != nil {
+				err = failed
+			} else if length < 0 && offset == o.size {
+				return http.NoBody, o, nil
+			} else {
+				err = outside(key, offset, length, o.size)
 			}
 		}
 		return nil, object{}, err
@@ -263,7 +265,7 @@ func outside(key string, offset, length, size int64) error {
 	return fmt.Errorf("s3: %d bytes from %d do not lie inside the %d of %s", length, offset, size, key)
 }
 
-// contentRange reads "bytes 5-9/10" and "bytes */10".
+// contentRange reads "bytes 5-9/10".
 func contentRange(s string) (first, size int64, ok bool) {
 	span, total, found := strings.Cut(strings.TrimPrefix(s, "bytes "), "/")
 	if !found {
@@ -274,9 +276,6 @@ func contentRange(s string) (first, size int64, ok bool) {
 		return 0, 0, false
 	}
 	from, _, _ := strings.Cut(span, "-")
-	if from == "*" {
-		return 0, size, true
-	}
 	first, err = strconv.ParseInt(from, 10, 64)
 	return first, size, err == nil && 0 <= first && first < size
 }
