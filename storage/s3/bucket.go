@@ -20,6 +20,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/config"
 	"github.com/aws/aws-sdk-go-v2/credentials"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
+	"github.com/aws/smithy-go/logging"
 	smithy "github.com/aws/smithy-go/middleware"
 
 	"github.com/caddy-registry/mirror/storage"
@@ -110,7 +111,7 @@ func (b *bucket) configure(ctx context.Context, s settings) error {
 		r.secrets = strings.NewReplacer(s.AccessKey, "…", s.SecretKey, "…")
 	}
 	if provider == nil || region == "" {
-		chain, err := config.LoadDefaultConfig(ctx)
+		chain, err := config.LoadDefaultConfig(ctx, config.WithLogger(logging.Nop{}))
 		if err != nil {
 			return fmt.Errorf("s3: reading AWS's configuration from the environment and its files: %w", err)
 		}
@@ -133,6 +134,7 @@ func (b *bucket) configure(ctx context.Context, s settings) error {
 		Credentials:  chained{provider},
 		HTTPClient:   b.http,
 		Retryer:      aws.NopRetryer{},
+		Logger:       logging.Nop{},
 		APIOptions:   []func(*smithy.Stack) error{plain},
 		// Checksums in trailers are not understood by many that speak S3.
 		RequestChecksumCalculation:                aws.RequestChecksumCalculationWhenRequired,
@@ -228,14 +230,14 @@ func (b *bucket) get(ctx context.Context, key string, offset, length int64) (io.
 	}, nil)
 	if err != nil {
 		if f, ok := errors.AsType[*fault](err); ok && f.status == http.StatusRequestedRangeNotSatisfiable {
-			// S3 does not say how long the object is.
-			if o, failed := b.head(ctx, key); failed != nil {
-				err = failed
-			} else if length < 0 && offset == o.size {
-				return http.NoBody, o, nil
-			} else {
+			o, err := b.head(ctx, key)
+			if err == nil && (length >= 0 || offset != o.size) {
 				err = outside(key, offset, length, o.size)
 			}
+			if err != nil {
+				return nil, object{}, err
+			}
+			return http.NoBody, o, nil
 		}
 		return nil, object{}, err
 	}

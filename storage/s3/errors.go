@@ -138,7 +138,7 @@ func (b *bucket) fault(r *remote, o operation, key string, err error) *fault {
 	}
 
 	switch f.code {
-	case "NoSuchBucket":
+	case "NoSuchBucket", "InvalidBucketName":
 		f.is = storage.ErrUnavailable
 		return say("%s has no bucket %s: make it, or correct its name, the endpoint or the region", b.host(), b.name)
 	case "NoSuchUpload", "InvalidPart", "InvalidPartOrder":
