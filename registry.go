@@ -16,6 +16,8 @@
 //   - admin.api.registry: looking at the store and keeping it, over the admin
 //     API (package module), and the command `caddy registry`
 //   - registry.storage.disk: content in a directory (package storage/disk)
+//   - registry.storage.s3: content in a bucket, behind a cache on disk (package
+//     storage/s3)
 //   - registry.catalog.sqlite: what is in the store, in a file (package
 //     storage/catalog/sqlite)
 //   - the Caddyfile directive and the global option (package caddyfile)
@@ -26,4 +28,5 @@ import (
 	_ "github.com/caddy-registry/mirror/module"
 	_ "github.com/caddy-registry/mirror/storage/catalog/sqlite"
 	_ "github.com/caddy-registry/mirror/storage/disk"
+	_ "github.com/caddy-registry/mirror/storage/s3"
 )

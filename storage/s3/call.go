@@ -99,7 +99,8 @@ func (b *bucket) call(ctx context.Context, o operation, key string, send func(co
 			return nil
 		}
 		if ctx.Err() != nil {
-			if time.Since(sent) >= unanswered {
+			// Sending a body may take its time.
+			if limit == patience && time.Since(sent) >= unanswered {
 				b.breaker.failed(time.Now())
 			}
 			return b.ended(ctx, o, key, last)

@@ -148,6 +148,11 @@ func (b *bucket) fault(r *remote, o operation, key string, err error) *fault {
 		return say("%s; correct the endpoint or the region", told)
 	case "EntityTooLarge":
 		return say("%s; lower put_limit", told)
+	case "InvalidArgument":
+		if o == opPart {
+			return say("%s; lower max_parts if it is the number of the part", told)
+		}
+		return say("%s says %s", b.host(), told)
 	case "EntityTooSmall":
 		return say("%s; raise part_size", told)
 	case "XAmzContentSHA256Mismatch", "BadDigest":

@@ -33,8 +33,8 @@ type parts struct {
 }
 
 // fits reports whether an upload is of this file, and can be gone on with.
-func (p parts) fits(size int64, sum string) bool {
-	return p.Upload != "" && p.Sum == sum && p.Size >= smallestPart && ceil(size, p.Size) == int64(len(p.ETags))
+func (p parts) fits(size int64, sum string, l limits) bool {
+	return p.Upload != "" && p.Sum == sum && p.Size >= smallestPart && ceil(size, p.Size) == int64(len(p.ETags)) && len(p.ETags) <= l.maxParts
 }
 
 // Parts of one object that are on their way at once. They are read from the file as
@@ -57,11 +57,12 @@ func (b *bucket) putFile(ctx context.Context, key, path string, size int64, sum 
 	if stat, err := f.Stat(); err != nil || stat.Size() != size {
 		return fmt.Errorf("s3: storing %s: the local file has not its %d bytes", key, size)
 	}
-	part, count, err := partPlan(size, b.remote.Load().settings.limits())
+	limits := b.remote.Load().settings.limits()
+	part, count, err := partPlan(size, limits)
 	if err != nil {
 		return fmt.Errorf("s3: storing %s: %w", key, err)
 	}
-	goesOn := p.fits(size, sum)
+	goesOn := p.fits(size, sum, limits)
 	if p.Upload != "" && !goesOn {
 		// What stays is swept later.
 		_ = b.abort(ctx, key, p)

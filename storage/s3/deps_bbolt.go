@@ -1,3 +1,0 @@
-package s3
-
-import _ "go.etcd.io/bbolt" // the index
