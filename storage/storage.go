@@ -159,7 +159,8 @@ type Distant interface {
 	// Shared reports whether another process may be writing to the same place now.
 	// What has been read of it more than two seconds ago is then not to be relied
 	// upon, unless its key is its digest; and nothing may be deleted because
-	// nobody here needs it. It costs nothing to ask.
+	// nobody here needs it. It costs nothing to ask. Once it is true it is so for five
+	// seconds at least: whoever asks each second misses nobody.
 	Shared() bool
 
 	// Listed waits until the store knows all keys at the distant place, which a
@@ -181,6 +182,45 @@ type Distant interface {
 	// go on with them.
 	Secret() []byte
 }
+
+// A Backlogged store tells how it stands with the distant place. It is optional for a
+// [Distant] one, and costs no more than a lock.
+type Backlogged interface {
+	Backlog() Backlog
+}
+
+// A Backlog is how a store stands with the distant place.
+type Backlog struct {
+	// Pending are the values that are on their way there, Bytes what they take
+	// together, and Oldest is since when one of them has been; zero: none is.
+	Pending, Bytes int64
+	Oldest         time.Time
+
+	// Near are the bytes of values on the local disk, of those that are pending as
+	// well, and NearSize as many as there may be.
+	Near, NearSize int64
+
+	// Unavailable is since when the distant place does not answer, or refuses to,
+	// and Trouble what was the matter last; zero and empty: it does.
+	Unavailable time.Time
+	Trouble     string
+
+	// Listed says that all keys there are known.
+	Listed bool
+
+	// Others name those who share the place now, as people would know them; not
+	// more than ten.
+	Others []string
+
+	// Calls counts what the place was asked for since the store was opened. There
+	// are few kinds.
+	Calls map[Call]int64
+}
+
+// A Call is a kind of question to a distant place: the operation, as its protocol
+// names it in lower case ("get", "put", "list"), and what became of it: "ok",
+// "absent", "unavailable" or "failed".
+type Call struct{ Operation, Outcome string }
 
 // Uploads is the prefix of what has come of uploads under way, in a [Distant]
 // store with a secret. What is put there is at the distant place when Put or

@@ -90,7 +90,7 @@ func (f *Fill) swap(ctx context.Context, key string) {
 	if alone {
 		return
 	}
-	r, _, err := f.table.store.Open(ctx, key, 0, -1)
+	r, _, err := f.table.openNear(ctx, key)
 	if err != nil {
 		return
 	}
@@ -108,7 +108,7 @@ func (f *Fill) swap(ctx context.Context, key string) {
 // follows it with the digest and the ledger.
 func (f *Fill) fetchLarge() error {
 	algorithm := f.key.digest.Algorithm()
-	if f.key.size > f.table.limits.trust {
+	if f.key.size > f.table.limits.trust && !f.vouched() {
 		// The map of it takes memory, and a manifest says what it likes.
 		t := tap{fill: f, ctx: f.ctx, end: 1}
 		err := t.open()
@@ -412,7 +412,7 @@ func (f *Fill) judge(s *spool, err error) error {
 // another. f.mu is held.
 func (f *Fill) schedule() {
 	for f.state == fetching && f.ctx.Err() == nil && f.full == nil && f.trouble == nil {
-		s := f.next(f.connections, f.table.limits.ahead, f.ahead)
+		s := f.next(f.connections, f.table.limits.ahead, f.ahead, f.sources.steady(time.Now()))
 		if s == nil {
 			return
 		}
@@ -451,6 +451,9 @@ func (f *Fill) copy(ctx context.Context, s *span) error {
 	}
 	f.mu.Lock()
 	t := tap{fill: f, ctx: ctx, pos: s.pos, end: min(s.end*f.segment, f.size), background: s.background, hurry: s.hurry}
+	if s.steady {
+		t.span = s
+	}
 	f.mu.Unlock()
 	defer t.Close()
 	w.waiting = &t.waiting

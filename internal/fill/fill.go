@@ -70,6 +70,21 @@
 // moved on, a span that has ended) calls schedule, which starts fetchers while
 // there is something to fetch and room for another: see plan.go.
 //
+// # Stores at a distance
+//
+// Content that the store has, but not near (storage.Distant), is fetched as any
+// other, first from [Table.Stored], and with it from the upstream where there is one;
+// its commit is what brings it near. So a herd costs one request there, and where the
+// store is cut or down the next source goes on at the same offset.
+//
+// A request there costs more than bytes do. So while the store is the source to be
+// asked, the whole is asked of it by one span, which is steady: it claims a window as
+// any span does, so that readers of parts further on get spans of their own, but its
+// request is for all the rest, and at the end of its window it claims the next. It
+// ends where it meets what others have brought or are bringing, or when nobody wants
+// the whole any more. A source that is not the store brings the rest of its window
+// only, and the next spans are as ever.
+//
 // # Withholding
 //
 // A reader that asked for content up to its end gets the last segment only in
@@ -419,8 +434,8 @@ func (f *Fill) held() (bool, error) {
 	if f.anew {
 		return false, nil
 	}
-	r, info, err := f.table.store.Open(f.ctx, layout.Blob(f.key.digest), 0, -1)
-	if errors.Is(err, fs.ErrNotExist) {
+	r, info, err := f.table.openNear(f.ctx, layout.Blob(f.key.digest))
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, storage.ErrDistant) || errors.Is(err, storage.ErrUnavailable) {
 		return false, nil
 	}
 	if err != nil {
@@ -435,6 +450,9 @@ func (f *Fill) held() (bool, error) {
 		// What a loss of power left behind, or a manifest that lies. Fetching
 		// tells, and heals the former.
 		file.Close()
+		if distant := f.table.store.Distant(); distant != nil {
+			distant.Drop(layout.Blob(f.key.digest)) // or it would be asked first
+		}
 		return false, nil
 	}
 	f.mu.Lock()
@@ -463,6 +481,7 @@ func (f *Fill) commit(canonical digest.Digest, store func(key string) error) err
 		if err := store(layout.Blob(canonical)); err != nil {
 			return fmt.Errorf("%w: %w", ErrCommit, err)
 		}
+		f.table.misled.Remove(layout.Blob(canonical))
 		failpoint.Hit("fill.stored")
 	}
 	for {

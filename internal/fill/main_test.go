@@ -40,7 +40,11 @@ func newTable(t *testing.T) *table { return openTable(t, t.TempDir()) }
 
 func openTable(t *testing.T, dir string) *table {
 	t.Helper()
-	x := &table{store: &fillable{Store: disktest.Open(t, dir)}, dir: dir, links: map[string]digest.Digest{}}
+	return makeTable(t, dir, &fillable{Store: disktest.Open(t, dir)})
+}
+
+func makeTable(t *testing.T, dir string, store storage.Store) *table {
+	x := &table{store: store, dir: dir, links: map[string]digest.Digest{}}
 	x.Table = fill.NewTable(x.store, func(_ context.Context, repository string, asked, canonical digest.Digest) error {
 		x.mu.Lock()
 		defer x.mu.Unlock()

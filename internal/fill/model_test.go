@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -84,10 +85,11 @@ type model struct {
 	store   *modelStore
 	table   *fill.Table
 	sources []fill.Source
-	healthy bool // a source works in the end
-	wrong   bool // a source delivers something else
-	faults  bool // anything at all goes wrong
-	closes  bool // the table is closed while readers are there
+	distant *modelDistant // has the content too, unless it is nil
+	healthy bool          // a source works in the end
+	wrong   bool          // a source delivers something else
+	faults  bool          // anything at all goes wrong
+	closes  bool          // the table is closed while readers are there
 	crashed bool
 	tuning  [5]int64
 	boot    string
@@ -114,6 +116,11 @@ func newModel(t *testing.T, dir string, seed uint64) *model {
 	}
 	for range m.n(3) + 1 {
 		m.sources = append(m.sources, m.source())
+	}
+	if m.chance(2) {
+		s := m.source()
+		s.spans, s.silent = true, false
+		m.distant = &modelDistant{modelSource: s}
 	}
 	return m
 }
@@ -223,6 +230,14 @@ func (m *model) want(repository int) fill.Want {
 	sources := m.sources[m.rand.IntN(len(m.sources)):]
 	if m.healthy {
 		sources = m.sources // so that there is one that works
+	}
+	if m.distant != nil && (m.healthy || m.rand.IntN(2) == 0) {
+		stored := m.table.Stored(layout.Blob(digest.FromBytes(m.content)), false)
+		if m.rand.IntN(4) == 0 {
+			sources = append(slices.Clone(sources), stored)
+		} else {
+			sources = append([]fill.Source{stored}, sources...)
+		}
 	}
 	return fill.Want{
 		Digest: m.digest, Size: int64(len(m.content)), Repository: fmt.Sprint("r", repository),
@@ -373,6 +388,12 @@ func (m *model) settled() {
 	for _, s := range m.sources {
 		sent += s.(*modelSource).sent
 	}
+	if m.distant != nil {
+		sent += m.distant.sent
+		if !m.faults && !m.store.full && m.distant.wholes > 1 && m.distant.parts == 0 {
+			t.Errorf("the store was asked %d times for the whole", m.distant.wholes)
+		}
+	}
 	if !m.faults && !m.store.full && sent > len(m.content) {
 		t.Errorf("%d bytes were sent for a content of %d", sent, len(m.content))
 	}
@@ -403,7 +424,7 @@ type modelValue struct{ *bytes.Reader }
 
 func (modelValue) Close() error { return nil }
 
-func (s *modelStore) Open(_ context.Context, key string, _, _ int64) (io.ReadCloser, storage.Info, error) {
+func (s *modelStore) near(key string) (io.ReadCloser, storage.Info, error) {
 	s.m.mu.Lock()
 	defer s.m.mu.Unlock()
 	v, ok := s.values[key]
@@ -412,6 +433,74 @@ func (s *modelStore) Open(_ context.Context, key string, _, _ int64) (io.ReadClo
 	}
 	return modelValue{bytes.NewReader(v)}, storage.Info{Size: int64(len(v))}, nil
 }
+
+func (s *modelStore) Open(ctx context.Context, key string, offset, length int64) (io.ReadCloser, storage.Info, error) {
+	r, info, err := s.near(key)
+	switch {
+	case err != nil && s.m.distant != nil:
+		return s.m.distant.read(ctx, offset, length)
+	case err != nil || length < 0:
+		return r, info, err
+	}
+	return io.NopCloser(io.NewSectionReader(r.(modelValue), offset, length)), info, nil
+}
+
+func (s *modelStore) Distant() storage.Distant {
+	if s.m.distant == nil {
+		return nil
+	}
+	return s.m.distant
+}
+
+// modelDistant is a distant place with the troubles of a source.
+type modelDistant struct {
+	storage.Distant
+	*modelSource
+	hangs, stalls time.Duration // before it begins, and before it delivers
+	wholes, parts int           // requests from the beginning, and others
+}
+
+func (d *modelDistant) OpenNear(_ context.Context, key string) (io.ReadCloser, storage.Info, error) {
+	r, info, err := d.m.store.near(key)
+	if err != nil {
+		return nil, storage.Info{Size: -1}, storage.ErrDistant
+	}
+	return r, info, nil
+}
+
+func (d *modelDistant) read(ctx context.Context, offset, length int64) (io.ReadCloser, storage.Info, error) {
+	wait(ctx, d.hangs)
+	stream, err := d.Open(ctx, fill.Span{Offset: offset, Length: length})
+	switch {
+	case errors.As(err, new(permanent)):
+		return nil, storage.Info{}, fs.ErrNotExist
+	case err != nil:
+		return nil, storage.Info{}, fmt.Errorf("%w: %w", storage.ErrUnavailable, err)
+	}
+	d.m.mu.Lock()
+	defer d.m.mu.Unlock()
+	if offset == 0 {
+		d.wholes++
+	} else {
+		d.parts++
+	}
+	return modelStall{stream, ctx, d.stalls}, storage.Info{Size: int64(len(d.data))}, nil
+}
+
+type modelStall struct {
+	io.ReadCloser
+	ctx   context.Context
+	stall time.Duration
+}
+
+func (s modelStall) Read(p []byte) (int, error) {
+	wait(s.ctx, s.stall)
+	return s.ReadCloser.Read(p)
+}
+
+func (d *modelDistant) Drop(string) bool { return false }
+
+func (d *modelDistant) Distrust(string) { d.Blame(nil) }
 
 func (s *modelStore) Put(ctx context.Context, key string, data []byte, _ storage.Durability) error {
 	s.m.pause(ctx, time.Millisecond)
@@ -487,7 +576,7 @@ type modelSource struct {
 	sent    int
 }
 
-func (m *model) source() fill.Source {
+func (m *model) source() *modelSource {
 	s := &modelSource{m: m, data: m.content, spans: !m.chance(5), silent: m.chance(5), slow: m.chance(3)}
 	if m.chance(4) {
 		s.cuts = m.n(4)

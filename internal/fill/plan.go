@@ -2,6 +2,7 @@ package fill
 
 import (
 	"math/bits"
+	"slices"
 	"time"
 )
 
@@ -18,7 +19,8 @@ import (
 //     whole or an open-ended one is there, or the fill is to be finished. Their
 //     number begins at 1, and grows while spans take long to come: an upstream
 //     that is fast needs no second connection. Unless a reader of the whole is
-//     there, this is background.
+//     there, this is background. While the store is to be asked, there is one, and
+//     it goes on at its end: see the package comment.
 type progress struct {
 	size       int64
 	segment    int64
@@ -45,6 +47,7 @@ type progress struct {
 type span struct {
 	first, end int64 // segments
 	whole      bool  // counts as one for the whole
+	steady     bool  // goes on at its end
 	background bool
 	cancel     func(error)
 	part                     // how far it has come
@@ -121,27 +124,28 @@ func (p *progress) readable(offset int64) int64 {
 }
 
 // next decides what to fetch, or returns nil.
-func (p *progress) next(connections int, ahead int64, finish bool) *span {
+func (p *progress) next(connections int, ahead int64, finish, steady bool) *span {
 	if p.sequential != nil || p.settled {
 		return nil
 	}
-	parts, wholes := 0, 0
+	parts, wholes, most := 0, 0, min(p.width, connections)
 	for _, s := range p.spans {
 		if s.whole {
 			wholes++
 		} else {
 			parts++
 		}
+		steady = steady || s.steady
 	}
-	reading, all := false, finish || p.finishing // somebody reads, or wants, the whole
+	if steady {
+		most = 1
+	}
+	reading, all := false, p.all(finish) // somebody reads, or wants, the whole
 	best, end, distance := int64(-1), int64(0), int64(0)
 	for _, r := range p.readers {
-		if r.proven {
-			all = true
-			reading = reading || r.start == 0
-			if r.start == 0 {
-				continue
-			}
+		if r.proven && r.start == 0 {
+			reading = true
+			continue
 		}
 		from, to := r.wants(ahead)
 		from, to = from/p.segment, (to+p.segment-1)/p.segment
@@ -153,10 +157,10 @@ func (p *progress) next(connections int, ahead int64, finish bool) *span {
 	if best >= 0 && parts < connections {
 		return p.claim(best, end)
 	}
-	if all && wholes < min(p.width, connections) {
+	if all && wholes < most {
 		if n := p.segments(); p.missing(p.prefix, n) < n {
 			s := p.claim(p.missing(p.prefix, n), n)
-			s.whole = true
+			s.whole, s.steady = true, steady
 			for _, r := range p.readers { // parts that had no room among the parts
 				from, to := r.wants(ahead)
 				reading = reading || s.first*p.segment < to && s.end*p.segment > from
@@ -169,6 +173,11 @@ func (p *progress) next(connections int, ahead int64, finish bool) *span {
 	}
 	p.settled = best < 0 && (!all || p.missing(p.prefix, p.segments()) == p.segments())
 	return nil
+}
+
+// all reports whether somebody wants the whole.
+func (p *progress) all(finish bool) bool {
+	return finish || p.finishing || slices.ContainsFunc(p.readers, func(r *Reader) bool { return r.proven })
 }
 
 // has reports whether every segment that bytes lie in is there.
@@ -233,17 +242,44 @@ func (p *progress) claim(first, end int64) *span {
 	if part, ok := p.parts[first]; ok {
 		s.part = part
 	}
-	for s.end < min(end, first+p.window) && p.missing(s.end, s.end+1) == s.end {
-		if _, ok := p.parts[s.end]; ok {
-			break
-		}
-		s.end++
-	}
-	for i := first; i < s.end; i++ {
-		p.claimed.set(i)
-	}
+	p.claimed.set(first)
+	p.reach(s, min(end, first+p.window))
 	p.spans = append(p.spans, s)
 	return s
+}
+
+// reach lets a span claim what is missing at its end, up to a segment.
+func (p *progress) reach(s *span, end int64) {
+	for s.end < end && p.lone(s.end) {
+		p.claimed.set(s.end)
+		s.end++
+	}
+}
+
+// lone reports whether nothing of a segment is there or on its way.
+func (p *progress) lone(i int64) bool {
+	_, begun := p.parts[i]
+	return !begun && p.missing(i, i+1) == i
+}
+
+// extend lets a steady span claim its next window, but no more than it has asked
+// for, if somebody wants the whole. It reports whether there is something in it.
+func (p *progress) extend(s *span, finish bool, asked int64) bool {
+	if p.sequential != nil || !p.all(finish) {
+		return false
+	}
+	end := s.end
+	p.reach(s, min((asked+p.segment-1)/p.segment, end+p.window))
+	return s.end > end
+}
+
+// rest is where a request for all that follows a span ends, in bytes.
+func (p *progress) rest(s *span) int64 {
+	end := s.end
+	for n := p.segments(); end < n && p.lone(end); {
+		end++
+	}
+	return min(end*p.segment, p.size)
 }
 
 // leave notes where a span has left its last segment.

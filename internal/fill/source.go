@@ -179,16 +179,19 @@ type tap struct {
 	// opened, which may be nil, is called with each new stream, and may move
 	// pos and end. Its error is not the source's fault, and ends the reading.
 	opened func(*Stream) error
+	// span, if it is not nil, goes on at its end while the store delivers.
+	span *span
 
 	stream  *Stream
 	entry   *entry
+	asked   int64 // where the stream ends
 	skip    int64
 	waiting time.Duration // spent in reading
 }
 
 // Read reads up to end, and only then returns io.EOF.
 func (t *tap) Read(p []byte) (int, error) {
-	for t.pos < t.end {
+	for t.pos < t.end || t.goOn() {
 		if t.stream == nil {
 			if err := t.open(); err != nil {
 				return 0, err
@@ -231,10 +234,25 @@ func (t *tap) Read(p []byte) (int, error) {
 	return 0, io.EOF
 }
 
+// goOn moves the end on, where a steady stream has come to it.
+func (t *tap) goOn() bool {
+	f := t.fill
+	if t.span == nil || t.stream == nil || t.end == f.key.size {
+		return false
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !t.span.steady || !f.extend(t.span, f.ahead, t.asked) {
+		return false
+	}
+	t.end = min(t.span.end*f.segment, f.size)
+	return true
+}
+
 // finish lets a stream of which everything has been read come to its end, so
 // that its connection can be used again.
 func (t *tap) finish() {
-	if t.stream != nil && (!t.stream.Whole || t.end == t.fill.key.size) {
+	if t.stream != nil && (t.stream.Whole && t.end == t.fill.key.size || !t.stream.Whole && t.pos == t.asked) {
 		var more [1]byte
 		t.stream.Read(more[:])
 	}
@@ -255,7 +273,12 @@ func (t *tap) open() error {
 	for {
 		f.mu.Lock()
 		e, wait, err := f.sources.pick(time.Now())
-		changed := f.changed
+		changed, end := f.changed, t.end
+		if t.span != nil && e != nil {
+			if t.span.steady = e.isStored(); t.span.steady {
+				end = f.rest(t.span)
+			}
+		}
 		f.mu.Unlock()
 		if err != nil {
 			return err
@@ -273,7 +296,7 @@ func (t *tap) open() error {
 			continue
 		}
 		t.entry = e
-		stream, err := e.source.Open(t.ctx, Span{Offset: t.pos, Length: t.end - t.pos, Background: t.background, Hurry: t.hurry})
+		stream, err := e.source.Open(t.ctx, Span{Offset: t.pos, Length: end - t.pos, Background: t.background, Hurry: t.hurry})
 		if t.ctx.Err() != nil {
 			if err == nil {
 				stream.Close()
@@ -281,7 +304,7 @@ func (t *tap) open() error {
 			return context.Cause(t.ctx)
 		}
 		if err == nil {
-			t.stream = stream
+			t.stream, t.asked = stream, end
 			if stream.Size >= 0 && stream.Size != f.key.size {
 				err = fmt.Errorf("%w: %s has %d bytes, %d were promised", ErrSize, stream.From, stream.Size, f.key.size)
 			} else if t.opened != nil {

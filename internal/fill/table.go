@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/caddy-registry/mirror/storage"
@@ -59,6 +60,9 @@ type Table struct {
 	live   map[key]*Fill
 	ending map[key]*Fill // have left, and are putting their files away
 
+	// misled are the keys for which the store has delivered wrong bytes.
+	misled *lru.Cache[string, struct{}]
+
 	cores int
 	large atomic.Int64 // fills that are fetching larger content; see proof.go
 
@@ -81,6 +85,7 @@ func NewTable(store storage.Store, link func(ctx context.Context, repository str
 		cores: runtime.GOMAXPROCS(0),
 		live:  map[key]*Fill{}, ending: map[key]*Fill{},
 	}
+	t.misled, _ = lru.New[string, struct{}](maxMisled) // fails only for a size below 1
 	t.ctx, t.cancel = context.WithCancelCause(context.Background())
 	if t.spool, t.broken = store.Spool("fills"); t.broken == nil {
 		t.sweep()

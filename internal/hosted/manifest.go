@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"mime"
 	"strings"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
@@ -83,6 +84,9 @@ func (h *Registry) PutManifest(ctx context.Context, p Push) (*tree.Manifest, err
 		return nil, err
 	}
 	defer done()
+	if err := h.await(ctx, p.Repository, required, options.Sparse); err != nil {
+		return nil, err
+	}
 	m, err := h.tree.PutManifest(ctx, p.Repository, d, p.Body, func(*oci.Manifest) error {
 		return h.has(ctx, p.Repository, required, options.Sparse)
 	})
@@ -134,6 +138,37 @@ func (o Options) immutable(tag string) bool {
 		}
 	}
 	return false
+}
+
+const (
+	// sharedPatience is how long what another process has pushed may take to be seen
+	// here, and a bit; see [storage.Distant].
+	sharedPatience = 2500 * time.Millisecond
+	sharedLook     = 100 * time.Millisecond
+)
+
+// await waits, while the store is shared, until a repository has the blobs: a client
+// may push them through one process and their manifest through another, which has
+// just told it that it does not have them. It fails only when ctx ends.
+func (h *Registry) await(ctx context.Context, repository string, blobs []v1.Descriptor, sparse bool) error {
+	if !h.tree.Shared() {
+		return nil
+	}
+	patient, cancel := context.WithTimeout(ctx, sharedPatience)
+	defer cancel()
+	look := time.NewTicker(sharedLook)
+	defer look.Stop()
+	for {
+		var missing *Missing
+		if err := h.has(patient, repository, blobs, sparse); !errors.As(err, &missing) {
+			return context.Cause(ctx) // whatever it is, it is found again
+		}
+		select {
+		case <-look.C:
+		case <-patient.Done():
+			return context.Cause(ctx)
+		}
+	}
 }
 
 // has checks that a repository has blobs: what is held for another repository is

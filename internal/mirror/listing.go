@@ -131,13 +131,16 @@ func (x *exchange) hostedTags(ctx context.Context, n int, last string) error {
 		if found {
 			after++
 		}
+		certain := x.mirror.tree.Shared() // see Tags
 		for _, tag := range held[after:] {
 			// A process that died while it removed a tag has left something of it.
-			switch _, err := x.mirror.tree.Tag(ctx, repository, tag); {
-			case errors.Is(err, fs.ErrNotExist):
-				continue
-			case err != nil:
-				return err
+			if !certain {
+				switch _, err := x.mirror.tree.Tag(ctx, repository, tag); {
+				case errors.Is(err, fs.ErrNotExist):
+					continue
+				case err != nil:
+					return err
+				}
 			}
 			if more = len(tags) == most; more {
 				break
@@ -203,9 +206,10 @@ func merge(page, held []string, more bool) []string {
 	return merged
 }
 
-// catalog returns the catalog if it has everything that is stored, or nil.
+// catalog returns the catalog if it has everything that is stored, or nil: it has
+// only what this process has stored.
 func (m *Mirror) catalog(ctx context.Context) *catalog.Catalog {
-	if m.complete == nil {
+	if m.complete == nil || m.tree.Shared() {
 		return nil
 	}
 	return m.complete(ctx)

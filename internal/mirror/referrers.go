@@ -13,6 +13,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/caddy-registry/mirror/internal/catalog"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/upstream"
 )
@@ -118,8 +119,11 @@ func (x *exchange) fill(ctx context.Context, page *referrerPage, told map[digest
 	// A look that began before something was pushed or deleted is for those who
 	// asked before.
 	key := fmt.Sprint("held referrers ", t.Repository, " ", subject, " ", last, " ", m.changes.Load())
+	if m.tree.Shared() {
+		key += fmt.Sprint(" ", m.now().Unix()) // what others push is not counted
+	}
 	held, err := share(ctx, m, key, func(ctx context.Context) ([]digest.Digest, error) {
-		return m.heldReferrers(ctx, t.Repository, subject, last)
+		return m.heldReferrers(ctx, t, subject, last)
 	})
 	if err != nil {
 		return false, err
@@ -161,16 +165,23 @@ func (x *exchange) fill(ctx context.Context, page *referrerPage, told map[digest
 }
 
 // heldReferrers are the manifests of a repository that name a subject, in order.
-func (m *Mirror) heldReferrers(ctx context.Context, repository string, subject, last digest.Digest) ([]digest.Digest, error) {
+func (m *Mirror) heldReferrers(ctx context.Context, t Target, subject, last digest.Digest) ([]digest.Digest, error) {
 	if last != "" && last.Algorithm() != digest.Canonical {
 		return nil, nil // those come after all that are held, which have a sha256
 	}
-	if c := m.catalog(ctx); c != nil {
-		if held, err := c.Referrers(ctx, repository, subject, last, maxLooked); err == nil {
+	c := m.catalog(ctx)
+	if m.tree.Shared() && m.complete != nil {
+		var err error
+		if c, err = m.caughtUp(ctx, t); err != nil {
+			return nil, err
+		}
+	}
+	if c != nil {
+		if held, err := c.Referrers(ctx, t.Repository, subject, last, maxLooked); err == nil {
 			return held, nil
 		}
 	}
-	found, err := m.tree.Referrers(ctx, repository, subject)
+	found, err := m.tree.Referrers(ctx, t.Repository, subject)
 	var held []digest.Digest
 	for _, d := range found {
 		if d.Digest > last {
@@ -179,6 +190,41 @@ func (m *Mirror) heldReferrers(ctx context.Context, repository string, subject, 
 	}
 	slices.Sort(held)
 	return held, err
+}
+
+// caughtUp is the catalog, once it has every manifest that other processes have
+// stored in a repository, or nil. It may have what they have removed.
+func (m *Mirror) caughtUp(ctx context.Context, t Target) (*catalog.Catalog, error) {
+	c := m.complete(ctx)
+	if c == nil || t.Upstream != nil { // which the upstream tells of
+		return c, nil
+	}
+	known, err := c.Names(ctx, t.Repository)
+	if err != nil {
+		return nil, nil // it is read from the store
+	}
+	if len(known.Manifests) == 0 {
+		if err := m.tree.TellRepository(ctx, t.Repository); err != nil {
+			return nil, err
+		}
+	}
+	told := 0
+	for listed, err := range m.tree.ListManifests(ctx, t.Repository) {
+		if err == nil && !known.Manifests[listed.Digest] {
+			err = m.tree.TellManifest(ctx, t.Repository, listed.Digest)
+			told++
+		}
+		if err != nil {
+			return nil, err
+		}
+		if told == maxLooked {
+			break
+		}
+	}
+	if told > 0 {
+		c = m.complete(ctx)
+	}
+	return c, nil
 }
 
 // referrer describes a manifest of the repository, unless it has been removed

@@ -52,18 +52,23 @@ type Verdict struct {
 // Record returns a repository's record. One that registry:2 has created has
 // none.
 func (t *Tree) Record(ctx context.Context, repository string) (Record, error) {
-	if r, ok := t.records.Get(repository); ok {
-		if r == nil {
-			return Record{}, fs.ErrNotExist
-		}
+	r, ok := t.records.Get(repository)
+	switch shared := t.Shared(); {
+	case ok && r != nil && (r.Class == Mirrored || !shared):
 		return *r, nil
+	case ok && !shared:
+		return Record{}, fs.ErrNotExist
 	}
 	g := t.guards.of(repository)
 	since := g.removals.Load()
 	data, err := t.store.Get(ctx, layout.Record(repository), maxRecord)
 	if errors.Is(err, fs.ErrNotExist) {
-		// Unless one has been written since.
-		t.records.ContainsOrAdd(repository, nil)
+		g.mu.Lock()
+		if g.removals.Load() == since {
+			// Unless one has been written since.
+			t.records.ContainsOrAdd(repository, nil)
+		}
+		g.mu.Unlock()
 	}
 	if err != nil {
 		return Record{}, err
@@ -75,8 +80,8 @@ func (t *Tree) Record(ctx context.Context, repository string) (Record, error) {
 			return Record{}, fmt.Errorf("%w: the record of repository %s is empty", fs.ErrNotExist, repository)
 		}
 	}
-	var r Record
-	if err := json.Unmarshal(data, &r); err != nil {
+	r = new(Record)
+	if err := json.Unmarshal(data, r); err != nil {
 		return Record{}, fmt.Errorf("the record of repository %s is damaged: %w", repository, err)
 	}
 	if r.Schema > recordSchema {
@@ -85,9 +90,12 @@ func (t *Tree) Record(ctx context.Context, repository string) (Record, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.removals.Load() == since { // or it may have been forgotten
-		t.records.ContainsOrAdd(repository, &r)
+		if had, ok := t.records.Peek(repository); ok && had == nil && r.Class == Mirrored {
+			t.records.Remove(repository) // another process has written it since
+		}
+		t.records.ContainsOrAdd(repository, r)
 	}
-	return r, nil
+	return *r, nil
 }
 
 // PutRecord writes a repository's record.

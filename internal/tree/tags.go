@@ -241,8 +241,13 @@ func (t *Tree) SetGone(ctx context.Context, repository, tag string, since time.T
 	return t.putTagRecord(ctx, &writing{tree: t}, repository, tag, r)
 }
 
-// Tags returns the tags of a repository, in no order.
+// Tags returns the tags of a repository, in no order. A process that died while it
+// removed a tag may have left something of it; while the store is shared it is
+// certain that each means something.
 func (t *Tree) Tags(ctx context.Context, repository string) ([]string, error) {
+	if t.Shared() {
+		return t.whole(ctx, repository)
+	}
 	var tags []string
 	prefix := layout.Tags(repository)
 	for info, err := range t.store.List(ctx, prefix, false) {

@@ -49,6 +49,7 @@ type Tree struct {
 	scans     singleflight.Group
 	proofs    proofs
 	life      life
+	sharing   sharing
 
 	// stays and suspect are Guard's. wrong are blobs that stay, as of their
 	// ModTime, so that they are not hashed again.
@@ -118,6 +119,7 @@ func New(store storage.Store, note func(Change)) *Tree {
 		store: store, members: members, revisions: revisions, hot: newHot(), records: records, scanned: scanned,
 		note: note, now: time.Now, forgotten: forgotten, wrong: wrong,
 	}
+	t.sharing.distant = store.Distant()
 	t.Guard(func(context.Context, digest.Digest) (bool, error) { return false, nil }, func(digest.Digest) {})
 	t.proofs.slots = make(chan struct{}, maxProofs)
 	t.life.ctx, t.life.cancel = context.WithCancelCause(context.Background())
@@ -168,18 +170,11 @@ func newManifest(d digest.Digest, body []byte, parsed *oci.Manifest) *Manifest {
 // at is when a client has asked for it by its digest; the zero time: none has.
 func (t *Tree) Warm(repository string, d digest.Digest, at time.Time) (*Manifest, bool) {
 	r, ok := t.revisions.Get(member{repository, d})
-	if !ok {
+	if !ok || !t.believes(repository) {
 		return nil, false
 	}
-	w, ok := t.hot.get(r.canonical)
+	m, ok := t.hotManifest(d, r.canonical)
 	if !ok {
-		return nil, false
-	}
-	m := w.manifest
-	if d != r.canonical {
-		m = w.other
-	}
-	if m == nil || m.Digest != d {
 		return nil, false
 	}
 	if !at.IsZero() && r.read.again(at) {
@@ -188,12 +183,25 @@ func (t *Tree) Warm(repository string, d digest.Digest, at time.Time) (*Manifest
 	return m, true
 }
 
+// hotManifest returns a manifest whose bytes are in memory, whoever it belongs to.
+func (t *Tree) hotManifest(d, canonical digest.Digest) (*Manifest, bool) {
+	w, ok := t.hot.get(canonical)
+	if !ok {
+		return nil, false
+	}
+	m := w.manifest
+	if d != canonical {
+		m = w.other
+	}
+	return m, m != nil && m.Digest == d
+}
+
 // WarmBlob returns the bytes of a small blob that belongs to a repository, if
 // memory alone tells. Nobody may change them. at is when a client has asked for
 // it; the zero time: none has.
 func (t *Tree) WarmBlob(repository string, d digest.Digest, at time.Time) ([]byte, bool) {
 	known, ok := t.members.Get(member{repository, d})
-	if !ok || !known.Linked {
+	if !ok || !known.Linked || !t.believes(repository) {
 		return nil, false
 	}
 	w, ok := t.hot.get(known.Canonical)
@@ -263,9 +271,11 @@ func (t *Tree) linkedManifest(ctx context.Context, repository string, d digest.D
 		return nil, err
 	}
 	hotSince := t.hot.since(canonical)
-	m, err := t.load(ctx, d, canonical)
-	if err != nil {
-		return nil, err
+	m, held := t.hotManifest(d, canonical)
+	if !held || !t.Shared() { // whose links are read each time
+		if m, err = t.load(ctx, d, canonical); err != nil {
+			return nil, err
+		}
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -377,6 +387,9 @@ func (t *Tree) absent(ctx context.Context, key string) bool {
 func (t *Tree) Member(ctx context.Context, repository string, d digest.Digest) (Member, bool, error) {
 	key := member{repository, d}
 	known, ok := t.members.Get(key)
+	if ok && t.Shared() && t.isHosted(ctx, repository) {
+		known, ok = Member{}, false
+	}
 	inherits := ok && known.Linked || !t.isHosted(ctx, repository)
 	if ok && known.Canonical != "" && inherits {
 		return known, true, nil
