@@ -33,6 +33,9 @@ func TestStore(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if s.Distant() != nil {
+			t.Error("a disk is distant")
+		}
 		return s
 	})
 }

@@ -3,363 +3,553 @@ package storagetest
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"iter"
+	"math/rand/v2"
 	"os"
-	"strings"
-	"sync"
+	"path/filepath"
+	"slices"
+	"testing"
 	"time"
 
 	"github.com/caddy-registry/mirror/storage"
 )
 
-// Distant is a distant store with faults, for tests of who uses one. Its distant
-// place is memory; what is near lies in the store it is made of. What is put goes to
-// both, unless the distant place is down: then it stays near.
-type Distant struct {
-	storage.Store // near
+// A Place is the distant place of one subtest, which is empty at first. Its keys are
+// those of the store.
+type Place struct {
+	// Open opens a store on the place that has dir for what is near. Stores with
+	// different directories are different machines.
+	Open func(dir string) (storage.Store, error)
 
-	mu       sync.Mutex
-	values   map[string][]byte
-	wrong    map[string]bool // distrusted
-	asked    []Asked
-	blank    bool
-	shared   bool
-	trouble  func(Asked) error
-	delivers func(ctx context.Context, key string, at int64) (n int64, err error)
+	// Read, Size (-1 if there is nothing) and Keys look at what is there. Write and
+	// Remove change it as somebody else would, behind the store's back.
+	Read   func(key string) ([]byte, bool)
+	Size   func(key string) int64
+	Keys   func(prefix string) []string
+	Write  func(key string, data []byte)
+	Remove func(key string)
+
+	// Down makes the place unreachable until Up.
+	Down, Up func()
+
+	// What follows may be nil where it cannot be had; what needs it is left out then.
+
+	// Hold lets nothing that is written be answered until release is called. held
+	// waits until something is waiting.
+	Hold func() (held, release func())
+	// Lag makes listings stay as they are until caughtUp is called.
+	Lag func() (caughtUp func())
 }
 
-// Asked is one request to the distant place: "get", "stat", "put" or "delete". Of a
-// "get", Length is negative to the end.
-type Asked struct {
-	What, Key      string
-	Offset, Length int64
-}
-
-// NewDistant returns a store whose distant place is empty.
-func NewDistant(near storage.Store) *Distant {
-	return &Distant{Store: near, values: map[string][]byte{}, wrong: map[string]bool{}}
-}
-
-// Place puts a value at the distant place, and not near.
-func (d *Distant) Place(key string, value []byte) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.values[key] = bytes.Clone(value)
-}
-
-// Placed returns what is at the distant place under a key, or nil.
-func (d *Distant) Placed(key string) []byte {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return bytes.Clone(d.values[key])
-}
-
-// Asks returns the requests to the distant place for keys that begin with a prefix.
-func (d *Distant) Asks(what, prefix string) []Asked {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	var asked []Asked
-	for _, a := range d.asked {
-		if a.What == what && strings.HasPrefix(a.Key, prefix) {
-			asked = append(asked, a)
-		}
+// TestDistant runs the suite of stores for which Distant is not nil, beside Test.
+// place makes a place.
+func TestDistant(t *testing.T, place func(t *testing.T) Place) {
+	for _, c := range []struct {
+		name string
+		run  func(d *distant)
+	}{
+		{"NearAndFar", testNearAndFar},
+		{"SpansFromAfar", testSpansFromAfar},
+		{"SyncTakesThere", testSyncTakesThere},
+		{"DurableIsThere", testDurableIsThere},
+		{"PutFileTakesThere", testPutFileTakesThere},
+		{"DeleteTakesAway", testDeleteTakesAway},
+		{"DropKeepsPending", testDropKeepsPending},
+		{"Distrust", testDistrust},
+		{"Local", testLocal},
+		{"Uploads", testUploads},
+		{"ForeignTree", testForeignTree},
+		{"Relist", testRelist},
+		{"Restart", testRestart},
+		{"RestartWithout", testRestartWithout},
+		{"Unreachable", testUnreachable},
+		{"UnreachableAtFirst", testUnreachableAtFirst},
+		{"LastStateWins", testLastStateWins},
+		{"DeleteDuringUpload", testDeleteDuringUpload},
+		{"ReplaceDuringUpload", testReplaceDuringUpload},
+		{"SyncEnds", testSyncEnds},
+		{"LaggingListings", testLaggingListings},
+		{"Presign", testPresign},
+		{"TwoMachines", testTwoMachines},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			d := &distant{T: t, Place: place(t), dir: filepath.Join(t.TempDir(), "near")}
+			c.run(d)
+			d.close()
+		})
 	}
-	return asked
 }
 
-// Blank lets the store know nothing of the distant place without asking.
-func (d *Distant) Blank() { d.set(func() { d.blank = true }) }
+// distant is one subtest, with the store that it has open.
+type distant struct {
+	*testing.T
+	Place
+	dir   string
+	store storage.Store
+}
 
-// Share lets the store say that others write to the same place.
-func (d *Distant) Share() { d.set(func() { d.shared = true }) }
+var ctx = context.Background()
 
-// Trouble has each request fail as it says. It may block.
-func (d *Distant) Trouble(trouble func(Asked) error) { d.set(func() { d.trouble = trouble }) }
+// open opens a store on the place, or what is open already.
+func (d *distant) open() storage.Store {
+	d.Helper()
+	if d.store == nil {
+		d.store = d.openAt(d.dir)
+	}
+	return d.store
+}
 
-// Down has every request fail, or none.
-func (d *Distant) Down(down bool) {
-	if !down {
-		d.Trouble(nil)
+func (d *distant) openAt(dir string) storage.Store {
+	d.Helper()
+	s, err := d.Place.Open(dir)
+	if err != nil {
+		d.Fatalf("Open: %v", err)
+	}
+	if s.Distant() == nil {
+		d.Fatal("Distant is nil")
+	}
+	return s
+}
+
+// listed is open, once it knows what is at the place.
+func (d *distant) listed() storage.Store {
+	d.Helper()
+	s := d.open()
+	within, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	if err := s.Distant().Listed(within); err != nil {
+		d.Fatalf("Listed: %v", err)
+	}
+	return s
+}
+
+func (d *distant) close() {
+	d.Helper()
+	if d.store == nil {
 		return
 	}
-	d.Trouble(func(Asked) error { return fmt.Errorf("%w: the double is down", storage.ErrUnavailable) })
+	s := d.store
+	d.store = nil
+	if err := s.Close(); err != nil {
+		d.Errorf("Close: %v", err)
+	}
 }
 
-// Deliver is asked, of a value that is being read, how many bytes may come from an
-// offset on; it may block, and its error cuts the stream.
-func (d *Distant) Deliver(delivers func(ctx context.Context, key string, at int64) (n int64, err error)) {
-	d.set(func() { d.delivers = delivers })
+// anew is listed, after what was open has been closed.
+func (d *distant) anew() storage.Store {
+	d.Helper()
+	d.close()
+	return d.listed()
 }
 
-func (d *Distant) set(f func()) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	f()
-}
+// other is the directory of another machine.
+func (d *distant) other() string { return filepath.Join(d.TempDir(), "other") }
 
-// ask notes a request.
-func (d *Distant) ask(a Asked) error {
-	d.mu.Lock()
-	d.asked = append(d.asked, a)
-	trouble := d.trouble
-	d.mu.Unlock()
-	if trouble == nil {
-		return nil
-	}
-	return trouble(a)
-}
-
-func absent(err error) bool { return errors.Is(err, fs.ErrNotExist) }
-
-// known describes a value at the distant place without reading it.
-func (d *Distant) known(key string) (storage.Info, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	v, ok := d.values[key]
-	if !ok {
-		return storage.Info{}, fmt.Errorf("%s: %w", key, fs.ErrNotExist)
-	}
-	return storage.Info{Key: key, Size: int64(len(v)), ModTime: time.Unix(1, 0)}, nil
-}
-
-// Open implements storage.Store.
-func (d *Distant) Open(ctx context.Context, key string, offset, length int64) (io.ReadCloser, storage.Info, error) {
-	r, info, err := d.Store.Open(ctx, key, offset, length)
-	if !absent(err) {
-		return r, info, err
-	}
-	if err := d.ask(Asked{"get", key, offset, length}); err != nil {
-		return nil, storage.Info{}, err
-	}
-	if err := ctx.Err(); err != nil {
-		return nil, storage.Info{}, err
-	}
-	if info, err = d.known(key); err != nil {
-		return nil, info, err
-	}
-	if length < 0 {
-		length = info.Size - offset
-	}
-	if offset < 0 || offset+length > info.Size {
-		return nil, info, fmt.Errorf("%s has no %d bytes from %d", key, length, offset)
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return io.NopCloser(&delivery{ctx, d, key, offset, d.values[key][:offset+length]}), info, nil
-}
-
-type delivery struct {
-	ctx   context.Context
-	from  *Distant
-	key   string
-	at    int64
-	value []byte
-}
-
-func (r *delivery) Read(p []byte) (int, error) {
-	if err := r.ctx.Err(); err != nil {
-		return 0, err
-	}
-	if r.at == int64(len(r.value)) {
-		return 0, io.EOF
-	}
-	p = p[:min(len(p), 64<<10)]
-	r.from.mu.Lock()
-	delivers := r.from.delivers
-	r.from.mu.Unlock()
-	if delivers != nil {
-		most, err := delivers(r.ctx, r.key, r.at)
-		if err != nil {
-			return 0, err
+// eventually waits for what takes the store some time by its nature.
+func (d *distant) eventually(what string, ok func() error) {
+	d.Helper()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	late := time.After(90 * time.Second)
+	for {
+		err := ok()
+		if err == nil {
+			return
 		}
-		p = p[:min(int64(len(p)), most)]
+		select {
+		case <-tick.C:
+		case <-late:
+			d.Fatalf("waited in vain for %s: %v", what, err)
+		}
 	}
-	n := copy(p, r.value[r.at:])
-	r.at += int64(n)
-	return n, nil
 }
 
-// Get implements storage.Store.
-func (d *Distant) Get(ctx context.Context, key string, limit int64) ([]byte, error) {
-	data, err := d.Store.Get(ctx, key, limit)
-	if !absent(err) {
-		return data, err
+func (d *distant) sync(keys ...string) {
+	d.Helper()
+	if err := d.store.Sync(ctx, keys...); err != nil {
+		d.Fatalf("Sync: %v", err)
 	}
-	if err := d.look(key); err != nil {
-		return nil, err
+}
+
+// syncAtLast is sync after the place was down: a store may leave it alone for a while.
+func (d *distant) syncAtLast(keys ...string) {
+	d.Helper()
+	d.eventually("a Sync", func() error {
+		err := d.store.Sync(ctx, keys...)
+		if err != nil && !errors.Is(err, storage.ErrUnavailable) {
+			d.Fatalf("Sync: %v", err)
+		}
+		return err
+	})
+}
+
+// there holds the place to having a value, or nothing if want is nil.
+func (d *distant) there(what, key string, want []byte) {
+	d.Helper()
+	got, ok := d.Read(key)
+	switch {
+	case want == nil && ok:
+		d.Errorf("%s: %s is at the place", what, key)
+	case want != nil && !ok:
+		d.Errorf("%s: %s is not at the place", what, key)
+	case !bytes.Equal(got, want):
+		d.Errorf("%s: the place has other bytes, %d and not %d, under %s", what, len(got), len(want), key)
 	}
-	r, info, err := d.Open(ctx, key, 0, -1)
+}
+
+// has holds the store to having a value.
+func (d *distant) has(what, key string, want []byte) {
+	d.Helper()
+	got, err := d.store.Get(ctx, key, 64<<20)
+	if err != nil || !bytes.Equal(got, want) {
+		d.Errorf("%s: Get %s: %d bytes and not %d, %v", what, key, len(got), len(want), err)
+	}
+	info, err := d.store.Stat(ctx, key)
+	if err != nil || info.Size != int64(len(want)) || info.Key != key || info.ModTime.IsZero() {
+		d.Errorf("%s: Stat %s: %+v, %v", what, key, info, err)
+	}
+	r, info, err := d.store.Open(ctx, key, 0, -1)
 	if err != nil {
-		return nil, err
+		d.Errorf("%s: Open %s: %v", what, key, err)
+		return
 	}
 	defer r.Close()
-	if info.Size > limit {
-		return nil, storage.ErrTooLarge
+	if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, want) || info.Size != int64(len(want)) {
+		d.Errorf("%s: Open %s: %d bytes and not %d, %+v, %v", what, key, len(got), len(want), info, err)
 	}
-	return io.ReadAll(r)
 }
 
-// look asks whether there is something, unless that is known.
-func (d *Distant) look(key string) error {
-	d.mu.Lock()
-	blank := d.blank
-	d.mu.Unlock()
-	if blank {
-		if err := d.ask(Asked{What: "stat", Key: key}); err != nil {
-			return err
+// hasNot holds the store to knowing that there is nothing.
+func (d *distant) hasNot(what, key string) {
+	d.Helper()
+	_, err := d.store.Stat(ctx, key)
+	wantAbsent(d.T, what+": Stat "+key, err)
+	_, err = d.store.Get(ctx, key, 1<<20)
+	wantAbsent(d.T, what+": Get "+key, err)
+	_, _, err = d.store.Open(ctx, key, 0, -1)
+	wantAbsent(d.T, what+": Open "+key, err)
+	r, _, err := d.store.Distant().OpenNear(ctx, key)
+	if err == nil {
+		r.Close()
+	}
+	wantAbsent(d.T, what+": OpenNear "+key, err)
+	if errors.Is(err, storage.ErrDistant) {
+		d.Errorf("%s: %s is absent and distant: %v", what, key, err)
+	}
+}
+
+// keys is a listing.
+func (d *distant) keys(prefix string, deep bool) []string {
+	d.Helper()
+	var keys []string
+	for info, err := range d.store.List(ctx, prefix, deep) {
+		if err != nil {
+			d.Fatalf("List %s: %v", prefix, err)
 		}
+		keys = append(keys, info.Key)
 	}
-	_, err := d.known(key)
-	return err
+	slices.Sort(keys)
+	return keys
 }
 
-// Stat implements storage.Store.
-func (d *Distant) Stat(ctx context.Context, key string) (storage.Info, error) {
-	info, err := d.Store.Stat(ctx, key)
-	if !absent(err) {
-		return info, err
+func (d *distant) lists(what, prefix string, deep bool, want ...string) {
+	d.Helper()
+	if got := d.keys(prefix, deep); !slices.Equal(got, want) {
+		d.Errorf("%s: List(%s, %v) is %q, want %q", what, prefix, deep, got, want)
 	}
-	if err := d.look(key); err != nil {
-		return storage.Info{}, err
-	}
-	return d.known(key)
 }
 
-// Put implements storage.Store.
-func (d *Distant) Put(ctx context.Context, key string, data []byte, durability storage.Durability) error {
-	if err := d.Store.Put(ctx, key, data, durability); err != nil {
-		return err
-	}
-	return d.take(key, data, durability)
+// blob is n bytes that a name stands for, and their key.
+func blob(name string, n int) (key string, data []byte) {
+	data = make([]byte, n)
+	rand.NewChaCha8(sha256.Sum256([]byte(name))).Read(data)
+	sum := sha256.Sum256(data)
+	digest := hex.EncodeToString(sum[:])
+	return "docker/registry/v2/blobs/sha256/" + digest[:2] + "/" + digest + "/data", data
 }
 
-// PutFile implements storage.Store.
-func (d *Distant) PutFile(ctx context.Context, key, path string, durability storage.Durability) error {
-	data, err := os.ReadFile(path)
+// links lie here.
+const links = "docker/registry/v2/repositories/some/where/_layers/sha256/"
+
+func link(name string) string { return links + name + "/link" }
+
+func (d *distant) put(key string, data []byte) {
+	d.Helper()
+	put(d.T, d.store, key, string(data))
+}
+
+// near reads what is near of a value.
+func (d *distant) near(key string) ([]byte, storage.Info, error) {
+	d.Helper()
+	r, info, err := d.store.Distant().OpenNear(ctx, key)
 	if err != nil {
-		return err
-	}
-	if err := d.Store.PutFile(ctx, key, path, durability); err != nil {
-		return err
-	}
-	return d.take(key, data, durability)
-}
-
-// take brings a value to the distant place, unless the same may be there.
-func (d *Distant) take(key string, data []byte, durability storage.Durability) error {
-	d.mu.Lock()
-	has := len(d.values[key]) == len(data) && strings.HasSuffix(key, "/data") && !d.wrong[key]
-	d.mu.Unlock()
-	if has {
-		return nil
-	}
-	if err := d.ask(Asked{What: "put", Key: key}); err != nil {
-		if durability == storage.Lazy {
-			return nil
-		}
-		return err
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.values[key] = bytes.Clone(data)
-	delete(d.wrong, key)
-	return nil
-}
-
-// Sync implements storage.Store.
-func (d *Distant) Sync(ctx context.Context, keys ...string) error {
-	for _, key := range keys {
-		data, err := d.Store.Get(ctx, key, 1<<40)
-		if err == nil {
-			err = d.take(key, data, storage.Durable)
-		}
-		if err != nil && !absent(err) {
-			return err
-		}
-	}
-	return d.Store.Sync(ctx, keys...)
-}
-
-// Delete implements storage.Store.
-func (d *Distant) Delete(ctx context.Context, key string) error {
-	if err := d.ask(Asked{What: "delete", Key: key}); err != nil {
-		return err
-	}
-	d.mu.Lock()
-	delete(d.values, key)
-	d.mu.Unlock()
-	return d.Store.Delete(ctx, key)
-}
-
-// List implements storage.Store, of what is near: what a test has placed is not
-// listed.
-func (d *Distant) List(ctx context.Context, prefix string, deep bool) iter.Seq2[storage.Info, error] {
-	return d.Store.List(ctx, prefix, deep)
-}
-
-// Distant implements storage.Store.
-func (d *Distant) Distant() storage.Distant { return d }
-
-// OpenNear implements storage.Distant.
-func (d *Distant) OpenNear(ctx context.Context, key string) (io.ReadCloser, storage.Info, error) {
-	r, info, err := d.Store.Open(ctx, key, 0, -1)
-	if !absent(err) {
-		return r, info, err
-	}
-	if info, err = d.known(key); err != nil && !d.blank {
 		return nil, info, err
 	}
-	if d.blank {
-		info = storage.Info{Key: key, Size: -1}
+	defer r.Close()
+	data, err := io.ReadAll(r)
+	if err != nil {
+		d.Errorf("reading what is near of %s: %v", key, err)
 	}
-	return nil, info, fmt.Errorf("%s: %w", key, storage.ErrDistant)
+	return data, info, nil
 }
 
-// Drop implements storage.Distant.
-func (d *Distant) Drop(key string) bool {
-	if _, err := d.known(key); err != nil {
-		return false
+// drop makes a blob that is at the place far.
+func (d *distant) drop(key string) {
+	d.Helper()
+	d.store.Distant().Drop(key)
+	if _, _, err := d.near(key); !errors.Is(err, storage.ErrDistant) {
+		d.Fatalf("OpenNear after Drop: %v", err)
 	}
-	if _, err := d.Store.Stat(context.Background(), key); err != nil {
-		return false
+}
+
+func testNearAndFar(d *distant) {
+	s := d.listed()
+	key, data := blob("near", 100_000)
+	d.hasNot("before", key)
+	d.put(key, data)
+	got, info, err := d.near(key)
+	if err != nil || !bytes.Equal(got, data) || info.Size != int64(len(data)) {
+		d.Errorf("what was just put is not near: %d bytes, %+v, %v", len(got), info, err)
 	}
-	return d.Store.Delete(context.Background(), key) == nil
-}
-
-// Distrust implements storage.Distant.
-func (d *Distant) Distrust(key string) { d.set(func() { d.wrong[key] = true }) }
-
-// Distrusted reports whether that has been called, and nothing put since.
-func (d *Distant) Distrusted(key string) bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.wrong[key]
-}
-
-// Shared implements storage.Distant.
-func (d *Distant) Shared() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.shared
-}
-
-// Listed implements storage.Distant.
-func (d *Distant) Listed(context.Context) error { return nil }
-
-// Relist implements storage.Distant.
-func (d *Distant) Relist(context.Context) error { return nil }
-
-// Presign implements storage.Distant.
-func (d *Distant) Presign(_ context.Context, method, key string, life time.Duration) (string, error) {
-	if _, err := d.known(key); err != nil {
-		return "", err
+	d.sync(key)
+	d.drop(key)
+	if s.Distant().Drop(key) {
+		d.Error("a second Drop found something")
 	}
-	return "https://bucket.test/" + key + "?method=" + method + "&expires=" + life.String(), nil
+	_, info, err = d.near(key)
+	if !errors.Is(err, storage.ErrDistant) || errors.Is(err, fs.ErrNotExist) {
+		d.Errorf("OpenNear of what is far: %v", err)
+	}
+	if info.Key != key || info.Size != int64(len(data)) || info.Doubtful {
+		d.Errorf("what is known of it: %+v", info)
+	}
+	d.has("far", key, data)
+
+	// The fill of a far blob ends in a Put that keeps it near.
+	d.store.Distant().Drop(key)
+	d.put(key, data)
+	if got, _, err := d.near(key); err != nil || !bytes.Equal(got, data) {
+		d.Errorf("a far blob that was put is not near: %d bytes, %v", len(got), err)
+	}
+	if !s.Distant().Drop(key) {
+		d.Error("what is near of a blob that is there cannot be dropped")
+	}
 }
 
-// Secret implements storage.Distant.
-func (d *Distant) Secret() []byte { return nil }
+func testSpansFromAfar(d *distant) {
+	s := d.listed()
+	key, data := blob("spans", 70_000)
+	d.put(key, data)
+	d.sync(key)
+	d.drop(key)
+	size := int64(len(data))
+	for _, c := range []struct {
+		offset, length int64
+		bad            bool
+	}{
+		{0, -1, false}, {4, -1, false}, {size, -1, false}, {0, size, false}, {3, 60_000, false}, {size - 1, 1, false},
+		{5, 0, false}, {size, 0, false}, {size + 1, -1, true}, {size - 2, 3, true}, {-1, 3, true}, {size + 1, 0, true},
+	} {
+		d.store.Distant().Drop(key)
+		r, info, err := s.Open(ctx, key, c.offset, c.length)
+		if c.bad {
+			if err == nil {
+				r.Close()
+				d.Errorf("Open(%d, %d) succeeded", c.offset, c.length)
+			} else if errors.Is(err, fs.ErrNotExist) {
+				d.Errorf("Open(%d, %d): a bad span is not an absent key: %v", c.offset, c.length, err)
+			}
+			continue
+		}
+		if err != nil {
+			d.Errorf("Open(%d, %d): %v", c.offset, c.length, err)
+			continue
+		}
+		end := size
+		if c.length >= 0 {
+			end = c.offset + c.length
+		}
+		got, err := io.ReadAll(r)
+		r.Close()
+		if err != nil || !bytes.Equal(got, data[c.offset:end]) || info.Size != size {
+			d.Errorf("Open(%d, %d): %d bytes, %+v, %v", c.offset, c.length, len(got), info, err)
+		}
+	}
+	d.store.Distant().Drop(key)
+	if _, err := s.Get(ctx, key, size-1); !errors.Is(err, storage.ErrTooLarge) {
+		d.Errorf("Get over the limit: %v", err)
+	}
+	if err := s.Vouch(ctx, key); err != nil {
+		d.Errorf("Vouch of what is far: %v", err)
+	}
+}
+
+func testSyncTakesThere(d *distant) {
+	d.listed()
+	big, data := blob("sync", 2<<20)
+	small, few := blob("small", 10)
+	d.put(big, data)
+	d.put(small, few)
+	d.put(link("a"), []byte("one"))
+	d.put(link("empty"), nil)
+	d.sync(big, small, link("a"), link("empty"), link("none"))
+	d.there("after Sync", big, data)
+	d.there("after Sync", small, few)
+	d.there("after Sync", link("a"), []byte("one"))
+	d.there("after Sync", link("empty"), []byte{})
+	d.put(link("a"), []byte("two"))
+	d.sync(link("a"))
+	d.there("after replacing", link("a"), []byte("two"))
+	d.has("after Sync", big, data)
+	d.has("after Sync", small, few)
+	d.has("after Sync", link("a"), []byte("two"))
+	d.has("after Sync", link("empty"), []byte{})
+}
+
+func testDurableIsThere(d *distant) {
+	s := d.listed()
+	key, data := blob("durable", 100_000)
+	for key, data := range map[string][]byte{key: data, link("a"): []byte("sha256:x")} {
+		if err := s.Put(ctx, key, data, storage.Durable); err != nil {
+			d.Fatal(err)
+		}
+		d.there("after Put", key, data)
+	}
+	if err := s.Put(ctx, link("a"), []byte("sha256:y"), storage.Durable); err != nil {
+		d.Fatal(err)
+	}
+	d.there("after replacing", link("a"), []byte("sha256:y"))
+}
+
+func testPutFileTakesThere(d *distant) {
+	s := d.listed()
+	dir := spool(d.T, s, "fills")
+	// Larger than what is stored in one call.
+	for i, n := range []int{1000, 12<<20 + 1} {
+		for _, durability := range []storage.Durability{storage.Lazy, storage.Durable} {
+			key, data := blob(fmt.Sprint(i, durability), n)
+			path := filepath.Join(dir, "file")
+			if err := os.WriteFile(path, data, 0o600); err != nil {
+				d.Fatal(err)
+			}
+			if err := s.PutFile(ctx, key, path, durability); err != nil {
+				d.Fatal(err)
+			}
+			if durability == storage.Lazy {
+				d.sync(key)
+			}
+			d.there("after PutFile", key, data)
+			d.drop(key)
+			d.has("after PutFile", key, data)
+		}
+	}
+}
+
+func testDeleteTakesAway(d *distant) {
+	s := d.listed()
+	key, data := blob("delete", 100_000)
+	for _, far := range []bool{false, true} {
+		for key, data := range map[string][]byte{key: data, link("a"): []byte("sha256:x")} {
+			d.put(key, data)
+			d.sync(key)
+			if far {
+				s.Distant().Drop(key)
+			}
+			if err := s.Delete(ctx, key); err != nil {
+				d.Fatal(err)
+			}
+			d.hasNot("after Delete", key)
+			d.sync(key)
+			d.there("after Delete and Sync", key, nil)
+		}
+	}
+	d.lists("after Delete", "docker/", true)
+	d.anew()
+	d.hasNot("after a restart", key)
+	d.hasNot("after a restart", link("a"))
+}
+
+func testDropKeepsPending(d *distant) {
+	s := d.listed()
+	key, data := blob("pending", 100_000)
+	d.Down()
+	d.put(key, data)
+	d.put(link("a"), []byte("sha256:x"))
+	if s.Distant().Drop(key) || s.Distant().Drop(link("a")) {
+		d.Error("Drop took what is nowhere else")
+	}
+	d.has("after Drop", key, data)
+	d.has("after Drop", link("a"), []byte("sha256:x"))
+	d.Up()
+	d.syncAtLast(key, link("a"))
+	d.there("after Sync", key, data)
+}
+
+func testDistrust(d *distant) {
+	s := d.listed()
+	for _, gone := range []bool{false, true} {
+		key, data := blob(fmt.Sprint("distrust", gone), 100_000)
+		d.put(key, data)
+		d.sync(key)
+		wrong := slices.Clone(data)
+		wrong[len(wrong)/2] ^= 1
+		d.Write(key, wrong)
+		d.drop(key)
+		s.Distant().Distrust(key)
+		if gone {
+			d.anew()
+			s = d.store
+			s.Distant().Distrust(key)
+		}
+		d.put(key, data)
+		d.sync(key)
+		d.there("after Distrust", key, data)
+		d.has("after Distrust", key, data)
+		d.drop(key)
+		d.has("after Distrust, from afar", key, data)
+	}
+	// Of what is absent it says nothing.
+	none, data := blob("none", 10)
+	s.Distant().Distrust(none)
+	d.hasNot("after Distrust", none)
+	d.put(none, data)
+	d.sync(none)
+	d.there("after Distrust", none, data)
+}
+
+func testLocal(d *distant) {
+	s := d.listed()
+	key := storage.Local + "some/thing"
+	d.put(key, []byte("mine"))
+	d.sync(key)
+	d.Down()
+	if err := s.Put(ctx, key, []byte("still mine"), storage.Durable); err != nil {
+		d.Errorf("Put while the place is down: %v", err)
+	}
+	d.sync(key)
+	d.has("local", key, []byte("still mine"))
+	d.lists("local", storage.Local, true, key)
+	d.Up()
+	d.anew()
+	d.has("after a restart", key, []byte("still mine"))
+	if keys := d.Keys(storage.Local); len(keys) != 0 {
+		d.Errorf("at the place: %q", keys)
+	}
+	there := d.openAt(d.other())
+	if _, err := there.Stat(ctx, key); !errors.Is(err, fs.ErrNotExist) {
+		d.Errorf("another machine sees it: %v", err)
+	}
+	if err := there.Close(); err != nil {
+		d.Error(err)
+	}
+	if err := d.store.Delete(ctx, key); err != nil {
+		d.Error(err)
+	}
+	d.hasNot("after Delete", key)
+	d.lists("after Delete", storage.Local, true)
+}

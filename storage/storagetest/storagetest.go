@@ -41,6 +41,8 @@ func Test(t *testing.T, open func(t *testing.T) storage.Store) {
 		{"EmptyDirectories", testEmptyDirectories},
 		{"PutBesideDelete", testPutBesideDelete},
 		{"Reserve", testReserve},
+		{"Prefixes", testPrefixes},
+		{"Files", testFiles},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := open(t)
@@ -530,5 +532,61 @@ func testReserve(t *testing.T, s storage.Store) {
 		t.Error("an exabyte was set aside")
 	} else if !errors.Is(err, storage.ErrFull) {
 		t.Errorf("want ErrFull, got %v", err)
+	}
+}
+
+// testPrefixes holds keys with a meaning to behaving as others do.
+func testPrefixes(t *testing.T, s storage.Store) {
+	ctx := context.Background()
+	for _, prefix := range []string{storage.Local, storage.Uploads} {
+		key := prefix + "some/value"
+		wantAbsent(t, "Stat", func() error { _, err := s.Stat(ctx, key); return err }())
+		for _, value := range []string{"one", "another"} {
+			put(t, s, key, value)
+			if got := get(t, s, key); got != value {
+				t.Errorf("%s is %q, want %q", key, got, value)
+			}
+		}
+		if err := s.Sync(ctx, key, prefix+"none"); err != nil {
+			t.Errorf("Sync: %v", err)
+		}
+		if got := shallow(t, s, prefix); !slices.Equal(got, []string{prefix + "some/"}) {
+			t.Errorf("below %s there is %q", prefix, got)
+		}
+		if got := shallow(t, s, "mirror/"); !slices.Contains(got, prefix) {
+			t.Errorf("below mirror/ there is %q", got)
+		}
+		if err := s.Delete(ctx, key); err != nil {
+			t.Errorf("Delete: %v", err)
+		}
+		_, err := s.Get(ctx, key, 10)
+		wantAbsent(t, "Get after Delete", err)
+		if got := shallow(t, s, "mirror/"); slices.Contains(got, prefix) {
+			t.Errorf("an empty directory is left: %q", got)
+		}
+	}
+}
+
+// testFiles holds a store to handing out files, which the kernel sends.
+func testFiles(t *testing.T, s storage.Store) {
+	ctx := context.Background()
+	key, data := blob("file", 100_000)
+	put(t, s, key, string(data))
+	r, info, err := s.Open(ctx, key, 0, -1)
+	if distant := s.Distant(); distant != nil {
+		if err == nil {
+			r.Close()
+		}
+		r, info, err = distant.OpenNear(ctx, key)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if _, ok := r.(*os.File); !ok {
+		t.Errorf("what is near is read from a %T", r)
+	}
+	if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, data) || info.Size != int64(len(data)) {
+		t.Errorf("%d bytes, %+v, %v", len(got), info, err)
 	}
 }
