@@ -191,6 +191,7 @@ type s3Calls struct {
 	addr string
 
 	mu     sync.Mutex
+	down   bool           // nothing is answered
 	counts map[string]int // by operation
 	keys   map[string]int // by operation and key
 	wanted string         // the operation to hold back
@@ -215,16 +216,18 @@ func startS3Calls(t *testing.T, target string) *s3Calls {
 		},
 		FlushInterval: -1,
 		Transport:     &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: 100},
-		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
-			// As if there were nothing here.
-			if conn, _, err := http.NewResponseController(w).Hijack(); err == nil {
-				conn.Close()
-			}
-		},
+		ErrorHandler:  func(w http.ResponseWriter, _ *http.Request, _ error) { hangUp(w) },
 	}
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c.mu.Lock()
+		down := c.down
+		c.mu.Unlock()
+		if down {
+			hangUp(w)
+			return
+		}
 		operation, key := s3Operation(r)
-		if key != "mirror/owner.json" {
+		if !strings.HasSuffix(key, "mirror/owner.json") {
 			c.mu.Lock()
 			c.counts[operation]++
 			c.keys[operation+" "+key]++
@@ -247,6 +250,20 @@ func startS3Calls(t *testing.T, target string) *s3Calls {
 	go server.Serve(ln)
 	t.Cleanup(func() { server.Close() })
 	return c
+}
+
+// hangUp is as if there were nothing here.
+func hangUp(w http.ResponseWriter) {
+	if conn, _, err := http.NewResponseController(w).Hijack(); err == nil {
+		conn.Close()
+	}
+}
+
+// setDown has nothing answered, or everything.
+func (c *s3Calls) setDown(down bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.down = down
 }
 
 // s3Operation names what a request asks for, as AWS does.
