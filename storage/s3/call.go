@@ -111,7 +111,7 @@ func (b *bucket) call(ctx context.Context, o operation, key string, send func(co
 		} else if last.status != 0 {
 			b.breaker.answered()
 		}
-		if !last.again || attempt == attempts {
+		if !last.again || attempt == attempts || last.unavailable() && b.breaker.open() {
 			return last
 		}
 		if last.expired {
@@ -137,8 +137,8 @@ func (b *bucket) call(ctx context.Context, o operation, key string, send func(co
 }
 
 // breaker keeps calls from a server that has not answered several times in a row.
-// While it is open one call is let through each time its pause is over, and the
-// pause doubles until one succeeds.
+// While it is open one call is let through each time its pause is over, however long
+// that call takes, and the pause doubles until one is answered.
 type breaker struct {
 	mu    sync.Mutex
 	fails int
@@ -161,7 +161,7 @@ func (b *breaker) allow(now time.Time) bool {
 	if now.Before(b.until) {
 		return false
 	}
-	// Another is let through when this one takes as long.
+	b.pause = min(2*b.pause, longestPause)
 	b.until = now.Add(b.pause)
 	return true
 }
@@ -175,18 +175,10 @@ func (b *breaker) answered() {
 func (b *breaker) failed(now time.Time) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.fails++
-	switch {
-	case b.fails < tooMany:
-		return
-	case b.pause == 0:
+	if b.fails++; b.fails >= tooMany && b.pause == 0 {
 		b.pause = firstPause
-	case now.Before(b.until) && now.Add(b.pause/2).Before(b.until):
-		return // sent before it opened, or with the last trial
-	default:
-		b.pause = min(2*b.pause, longestPause)
+		b.until = now.Add(b.pause)
 	}
-	b.until = now.Add(b.pause)
 }
 
 // open reports whether calls are kept back.
