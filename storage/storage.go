@@ -183,45 +183,6 @@ type Distant interface {
 	Secret() []byte
 }
 
-// A Backlogged store tells how it stands with the distant place. It is optional for a
-// [Distant] one, and costs no more than a lock.
-type Backlogged interface {
-	Backlog() Backlog
-}
-
-// A Backlog is how a store stands with the distant place.
-type Backlog struct {
-	// Pending are the values that are on their way there, Bytes what they take
-	// together, and Oldest is since when one of them has been; zero: none is.
-	Pending, Bytes int64
-	Oldest         time.Time
-
-	// Near are the bytes of values on the local disk, of those that are pending as
-	// well, and NearSize as many as there may be.
-	Near, NearSize int64
-
-	// Unavailable is since when the distant place does not answer, or refuses to,
-	// and Trouble what was the matter last; zero and empty: it does.
-	Unavailable time.Time
-	Trouble     string
-
-	// Listed says that all keys there are known.
-	Listed bool
-
-	// Others name those who share the place now, as people would know them; not
-	// more than ten.
-	Others []string
-
-	// Calls counts what the place was asked for since the store was opened. There
-	// are few kinds.
-	Calls map[Call]int64
-}
-
-// A Call is a kind of question to a distant place: the operation, as its protocol
-// names it in lower case ("get", "put", "list"), and what became of it: "ok",
-// "absent", "unavailable" or "failed".
-type Call struct{ Operation, Outcome string }
-
 // Uploads is the prefix of what has come of uploads under way, in a [Distant]
 // store with a secret. What is put there is at the distant place when Put or
 // PutFile returns, whatever the durability, and is not kept near; Get, Open, Stat
@@ -261,6 +222,29 @@ type Measured interface {
 	// Free returns how many bytes could be written now, less what is reserved,
 	// and how many of those the operator wants kept free.
 	Free() (free, keep int64, err error)
+}
+
+// A Backlogged store has values that are on their way to a distant place, and says
+// how that goes. It is optional.
+type Backlogged interface {
+	// Backlog costs nothing that is worth saving.
+	Backlog() Backlog
+}
+
+// A Backlog is what a [Backlogged] store has to say.
+type Backlog struct {
+	Pending      int64            // values that are not at the distant place yet
+	PendingBytes int64            // how much room those take
+	NearBytes    int64            // of all values that are near
+	CacheBytes   int64            // that they may take
+	Calls        map[string]int64 // requests to the distant place since the store was opened, by operation
+	Listed       bool             // what is at the distant place is known
+	Shared       bool             // as Distant has it
+
+	// Err is why the last request got no answer, and Since when that began. It is nil
+	// after one that did.
+	Err   error
+	Since time.Time
 }
 
 // ErrFull is wrapped by the error of a Reserve that would take the store

@@ -20,9 +20,9 @@ import (
 )
 
 // newDistantTable is a table on a store whose distant place is in memory.
-func newDistantTable(t *testing.T) (*table, *storagetest.Distant) {
+func newDistantTable(t *testing.T) (*table, *storagetest.Double) {
 	dir := t.TempDir()
-	store := storagetest.NewDistant(disktest.Open(t, dir))
+	store := storagetest.NewDouble(disktest.Open(t, dir))
 	x := makeTable(t, dir, store)
 	// Windows of 1 MiB, so that a few MiB are many.
 	fill.Tune(x.Table, fill.Segment, mib, mib, mib, mib)
@@ -30,7 +30,7 @@ func newDistantTable(t *testing.T) (*table, *storagetest.Distant) {
 }
 
 // gets are the spans that were asked of the distant place.
-func gets(store *storagetest.Distant, d digest.Digest) []storagetest.Asked {
+func gets(store *storagetest.Double, d digest.Digest) []storagetest.Asked {
 	return store.Asks("get", layout.Blob(d))
 }
 
@@ -202,7 +202,9 @@ func TestStoredSlow(t *testing.T) {
 				t.Errorf("it took %v", took)
 			}
 			wait(t.Context(), time.Second) // for the commit
+			m.mu.Lock()
 			clear(m.store.values)
+			m.mu.Unlock()
 		}
 		m.distant.hangs, m.distant.stalls = 10*time.Second, 0
 		f, err := m.table.Join(fill.Want{

@@ -1,12 +1,15 @@
 package mirror
 
 import (
+	"errors"
 	"sync"
 
 	"github.com/opencontainers/go-digest"
 	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/caddy-registry/mirror/internal/fill"
 	"github.com/caddy-registry/mirror/internal/oci"
+	"github.com/caddy-registry/mirror/storage"
 )
 
 // layers is what an image consists of, until its first layer is asked for.
@@ -54,9 +57,26 @@ func (m *Mirror) ahead(t Target, d digest.Digest) {
 			if blob.Size < 0 {
 				continue // it would have to be asked for first
 			}
-			if want, err := m.want(m.ctx, t, blob.Digest, blob.Size); err == nil {
+			if want, err := m.wantAhead(t, blob); err == nil {
 				m.fills.Ahead(want)
 			}
 		}
 	})
+}
+
+// wantAhead is what a fill is told of a blob that will be asked for: the store comes
+// first if it has it, but not near.
+func (m *Mirror) wantAhead(t Target, blob v1.Descriptor) (fill.Want, error) {
+	if m.distant != nil {
+		known, ok, err := m.tree.Member(m.ctx, t.Repository, blob.Digest)
+		if err == nil && ok && known.Canonical != "" {
+			r, info, err := m.tree.OpenBlob(m.ctx, known.Canonical)
+			if err == nil {
+				r.Close() // it is near, as the fill will find
+			} else if errors.Is(err, storage.ErrDistant) && (info.Size < 0 || intact(known, info.Size)) {
+				return m.fromStore(m.ctx, t, blob.Digest, known, info)
+			}
+		}
+	}
+	return m.want(m.ctx, t, blob.Digest, blob.Size)
 }

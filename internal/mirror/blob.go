@@ -16,6 +16,7 @@ import (
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/section"
 	"github.com/caddy-registry/mirror/internal/tree"
+	"github.com/caddy-registry/mirror/storage"
 )
 
 // content is a blob that can be sent: held, or on its way.
@@ -42,24 +43,28 @@ func (m *Mirror) blob(ctx context.Context, t Target, d digest.Digest) (content, 
 	damaged := false
 	if known.Canonical != "" {
 		r, info, err := m.tree.OpenBlob(ctx, known.Canonical)
-		if err == nil && !intact(known, info.Size) {
-			r.Close()
-			err = m.damaged(t, d, known, info.Size)
+		distant := errors.Is(err, storage.ErrDistant)
+		if (err == nil || distant && info.Size >= 0) && !intact(known, info.Size) {
+			if err == nil {
+				r.Close()
+			}
+			err, distant = m.damaged(t, d, known, info.Size), false
 		}
 		if err == nil {
-			m.tree.AskedBlob(t.Repository, known, m.now())
-			if !known.Linked && t.Upstream != nil {
-				if err := m.claim(ctx, t); err != nil {
-					r.Close()
-					return nil, miss, err
-				}
-				if err := m.tree.LinkBlob(ctx, t.Repository, d, known.Canonical); err != nil && !errors.Is(err, fs.ErrNotExist) { // evicted since
-					m.diskTrouble("linking a blob", t.Repository+"@"+d.String(), err)
-				}
+			if err := m.askedFor(ctx, t, d, known); err != nil {
+				r.Close()
+				return nil, miss, err
 			}
 			return &heldBlob{r: r, bytes: info.Size}, hit, nil
 		}
-		if !errors.Is(err, fs.ErrNotExist) {
+		if distant {
+			var want fill.Want
+			if want, err = m.fromStore(ctx, t, d, known, info); err == nil {
+				m.tree.AskedBlob(t.Repository, known, m.now())
+				return m.join(want, hit)
+			}
+		}
+		if !m.absent(t, err) {
 			return nil, miss, err
 		}
 		if damaged = errors.Is(err, tree.ErrDamaged); damaged {
@@ -83,11 +88,36 @@ func (m *Mirror) blob(ctx context.Context, t Target, d digest.Digest) (content, 
 		return nil, miss, err
 	}
 	want.Anew = damaged
+	return m.join(want, stored)
+}
+
+// join joins a fill.
+func (m *Mirror) join(want fill.Want, c cache) (content, cache, error) {
 	f, err := m.fills.Join(want)
 	if err != nil {
 		return nil, miss, err
 	}
-	return &liveBlob{fill: f, bytes: want.Size}, stored, nil
+	return &liveBlob{fill: f, bytes: want.Size}, c, nil
+}
+
+// askedFor notes that a client has been given a blob that is held, and links one that
+// only a manifest makes a member.
+func (m *Mirror) askedFor(ctx context.Context, t Target, d digest.Digest, known tree.Member) error {
+	m.tree.AskedBlob(t.Repository, known, m.now())
+	if known.Linked || t.Upstream == nil {
+		return nil
+	}
+	err := m.claim(ctx, t)
+	if errors.Is(err, errUnclaimed) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := m.tree.LinkBlob(ctx, t.Repository, d, known.Canonical); err != nil && !errors.Is(err, fs.ErrNotExist) { // evicted since
+		m.diskTrouble("linking a blob", t.Repository+"@"+d.String(), err)
+	}
+	return nil
 }
 
 // want is what a fill of a blob is told. The size is -1 where no manifest says
@@ -105,7 +135,7 @@ func (m *Mirror) want(ctx context.Context, t Target, d digest.Digest, size int64
 	if err := m.small(d, size); err != nil {
 		return fill.Want{}, err
 	}
-	if err := m.claim(ctx, t); err != nil {
+	if err := m.claim(ctx, t); err != nil && !errors.Is(err, errUnclaimed) {
 		return fill.Want{}, err
 	}
 	return fill.Want{
@@ -199,7 +229,7 @@ func (m *Mirror) damaged(t Target, d digest.Digest, known tree.Member, size int6
 // for a mirrored one by asking the upstream.
 func (m *Mirror) member(ctx context.Context, t Target, d digest.Digest) (tree.Member, error) {
 	known, ok, err := m.tree.Member(ctx, t.Repository, d)
-	if ok || err != nil {
+	if ok || err != nil && !m.absent(t, err) {
 		return known, err
 	}
 	if t.Upstream == nil {
@@ -236,7 +266,7 @@ func (m *Mirror) describeBlob(ctx context.Context, t Target, d digest.Digest) (i
 		if err == nil {
 			return info.Size, hit, nil
 		}
-		if !errors.Is(err, fs.ErrNotExist) {
+		if !m.absent(t, err) {
 			return 0, miss, err
 		}
 	}

@@ -52,6 +52,7 @@ const (
 	noUpstream   // no usable answer in time
 	limited      // by the upstream
 	storeFailed
+	storeAway // it is at a distance, and does not answer
 )
 
 // A cell is what a client is told: a status, and an OCI code.
@@ -114,6 +115,11 @@ var codes = map[situation]struct {
 		remedy:   "wait, or configure credentials with a larger budget in the mirror",
 	},
 	storeFailed: {manifest: cell{http.StatusServiceUnavailable, oci.CodeUnavailable}, remedy: "the mirror's log tells more"},
+	storeAway: {
+		manifest: cell{http.StatusServiceUnavailable, oci.CodeUnavailable},
+		patient:  cell{http.StatusTooManyRequests, oci.CodeTooManyRequests},
+		remedy:   "try again; the mirror's log tells more",
+	},
 }
 
 // askAgain is when a client that waits is to ask again, where the upstream does
@@ -167,6 +173,8 @@ func judge(err error) *failure {
 		default:
 			f.situation, f.after = noUpstream, up.After
 		}
+	case errors.Is(err, storage.ErrUnavailable):
+		f.situation = storeAway
 	case errors.Is(err, errInvalidName):
 		f.situation = badName
 	case errors.Is(err, errUnknownUpstream), errors.Is(err, errTakenName):

@@ -57,6 +57,7 @@ func TestCodes(t *testing.T) {
 		noUpstream:      {"503 UNAVAILABLE", "503 UNAVAILABLE", "429 TOOMANYREQUESTS"},
 		limited:         {"503 UNAVAILABLE", "503 UNAVAILABLE", "429 TOOMANYREQUESTS"},
 		storeFailed:     {"503 UNAVAILABLE", "503 UNAVAILABLE", "503 UNAVAILABLE"},
+		storeAway:       {"503 UNAVAILABLE", "503 UNAVAILABLE", "429 TOOMANYREQUESTS"},
 	}
 	for s := range codes {
 		if _, ok := want[s]; !ok {

@@ -61,7 +61,7 @@ func (x *exchange) tags(ctx context.Context) error {
 		return x.hostedTags(ctx, n, last)
 	}
 	held, err := x.mirror.tree.Tags(ctx, x.target.Repository)
-	if err != nil {
+	if err != nil && !x.mirror.away(x.target, err) {
 		return err
 	}
 	held = slices.DeleteFunc(held, func(tag string) bool {

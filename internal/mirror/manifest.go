@@ -102,7 +102,7 @@ func (m *Mirror) byDigest(ctx context.Context, t Target, d digest.Digest, head, 
 	if err == nil {
 		return held(had, hit), nil
 	}
-	if !errors.Is(err, fs.ErrNotExist) {
+	if !m.absent(t, err) {
 		return nil, err
 	}
 	if err := m.lacks(t, oci.KindManifest, string(d)); err != nil && !force {
@@ -142,7 +142,9 @@ func (m *Mirror) fetch(ctx context.Context, t Target, ref oci.Reference, must bo
 	if err != nil {
 		return nil, err
 	}
-	if err := m.claim(ctx, t); err != nil {
+	if err := m.claim(ctx, t); errors.Is(err, errUnclaimed) {
+		return m.tree.Remember(t.Repository, got.Digest, got.Body)
+	} else if err != nil {
 		return nil, err
 	}
 	stored, err := m.tree.PutManifest(ctx, t.Repository, got.Digest, got.Body, nil)

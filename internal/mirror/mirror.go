@@ -3,6 +3,7 @@ package mirror
 import (
 	"context"
 	"errors"
+	"fmt"
 	"hash/maphash"
 	"io/fs"
 	"sync"
@@ -41,6 +42,7 @@ type Mirror struct {
 	tree     *tree.Tree
 	hosted   *hosted.Registry
 	fills    *fill.Table
+	distant  storage.Distant // nil: what is stored is near
 	log      *zap.Logger
 	now      func() time.Time
 	complete func(context.Context) *catalog.Catalog // Parts.Catalog
@@ -74,6 +76,9 @@ type Mirror struct {
 	changes  atomic.Uint64               // pushes and deletes that were answered
 	maxBlob  atomic.Int64
 	proven   *lru.Cache[digest.Digest, struct{}] // blobs that were hashed on suspicion
+	// unclaimed are repositories of which the store could not say what they are,
+	// by their names.
+	unclaimed *lru.Cache[string, Target]
 }
 
 type tagKey struct{ repository, tag string }
@@ -103,7 +108,7 @@ type Parts struct {
 
 // New returns a mirror.
 func New(p Parts) *Mirror {
-	m := &Mirror{tree: p.Tree, hosted: p.Hosted, complete: p.Catalog, suspect: p.Suspect, log: p.Log, now: time.Now, patience: blobPatience, aheads: make(chan struct{}, checksAhead)}
+	m := &Mirror{tree: p.Tree, hosted: p.Hosted, distant: p.Store.Distant(), complete: p.Catalog, suspect: p.Suspect, log: p.Log, now: time.Now, patience: blobPatience, aheads: make(chan struct{}, checksAhead)}
 	if m.suspect == nil {
 		m.suspect = func(digest.Digest) {}
 	}
@@ -118,7 +123,8 @@ func New(p Parts) *Mirror {
 	m.told, _ = lru.New[trouble, time.Time](1_000)
 	m.coming, _ = lru.New[member, *layers](10_000)
 	m.proven, _ = lru.New[digest.Digest, struct{}](1_000)
-	m.fills = fill.NewTable(p.Store, m.tree.LinkBlob, m.filled, p.Room)
+	m.unclaimed, _ = lru.New[string, Target](10_000)
+	m.fills = fill.NewTable(p.Store, m.link, m.filled, p.Room)
 	return m
 }
 
@@ -261,7 +267,7 @@ func (m *Mirror) filled(s fill.Summary) {
 // hosted one be taken for something that can be fetched again.
 func (m *Mirror) admit(ctx context.Context, t Target) error {
 	record, err := m.tree.Record(ctx, t.Repository)
-	if errors.Is(err, fs.ErrNotExist) {
+	if m.absent(t, err) {
 		return nil
 	}
 	if err != nil {
@@ -282,7 +288,12 @@ func conflict(t Target, record tree.Record) error {
 	return nil
 }
 
-// claim records a mirrored repository before anything is stored in it.
+// errUnclaimed says that nobody knows what a repository is recorded as: what is
+// mirrored is served, and nothing is put into it.
+var errUnclaimed = fmt.Errorf("what the repository is recorded as is not known: %w", storage.ErrUnavailable)
+
+// claim records a mirrored repository before anything is stored in it. Where the
+// store cannot say what it is, the error is errUnclaimed.
 func (m *Mirror) claim(ctx context.Context, t Target) error {
 	record, err := m.tree.Claim(ctx, t.Repository, tree.Record{
 		Class:    tree.Mirrored,
@@ -291,7 +302,12 @@ func (m *Mirror) claim(ctx context.Context, t Target) error {
 		Created:  m.now().UTC(),
 	})
 	if err == nil {
+		m.unclaimed.Remove(t.Repository)
 		return conflict(t, record)
+	}
+	if m.away(t, err) {
+		m.unclaimed.Add(t.Repository, t)
+		return errUnclaimed
 	}
 	if _, known := m.tree.Record(ctx, t.Repository); !errors.Is(known, fs.ErrNotExist) {
 		return known

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"time"
 
 	"github.com/caddy-registry/mirror/internal/oci"
@@ -107,11 +106,13 @@ func (m *Mirror) probe(ctx context.Context, t Target, kind oci.Kind, ref oci.Ref
 	}
 	verdict := tree.Verdict{Public: open, Checked: m.now().UTC()}
 	m.probes.Add(t.Repository, verdict)
-	if err := m.claim(ctx, t); err != nil {
+	if err := m.claim(ctx, t); errors.Is(err, errUnclaimed) {
+		return open, nil
+	} else if err != nil {
 		return false, err
 	}
 	record, err := m.tree.Record(ctx, t.Repository)
-	if errors.Is(err, fs.ErrNotExist) {
+	if m.absent(t, err) {
 		return open, nil // there is no room for one
 	}
 	if err != nil {

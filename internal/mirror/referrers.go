@@ -125,7 +125,7 @@ func (x *exchange) fill(ctx context.Context, page *referrerPage, told map[digest
 	held, err := share(ctx, m, key, func(ctx context.Context) ([]digest.Digest, error) {
 		return m.heldReferrers(ctx, t, subject, last)
 	})
-	if err != nil {
+	if err != nil && !m.away(t, err) {
 		return false, err
 	}
 	all := slices.Clone(held)

@@ -2,9 +2,7 @@ package mirror
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -145,7 +143,7 @@ func (m *Mirror) meant(ctx context.Context, t Target, tag string) (*tree.Manifes
 		return nil, err
 	}
 	had, err := m.tree.Manifest(ctx, t.Repository, state.digest)
-	if errors.Is(err, fs.ErrNotExist) {
+	if m.absent(t, err) {
 		return nil, nil
 	}
 	return had, err

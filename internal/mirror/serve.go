@@ -332,7 +332,7 @@ func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) (err er
 	sending, stop := context.WithCancel(x.r.Context())
 	defer stop()
 	if err := content.prepare(ctx, sending, spans, proven); err != nil {
-		return err
+		return x.mirror.lost(x.target, d, err)
 	}
 	describe(c)
 	x.pulled(d, "", size, "")

@@ -25,14 +25,14 @@ func (m *Mirror) known(ctx context.Context, t Target, tag string) (tagState, boo
 		}
 		untagged := m.untagged.Load()
 		d, err := m.tree.Tag(ctx, t.Repository, tag)
-		if errors.Is(err, fs.ErrNotExist) {
+		if m.absent(t, err) {
 			return tagState{}, false, nil
 		}
 		if err != nil {
 			return tagState{}, false, err
 		}
 		record, err := m.tree.TagRecord(ctx, t.Repository, tag)
-		if errors.Is(err, fs.ErrNotExist) { // removed since
+		if m.absent(t, err) { // removed since
 			return tagState{}, false, nil
 		}
 		if err != nil {
@@ -75,7 +75,7 @@ func (m *Mirror) tag(ctx context.Context, t Target, tag string, head, force bool
 	var had *tree.Manifest
 	if standing <= due {
 		had, err = m.tree.Manifest(ctx, t.Repository, state.digest)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err != nil && !m.absent(t, err) {
 			return nil, err
 		}
 		if had == nil && !state.gone.IsZero() { // what is not held cannot be kept
@@ -439,7 +439,7 @@ func (m *Mirror) check(ctx context.Context, t Target, tag string, had *tree.Mani
 			}
 		}
 	}
-	if current.Unstored { // there may be room now
+	if current.Unstored && m.claim(ctx, t) == nil { // there may be room now
 		if stored, err := m.tree.PutManifest(ctx, t.Repository, current.Digest, current.Body, nil); err == nil {
 			current = stored
 		}

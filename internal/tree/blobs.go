@@ -30,13 +30,18 @@ var errClosed = errors.New("the store is being closed")
 //
 // Small ones come from memory, and are hashed whenever they come there. One
 // that is wrong though nobody doubted it is left where it is; see Prove.
+//
+// Where the store is distant and the bytes are not near, the error is
+// [storage.ErrDistant], and the Info what is known of them: whoever wants them fetches
+// them for all who do. A wrong copy that is near is let go of, if they are at the
+// distant place, too.
 func (t *Tree) OpenBlob(ctx context.Context, canonical digest.Digest) (io.ReadCloser, storage.Info, error) {
 	key := layout.Blob(canonical)
 	if w, ok := t.hot.get(canonical); ok {
 		return w.open(), storage.Info{Key: key, Size: int64(len(w.body))}, nil
 	}
 	since := t.hot.since(canonical)
-	r, info, err := t.store.Open(ctx, key, 0, -1)
+	r, info, err := t.near(ctx, key)
 	if err == nil && info.Doubtful {
 		r.Close()
 		if since, ok := t.wrong.Peek(canonical); ok && since.Equal(info.ModTime) {
@@ -45,7 +50,7 @@ func (t *Tree) OpenBlob(ctx context.Context, canonical digest.Digest) (io.ReadCl
 		if err := t.proveOnce(ctx, canonical, false); err != nil {
 			return nil, storage.Info{}, err
 		}
-		r, info, err = t.store.Open(ctx, key, 0, -1)
+		r, info, err = t.near(ctx, key)
 	}
 	if err != nil || info.Size > maxHot || info.Doubtful {
 		return r, info, err
@@ -56,11 +61,32 @@ func (t *Tree) OpenBlob(ctx context.Context, canonical digest.Digest) (io.ReadCl
 		return nil, info, fmt.Errorf("reading the stored bytes of %s: %w", canonical, err)
 	}
 	if canonical.Algorithm().FromBytes(w.body) != canonical {
+		if t.drop(key) {
+			if r, info, err := t.near(ctx, key); err != nil {
+				return nil, info, err
+			} else {
+				r.Close() // it has come again meanwhile
+			}
+		}
 		t.suspect(canonical)
 		return nil, info, fmt.Errorf("the stored bytes of %s are %w", canonical, ErrDamaged)
 	}
 	t.hot.add(canonical, w, since)
 	return w.open(), info, nil
+}
+
+// near opens stored bytes that are on a local disk.
+func (t *Tree) near(ctx context.Context, key string) (io.ReadCloser, storage.Info, error) {
+	if distant := t.store.Distant(); distant != nil {
+		return distant.OpenNear(ctx, key)
+	}
+	return t.store.Open(ctx, key, 0, -1)
+}
+
+// drop lets go of bytes that are near and wrong, if they are at a distant place, too.
+func (t *Tree) drop(key string) bool {
+	distant := t.store.Distant()
+	return distant != nil && distant.Drop(key)
 }
 
 // inMemory is the bytes of a blob in memory.
@@ -163,20 +189,34 @@ func (t *Tree) proveOnce(ctx context.Context, canonical digest.Digest, anyway bo
 	}
 }
 
-// prove hashes a blob, and vouches for it, or deletes it if it may.
+// prove hashes a blob, and vouches for it, or deletes it if it may. Of a copy that is
+// near and wrong it lets go, if the blob is at a distant place, too, and that is what
+// it hashes then; unless it was doubt of what was near that it was asked for.
 func (t *Tree) prove(ctx context.Context, canonical digest.Digest, anyway bool) error {
 	key := layout.Blob(canonical)
 	r, hashed, err := t.store.Open(ctx, key, 0, -1)
 	if err != nil {
 		return err
 	}
-	defer r.Close()
+	defer func() { r.Close() }()
 	if !hashed.Doubtful && !anyway { // proven since it was asked for
 		return nil
 	}
 	is, err := oci.DigestOf(ctx, canonical.Algorithm(), r)
 	if err != nil {
 		return fmt.Errorf("hashing the stored bytes of %s: %w", canonical, err)
+	}
+	if is != canonical && t.drop(key) {
+		if !anyway {
+			return nil
+		}
+		r.Close()
+		if r, hashed, err = t.store.Open(ctx, key, 0, -1); err != nil {
+			return err
+		}
+		if is, err = oci.DigestOf(ctx, canonical.Algorithm(), r); err != nil {
+			return fmt.Errorf("hashing the stored bytes of %s: %w", canonical, err)
+		}
 	}
 	if is == canonical {
 		// A store that cannot write it down asks again the next time.
@@ -185,6 +225,9 @@ func (t *Tree) prove(ctx context.Context, canonical digest.Digest, anyway bool) 
 		}
 		t.note(Change{Kind: Hashed, Canonical: canonical, Size: hashed.Size, At: t.now()})
 		return nil
+	}
+	if distant := t.store.Distant(); distant != nil {
+		distant.Distrust(key) // so that what is stored in its place is stored there
 	}
 	kept := false
 	removed, err := t.RemoveBlob(ctx, canonical, func() (bool, error) {

@@ -58,17 +58,10 @@ func (t *Tree) PutBlob(ctx context.Context, repository string, names []digest.Di
 	if err := t.Host(ctx, repository); err != nil {
 		return err
 	}
-	// A loss of power must not leave a link to bytes that are not there: whoever asks
-	// for them would be told that he need not push them. And they are synced now,
-	// which may take long, since it is done under no lock.
-	if err := syncFile(path); err != nil {
-		return err
-	}
 	w := t.write(ctx, repository)
 	defer w.end()
 	key := layout.Blob(names[0])
-	err := t.bind(ctx, w, repository, names, func() (int64, error) { return size, nil }, func() error {
-		w.touch(key)
+	put := func() error {
 		// Bytes that are there already may be wrong: pushing them again is how
 		// they are put right.
 		_, err := t.store.Stat(ctx, key)
@@ -77,6 +70,35 @@ func (t *Tree) PutBlob(ctx context.Context, repository string, names []digest.Di
 		}
 		failpoint.Hit("push.stored")
 		return err
+	}
+	// A loss of power must not leave a link to bytes that are not there: whoever asks
+	// for them would be told that he need not push them. And they are synced now,
+	// which may take long, since it is done under no lock. At a distant place they
+	// can be synced there only, where they are to be in the end: so they are stored
+	// first, and kept from being collected until they are linked, since they are new.
+	store := put
+	if t.store.Distant() == nil {
+		if err := syncFile(path); err != nil {
+			return err
+		}
+	} else {
+		w.touch(key)
+		t.note(Change{Kind: Stored, Canonical: names[0], Size: size, At: t.now()})
+		err := put()
+		if err == nil {
+			err = t.store.Sync(ctx, key)
+		}
+		if err != nil {
+			return err
+		}
+		store = func() error {
+			_, err := t.store.Stat(ctx, key)
+			return err
+		}
+	}
+	err := t.bind(ctx, w, repository, names, func() (int64, error) { return size, nil }, func() error {
+		w.touch(key)
+		return store()
 	})
 	if err != nil {
 		return err

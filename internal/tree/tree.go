@@ -245,14 +245,17 @@ func (t *Tree) Manifest(ctx context.Context, repository string, d digest.Digest)
 
 // adopt links a manifest whose bytes are held.
 func (t *Tree) adopt(ctx context.Context, repository string, d digest.Digest) (*Manifest, error) {
+	m, err := t.load(ctx, d, d) // before the locks: it may take a network
+	if err != nil {
+		return nil, err
+	}
 	leave, err := t.enter(ctx, repository)
 	if err != nil {
 		return nil, err
 	}
 	defer leave()
 	defer t.lockDigest(d)()
-	m, err := t.load(ctx, d, d)
-	if err != nil {
+	if _, err := t.store.Stat(ctx, layout.Blob(d)); err != nil {
 		return nil, err
 	}
 	// Where there is no room for a link it is known for as long as there is
@@ -262,35 +265,47 @@ func (t *Tree) adopt(ctx context.Context, repository string, d digest.Digest) (*
 	return m, nil
 }
 
+// lookAgain is how often the store is read again for what has been removed
+// meanwhile, by the repository's guard. Nothing is read under the guard's lock, which
+// others need: it may take a network.
+const lookAgain = 3
+
 // linkedManifest returns a manifest that was stored in the repository.
-func (t *Tree) linkedManifest(ctx context.Context, repository string, d digest.Digest) (*Manifest, error) {
+func (t *Tree) linkedManifest(ctx context.Context, repository string, d digest.Digest) (m *Manifest, err error) {
 	key, g := layout.RevisionLink(repository, d), t.guards.of(repository)
-	since := g.removals.Load()
-	canonical, err := t.link(ctx, key)
-	if err != nil {
-		return nil, err
-	}
-	hotSince := t.hot.since(canonical)
-	m, held := t.hotManifest(d, canonical)
-	if !held || !t.Shared() { // whose links are read each time
-		if m, err = t.load(ctx, d, canonical); err != nil {
+	for range lookAgain {
+		since := g.removals.Load()
+		canonical, err := t.link(ctx, key)
+		if err != nil {
 			return nil, err
 		}
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.removals.Load() != since {
-		if _, err := t.store.Stat(ctx, key); err != nil {
-			return nil, err
+		hotSince := t.hot.since(canonical)
+		var held bool
+		if m, held = t.hotManifest(d, canonical); !held || !t.Shared() { // whose links are read each time
+			if m, err = t.load(ctx, d, canonical); err != nil {
+				return nil, err
+			}
+		}
+		g.mu.Lock()
+		unchanged := g.removals.Load() == since
+		if unchanged {
+			t.remember(repository, m, canonical, hotSince)
+		}
+		g.mu.Unlock()
+		if unchanged {
+			break
 		}
 	}
-	t.remember(repository, m, canonical, hotSince)
 	return m, nil
 }
 
 // load reads a manifest that lies under a digest.
 func (t *Tree) load(ctx context.Context, d, canonical digest.Digest) (*Manifest, error) {
-	body, err := t.store.Get(ctx, layout.Blob(canonical), oci.MaxStoredManifest)
+	key := layout.Blob(canonical)
+	body, err := t.store.Get(ctx, key, oci.MaxStoredManifest)
+	if err == nil && d.Algorithm().FromBytes(body) != d && t.drop(key) {
+		body, err = t.store.Get(ctx, key, oci.MaxStoredManifest)
+	}
 	if errors.Is(err, storage.ErrTooLarge) {
 		return nil, fmt.Errorf("%w: %s is no manifest: %w", fs.ErrNotExist, d, err)
 	}
@@ -298,6 +313,9 @@ func (t *Tree) load(ctx context.Context, d, canonical digest.Digest) (*Manifest,
 		return nil, err
 	}
 	if d.Algorithm().FromBytes(body) != d {
+		if distant := t.store.Distant(); distant != nil {
+			distant.Distrust(key) // so that what is fetched in its place is stored there
+		}
 		t.suspect(canonical)
 		return nil, fmt.Errorf("the stored bytes of manifest %s are %w", d, ErrDamaged)
 	}
@@ -395,31 +413,38 @@ func (t *Tree) Member(ctx context.Context, repository string, d digest.Digest) (
 		return known, true, nil
 	}
 	g := t.guards.of(repository)
-	since := g.removals.Load()
-	canonical, err := t.link(ctx, layout.LayerLink(repository, d))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return Member{}, false, err
-	}
-	linked := err == nil
-	if !linked && !inherits {
-		return Member{Size: -1}, false, nil
-	}
-	if !ok && inherits { // the manifests tell, and the size besides
-		if known, ok, err = t.named(ctx, repository, d, func(Member) bool { return true }); err != nil {
+	var canonical digest.Digest
+	for range lookAgain {
+		since := g.removals.Load()
+		var err error
+		canonical, err = t.link(ctx, layout.LayerLink(repository, d))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return Member{}, false, err
 		}
-	}
-	if !linked {
-		return known, ok, nil
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.removals.Load() != since {
-		if t.absent(ctx, layout.LayerLink(repository, d)) {
-			return known, ok && inherits, nil
+		linked := err == nil
+		if !linked && !inherits {
+			return Member{Size: -1}, false, nil
+		}
+		if !ok && inherits { // the manifests tell, and the size besides
+			if known, ok, err = t.named(ctx, repository, d, func(Member) bool { return true }); err != nil {
+				return Member{}, false, err
+			}
+		}
+		if !linked {
+			return known, ok, nil
+		}
+		g.mu.Lock()
+		unchanged := g.removals.Load() == since
+		if unchanged {
+			known = t.linked(key, canonical)
+		}
+		g.mu.Unlock()
+		if unchanged {
+			return known, true, nil
 		}
 	}
-	return t.linked(key, canonical), true, nil
+	// Removals go on and on; it was linked a moment ago.
+	return Member{Canonical: canonical, Size: -1, Linked: true, read: new(LastRead)}, true, nil
 }
 
 // linked remembers that a repository's link proves a member. The repository's

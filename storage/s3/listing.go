@@ -1,0 +1,582 @@
+package s3
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"iter"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/caddy-registry/mirror/internal/failpoint"
+	"github.com/caddy-registry/mirror/storage"
+)
+
+// listing is the making of the index.
+type listing struct {
+	slot chan struct{} // holds a value while the bucket is being listed
+	want chan struct{} // holds a value when it should be
+
+	// mu is held while it changes whether the bucket is shared, or the index complete.
+	mu      sync.Mutex
+	changed chan struct{} // closed when one of them has; guarded by mu
+}
+
+const (
+	pageSize   = 500
+	sweepAge   = 24 * time.Hour // of an upload in parts that nobody claims
+	firstRetry = time.Second
+)
+
+// change wakes those who wait in Listed. The caller holds mu.
+func (l *listing) change() {
+	close(l.changed)
+	l.changed = make(chan struct{})
+}
+
+func (l *listing) ask() {
+	select {
+	case l.want <- struct{}{}:
+	default:
+	}
+}
+
+// Listed implements storage.Distant. A shared bucket is listed by List each time, so
+// there is nothing to wait for.
+func (s *store) Listed(ctx context.Context) error {
+	for {
+		s.listing.mu.Lock()
+		changed := s.listing.changed
+		s.listing.mu.Unlock()
+		if s.index.complete.Load() || s.owner.shared.Load() {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-s.ctx.Done():
+			return fmt.Errorf("s3 storage: %w: the store is being closed", storage.ErrUnavailable)
+		}
+	}
+}
+
+// Relist implements storage.Distant.
+func (s *store) Relist(ctx context.Context) error {
+	select {
+	case s.listing.slot <- struct{}{}:
+		defer func() { <-s.listing.slot }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if err := s.index.begin(); err != nil {
+		return err
+	}
+	if err := s.listAll(ctx); err != nil {
+		return err
+	}
+	if err := s.sweepIndex(ctx); err != nil {
+		return err
+	}
+	s.listing.mu.Lock()
+	shared := s.owner.shared.Load()
+	var err error
+	if !shared {
+		err = s.index.setComplete(true)
+		s.listing.change()
+	}
+	s.listing.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return s.prove(ctx)
+}
+
+// listAll takes the whole listing into the index.
+func (s *store) listAll(ctx context.Context) error {
+	var page []object
+	take := func() error {
+		doubt, err := s.index.listed(page, s.now())
+		page = page[:0]
+		failpoint.Hit("s3.listed")
+		if err != nil {
+			return err
+		}
+		return s.askAll(ctx, doubt)
+	}
+	for o, err := range s.bucket.list(ctx, "", true) {
+		if err != nil {
+			s.said(err)
+			return err
+		}
+		// Directories that somebody's console has made are no values.
+		if k, err := kindOf(o.key); err != nil || k == local || k == upload {
+			continue
+		}
+		if page = append(page, o); len(page) == pageSize {
+			if err := take(); err != nil {
+				return err
+			}
+		}
+	}
+	s.said(nil)
+	return take()
+}
+
+// askAll asks for keys one by one.
+func (s *store) askAll(ctx context.Context, keys []string) error {
+	for _, key := range keys {
+		k, err := kindOf(key)
+		if err != nil {
+			continue
+		}
+		_, _, version := s.look(key, k)
+		if _, err := s.ask(ctx, key, version); err != nil && !absent(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+// sweepIndex removes what the listing has not shown.
+func (s *store) sweepIndex(ctx context.Context) error {
+	for from := []byte{}; from != nil; {
+		ask, missing, next, err := s.index.unlisted(from, pageSize, s.now())
+		if err == nil {
+			err = s.askAll(ctx, ask)
+		}
+		if err == nil {
+			err = s.index.drop(missing)
+		}
+		if err != nil {
+			return err
+		}
+		from = next
+	}
+	return nil
+}
+
+// prove finds out which near blobs the bucket lacks, now that it is known what it has.
+func (s *store) prove(ctx context.Context) error {
+	for info, err := range s.near.List(ctx, "docker/registry/v2/blobs/", true) {
+		if err != nil {
+			return err
+		}
+		if isBlob(info.Key) {
+			s.compare(ctx, info, true)
+		}
+	}
+	return nil
+}
+
+// compare finds out what a near blob is. listed says that the bucket has been listed
+// before.
+func (s *store) compare(ctx context.Context, info storage.Info, listed bool) {
+	p := s.stripe(info.Key)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if st := p.states[info.Key]; st != nil { // somebody is at it
+		return
+	}
+	e, f := s.believe(info.Key, blob)
+	switch {
+	case f == unknown && !e.is(unsure) && !listed:
+	case f == present && e.size == info.Size:
+		if !s.index.knows(info.Key) {
+			s.index.note(info.Key, info.Size, info.ModTime)
+		}
+	case f == present && info.Doubtful:
+		s.remove(ctx, info.Key)
+	default:
+		if now, err := s.near.Stat(ctx, info.Key); err == nil {
+			s.await(p, info.Key, blob, now.Size).tried = true
+		}
+	}
+}
+
+// survey looks at all that is near, when the store is opened.
+func (s *store) survey(ctx context.Context) error {
+	for info, err := range s.near.List(ctx, "", true) {
+		if err != nil {
+			return err
+		}
+		k, err := kindOf(info.Key)
+		if err != nil || k == local || k == upload {
+			continue
+		}
+		s.budget.holds(occupied(info.Size))
+		if k == blob {
+			s.compare(ctx, info, false)
+			continue
+		}
+		p := s.stripe(info.Key)
+		p.mu.Lock()
+		s.await(p, info.Key, k, info.Size).tried = true
+		p.mu.Unlock()
+	}
+	return nil
+}
+
+// forgetLocal removes what was noted of this machine's use of the store.
+func (s *store) forgetLocal(ctx context.Context) error {
+	var keys []string
+	for info, err := range s.near.List(ctx, storage.Local, true) {
+		if err != nil {
+			return err
+		}
+		keys = append(keys, info.Key)
+	}
+	for _, key := range keys {
+		if err := s.near.Delete(ctx, key); err != nil {
+			return err
+		}
+	}
+	return s.near.Sync(ctx, keys...)
+}
+
+// lists lists the bucket whenever it should be, until Close.
+func (s *store) lists() {
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-s.listing.want:
+		}
+		for wait := firstRetry; s.ctx.Err() == nil; wait = min(2*wait, longPause) {
+			err := s.Relist(s.ctx)
+			if err == nil {
+				s.tidyLedgers(s.ctx)
+				break
+			}
+			if s.ctx.Err() == nil {
+				s.log.Warn("listing the bucket has failed, and is tried again", zap.Error(err))
+			}
+			timer := time.NewTimer(wait)
+			select {
+			case <-s.ctx.Done():
+			case <-timer.C:
+			}
+			timer.Stop()
+		}
+	}
+}
+
+// tidyLedgers ends uploads in parts that will not be gone on with.
+func (s *store) tidyLedgers(ctx context.Context) {
+	files, err := os.ReadDir(s.ledgers())
+	if err != nil {
+		return
+	}
+	claimed := map[string]bool{}
+	for _, file := range files {
+		path := filepath.Join(s.ledgers(), file.Name())
+		var page ledgerPage
+		data, err := os.ReadFile(path)
+		if err == nil {
+			err = json.Unmarshal(data, &page)
+		}
+		if err != nil {
+			os.Remove(path)
+			continue
+		}
+		p := s.stripe(page.Key)
+		p.mu.Lock()
+		st := p.states[page.Key]
+		p.mu.Unlock()
+		if st == nil && s.forgo(ctx, page.Key) == nil {
+			continue
+		}
+		claimed[page.Parts.Upload] = true
+	}
+	if s.owner.shared.Load() {
+		return // they may be the other's
+	}
+	_, err = s.bucket.sweepUploads(ctx, sweepAge, func(_, upload string) bool { return claimed[upload] })
+	if err != nil && ctx.Err() == nil {
+		s.log.Info("uploads in parts that nobody goes on with could not be swept", zap.Error(err))
+	}
+}
+
+// List implements storage.Store.
+func (s *store) List(ctx context.Context, prefix string, deep bool) iter.Seq2[storage.Info, error] {
+	return func(yield func(storage.Info, error) bool) {
+		dir := strings.TrimSuffix(prefix, "/")
+		if prefix != "" && (dir == prefix || storage.CheckKey(dir) != nil) {
+			yield(storage.Info{}, fmt.Errorf("s3 storage: %.200q is not a prefix to list", prefix))
+			return
+		}
+		w := &walk{store: s, ctx: ctx, prefix: prefix, deep: deep, yield: yield, dirs: map[string]bool{}, seen: map[uint64]struct{}{}}
+		if err := w.run(); err != nil && !errors.Is(err, errEnough) {
+			yield(storage.Info{}, err)
+		}
+	}
+}
+
+// A walk is one listing.
+type walk struct {
+	store  *store
+	ctx    context.Context
+	prefix string
+	deep   bool
+	yield  func(storage.Info, error) bool
+	dirs   map[string]bool
+	seen   map[uint64]struct{} // hashes of keys that were yielded, and may turn up again
+}
+
+var errEnough = errors.New("whoever lists has seen enough")
+
+// show yields a value, or the directory it is in.
+func (w *walk) show(info storage.Info) error {
+	if err := w.ctx.Err(); err != nil {
+		return err
+	}
+	rest := info.Key[len(w.prefix):]
+	if slash := strings.IndexByte(rest, '/'); !w.deep && slash >= 0 {
+		dir := info.Key[:len(w.prefix)+slash+1]
+		return w.folder(dir)
+	}
+	if !w.yield(info, nil) {
+		return errEnough
+	}
+	return nil
+}
+
+// folder yields a directory, once.
+func (w *walk) folder(dir string) error {
+	if w.dirs[dir] {
+		return nil
+	}
+	w.dirs[dir] = true
+	if !w.yield(storage.Info{Key: dir}, nil) {
+		return errEnough
+	}
+	return nil
+}
+
+func (w *walk) hash(key string) uint64 { return maphash.String(w.store.seed, key) }
+
+func (w *walk) has(key string) bool {
+	_, ok := w.seen[w.hash(key)]
+	return ok
+}
+
+// first shows a value that may turn up again.
+func (w *walk) first(info storage.Info) error {
+	if w.has(info.Key) {
+		return nil
+	}
+	w.seen[w.hash(info.Key)] = struct{}{}
+	return w.show(info)
+}
+
+// below reports whether a listing of one prefix shows something of another.
+func below(inner, outer string) bool { return strings.HasPrefix(inner, outer) }
+
+func (w *walk) run() error {
+	s := w.store
+	switch {
+	case below(w.prefix, storage.Local):
+		return w.near(w.prefix, func(kind) bool { return true })
+	case below(w.prefix, storage.Uploads):
+		return w.far(func(o object) error { return w.show(o.info()) })
+	}
+	if below(storage.Local, w.prefix) {
+		if err := w.near(storage.Local, func(k kind) bool { return k == local }); err != nil {
+			return err
+		}
+	}
+	if below(storage.Uploads, w.prefix) && s.settings.Load().Secret != nil {
+		for o, err := range s.bucket.list(w.ctx, storage.Uploads, true) {
+			if err != nil {
+				s.said(err)
+				return err
+			}
+			if err := w.show(o.info()); err != nil {
+				return err
+			}
+		}
+	}
+	if s.index.complete.Load() && !s.owner.shared.Load() {
+		return w.index()
+	}
+	return w.bucket()
+}
+
+func (o object) info() storage.Info {
+	return storage.Info{Key: o.key, Size: o.size, ModTime: o.modified}
+}
+
+// near shows what is near below a prefix.
+func (w *walk) near(prefix string, want func(kind) bool) error {
+	for info, err := range w.store.near.List(w.ctx, prefix, true) {
+		if err != nil {
+			return err
+		}
+		if k, err := kindOf(info.Key); err != nil || !want(k) {
+			continue
+		}
+		if err := w.first(info); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// far yields what the bucket has.
+func (w *walk) far(show func(object) error) error {
+	for o, err := range w.store.bucket.list(w.ctx, w.prefix, w.deep) {
+		if err != nil {
+			w.store.said(err)
+			return err
+		}
+		if err := show(o); err != nil {
+			return err
+		}
+	}
+	w.store.said(nil)
+	return nil
+}
+
+// index shows what is pending, and then what the index has.
+func (w *walk) index() error {
+	s := w.store
+	for _, key := range s.pendingBelow(w.prefix) {
+		info, err := s.near.Stat(w.ctx, key)
+		if absent(err) {
+			continue // it has come to the bucket since, or been deleted
+		}
+		if err != nil {
+			return err
+		}
+		if err := w.first(info); err != nil {
+			return err
+		}
+	}
+	for from := []byte(w.prefix); from != nil; {
+		page, next, err := s.index.page(w.prefix, from, w.deep, pageSize)
+		if err != nil {
+			return err
+		}
+		for _, found := range page {
+			if err := w.entry(found); err != nil {
+				return err
+			}
+		}
+		from = next
+	}
+	return nil
+}
+
+func (w *walk) entry(found named) error {
+	s := w.store
+	if strings.HasSuffix(found.key, "/") {
+		return w.folder(found.key)
+	}
+	if w.has(found.key) {
+		return nil
+	}
+	if found.is(unsure) || found.size < 0 {
+		info, err := s.Stat(w.ctx, found.key)
+		if absent(err) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		return w.show(info)
+	}
+	return w.show(found.info(found.key))
+}
+
+// bucket shows what is near, what was put lately, and then what S3 lists, but for what
+// was deleted lately.
+func (w *walk) bucket() error {
+	s := w.store
+	if err := w.near(w.prefix, func(k kind) bool { return k == ordinary || k == blob }); err != nil {
+		return err
+	}
+	for from := []byte(w.prefix); from != nil; {
+		page, next, err := s.index.page(w.prefix, from, true, pageSize)
+		if err != nil {
+			return err
+		}
+		for _, found := range page {
+			if found.put.IsZero() || s.now().Sub(found.put) >= settle {
+				continue
+			}
+			info, err := s.Stat(w.ctx, found.key)
+			if absent(err) {
+				continue
+			}
+			if err == nil {
+				err = w.first(info)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		from = next
+	}
+	return w.far(func(o object) error {
+		if strings.HasSuffix(o.key, "/") {
+			return w.directory(o.key)
+		}
+		if k, err := kindOf(o.key); err != nil || k == local || k == upload || w.has(o.key) {
+			return nil
+		}
+		if s.index.lately(o.key, s.now()) {
+			info, err := s.Stat(w.ctx, o.key)
+			if absent(err) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			return w.show(info)
+		}
+		if e, ok := s.index.get(o.key); ok && same(e, o) {
+			return w.show(e.info(o.key))
+		}
+		return w.show(o.info())
+	})
+}
+
+// directory shows a directory that S3 tells of. What is in it may all have been
+// deleted lately, or be the store's own.
+func (w *walk) directory(dir string) error {
+	if w.dirs[dir] || below(dir, storage.Local) || below(dir, storage.Uploads) || isOurs(strings.TrimSuffix(dir, "/")) {
+		return nil
+	}
+	if !w.store.index.emptied(dir, w.store.now()) && dir != "mirror/" {
+		return w.folder(dir)
+	}
+	inner := &walk{store: w.store, ctx: w.ctx, prefix: dir, deep: true, dirs: map[string]bool{}, seen: map[uint64]struct{}{},
+		yield: func(storage.Info, error) bool { return false }}
+	err := inner.run()
+	if errors.Is(err, errEnough) {
+		return w.folder(dir)
+	}
+	return err
+}
+
+// pendingBelow is a copy of what is pending now.
+func (s *store) pendingBelow(prefix string) (keys []string) {
+	for i := range s.stripes {
+		p := &s.stripes[i]
+		p.mu.Lock()
+		for key, st := range p.states {
+			if st.pending && strings.HasPrefix(key, prefix) {
+				keys = append(keys, key)
+			}
+		}
+		p.mu.Unlock()
+	}
+	return keys
+}

@@ -1,0 +1,253 @@
+package s3
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// ownerKey is where those who use the bucket leave their marks.
+const ownerKey = "mirror/owner.json"
+
+const (
+	beatEvery  = 5 * time.Second
+	deadAfter  = 30 * time.Second // since an owner's last beat, by our own clock
+	missedRead = 3                // reads in which an owner's mark is missing until it has gone
+	maxOwners  = 1000
+	maxMarks   = 1 << 20 // bytes
+	farewell   = 3 * time.Second
+)
+
+// marks is what lies at ownerKey. It is read, changed and written without a lock: an
+// owner whose mark is lost that way makes it again with its next beat, and is taken to
+// be there meanwhile.
+type marks struct {
+	Owners map[string]ownerMark `json:"owners"`
+	// Last is the node that has written to the bucket last, for all that is known.
+	Last string `json:"last"`
+}
+
+type ownerMark struct {
+	Beat uint64 `json:"beat"` // changes while the owner lives
+	Host string `json:"host,omitempty"`
+}
+
+// An owner is this store as one of those who may be using the bucket.
+type owner struct {
+	shared atomic.Bool // another may be using it now
+
+	mu     sync.Mutex // held through a beat
+	node   string     // names the cache directory
+	host   string
+	beat   uint64
+	met    bool // the marks have been read once
+	others map[string]*sighting
+}
+
+// A sighting is what has been seen of another owner.
+type sighting struct {
+	beat    uint64
+	changed time.Time // when the beat was seen to change, by our clock
+	missing int       // reads in a row without its mark
+}
+
+// nodeName reads the name of the cache directory, and gives it one.
+func nodeName(dir string) (string, error) {
+	path := filepath.Join(dir, "node")
+	data, err := os.ReadFile(path)
+	if name := strings.TrimSpace(string(data)); err == nil && name != "" {
+		return name, nil
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	var random [8]byte
+	rand.Read(random[:])
+	name := hex.EncodeToString(random[:])
+	return name, writeFile(path, []byte(name+"\n"))
+}
+
+// readMarks reads what is at ownerKey. What is no JSON counts as nothing: whoever
+// wrote it is no owner.
+func (s *store) readMarks(ctx context.Context) (m marks, err error) {
+	data, _, err := s.bucket.read(ctx, ownerKey, maxMarks)
+	s.said(err)
+	if err != nil && !absent(err) {
+		return m, err
+	}
+	if err != nil || json.Unmarshal(data, &m) != nil || len(m.Owners) > maxOwners {
+		m = marks{}
+	}
+	if m.Owners == nil {
+		m.Owners = map[string]ownerMark{}
+	}
+	return m, nil
+}
+
+func (s *store) writeMarks(ctx context.Context, m marks) error {
+	data, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	err = s.bucket.putBytes(ctx, ownerKey, data)
+	s.said(err)
+	return err
+}
+
+// beatOnce looks for other owners and leaves our mark.
+func (s *store) beatOnce(ctx context.Context) error {
+	o := &s.owner
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	m, err := s.readMarks(ctx)
+	if err != nil {
+		return err
+	}
+	if !o.met {
+		if m.Last != o.node {
+			if err := s.disbelieve(); err != nil {
+				return err
+			}
+		}
+		o.met = true
+	}
+	s.share(o.judge(m, s.now()))
+	for id := range m.Owners {
+		if id != o.node && o.others[id] == nil {
+			delete(m.Owners, id)
+		}
+	}
+	o.beat = max(o.beat, m.Owners[o.node].Beat) + 1
+	m.Owners[o.node] = ownerMark{Beat: o.beat, Host: o.host}
+	m.Last = o.node
+	return s.writeMarks(ctx, m)
+}
+
+// judge returns an owner that may be using the bucket, or "". The caller holds mu.
+func (o *owner) judge(m marks, now time.Time) (other string) {
+	for id, mark := range m.Owners {
+		if id == o.node {
+			continue
+		}
+		seen := o.others[id]
+		if seen == nil {
+			seen = &sighting{changed: now}
+			o.others[id] = seen
+		} else if mark.Beat != seen.beat {
+			seen.changed = now
+		}
+		seen.beat, seen.missing = mark.Beat, 0
+	}
+	for id, seen := range o.others {
+		mark, ok := m.Owners[id]
+		if !ok {
+			seen.missing++
+		}
+		if seen.missing >= missedRead || now.Sub(seen.changed) >= deadAfter {
+			delete(o.others, id)
+			continue
+		}
+		other = id
+		if mark.Host != "" {
+			other += " on " + mark.Host
+		}
+	}
+	return other
+}
+
+// share takes note of whether there is another owner.
+func (s *store) share(other string) {
+	s.listing.mu.Lock()
+	defer s.listing.mu.Unlock()
+	was := s.owner.shared.Load()
+	switch {
+	case other != "" && !was:
+		s.log.Warn("another mirror is using the bucket: garbage collection and eviction are off while it does",
+			zap.String("other", other))
+		s.asked.Purge()
+		s.owner.shared.Store(true)
+		s.index.setComplete(false)
+		s.listing.change()
+	case other == "" && was:
+		s.log.Info("no other mirror is using the bucket any more; it is listed anew")
+		s.index.setComplete(false)
+		s.index.begin()
+		s.owner.shared.Store(false)
+		s.listing.change()
+		s.listing.ask()
+	}
+}
+
+// disbelieve is called when another has written to the bucket since the index was
+// used last: what it says is asked for again, and what was noted of this machine's use
+// of the store is not so any more.
+func (s *store) disbelieve() error {
+	s.listing.mu.Lock()
+	defer s.listing.mu.Unlock()
+	err := s.index.setComplete(false)
+	if err == nil {
+		err = s.index.begin()
+	}
+	if err == nil {
+		err = s.forgetLocal(s.ctx)
+	}
+	s.listing.change()
+	s.listing.ask()
+	return err
+}
+
+// beats leaves marks until Close.
+func (s *store) beats() {
+	tick, stop := s.ticker(beatEvery)
+	defer stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-tick:
+			s.beatOnce(s.ctx) // what is wrong with S3 is told elsewhere
+		}
+	}
+}
+
+// leave takes our mark away. If it cannot be, others take us for dead in a while.
+func (s *store) leave() {
+	ctx, cancel := context.WithTimeout(context.Background(), farewell)
+	defer cancel()
+	s.owner.mu.Lock()
+	defer s.owner.mu.Unlock()
+	if s.owner.beat == 0 {
+		return
+	}
+	m, err := s.readMarks(ctx)
+	if err != nil {
+		return
+	}
+	delete(m.Owners, s.owner.node)
+	m.Last = s.owner.node
+	s.writeMarks(ctx, m)
+}
+
+// hopeless is what S3 says that does not change by itself, at the first call.
+func hopeless(err error) error {
+	f, ok := errors.AsType[*fault](err)
+	if !ok || f.again {
+		return nil
+	}
+	if f.code == "NoSuchBucket" || f.status == 401 || f.status == 403 {
+		return fmt.Errorf("s3 storage: %w", err)
+	}
+	return nil
+}

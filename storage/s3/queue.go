@@ -1,0 +1,570 @@
+package s3
+
+import (
+	"bytes"
+	"container/list"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/caddy-registry/mirror/internal/failpoint"
+	"github.com/caddy-registry/mirror/internal/layout"
+	"github.com/caddy-registry/mirror/storage"
+)
+
+// A queue is the order in which pending values are uploaded: as they came, but that
+// what is no blob waits for the blobs that came before it, which it may speak of.
+//
+// While S3 does not answer it stands still, longer each time, and goes on as soon as
+// anybody has had an answer.
+type queue struct {
+	mu     sync.Mutex
+	blobs  *list.List // of *job, in the order of seq
+	others *list.List
+	jobs   map[string]*list.Element
+	seq    uint64
+	pause  time.Duration // how long it stands still after the next failure
+	until  time.Time     // it stands still
+	wake   chan struct{}
+}
+
+// A job is one pending value.
+type job struct {
+	key   string
+	blob  bool
+	seq   uint64
+	taken bool
+	after time.Time // not before
+}
+
+const (
+	workers           = 2
+	maxUploads        = 8 // for those who wait
+	shortPause        = time.Second
+	longPause         = time.Minute
+	retryAfterFailure = time.Minute // of a value that S3 refuses, while it takes others
+	maxScan           = 1000
+)
+
+func newQueue() *queue {
+	return &queue{blobs: list.New(), others: list.New(), jobs: map[string]*list.Element{}, wake: make(chan struct{}, workers)}
+}
+
+func (q *queue) list(blob bool) *list.List {
+	if blob {
+		return q.blobs
+	}
+	return q.others
+}
+
+func (q *queue) rouse() {
+	for range workers {
+		select {
+		case q.wake <- struct{}{}:
+		default:
+			return
+		}
+	}
+}
+
+// add puts a value at the end, if it is not in the queue.
+func (q *queue) add(key string, blob bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.jobs[key] != nil {
+		return
+	}
+	q.seq++
+	q.jobs[key] = q.list(blob).PushBack(&job{key: key, blob: blob, seq: q.seq})
+	q.rouse()
+}
+
+func (q *queue) remove(key string) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if e := q.jobs[key]; e != nil {
+		q.list(e.Value.(*job).blob).Remove(e)
+		delete(q.jobs, key)
+		q.rouse() // others may have waited for it
+	}
+}
+
+// retry has a value tried at once.
+func (q *queue) retry(key string) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if e := q.jobs[key]; e != nil {
+		e.Value.(*job).after = time.Time{}
+		q.rouse()
+	}
+}
+
+// next takes the value whose turn it is, or says how long there is none.
+func (q *queue) next(now time.Time) (key string, wait time.Duration, ok bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	wait = time.Hour
+	if d := q.until.Sub(now); d > 0 {
+		return "", d, false
+	}
+	scan := func(l *list.List, before uint64) bool {
+		n := 0
+		for e := l.Front(); e != nil && n < maxScan; e = e.Next() {
+			n++
+			j := e.Value.(*job)
+			if j.seq >= before {
+				return false
+			}
+			if j.taken {
+				continue
+			}
+			if d := j.after.Sub(now); d > 0 {
+				wait = min(wait, d)
+				continue
+			}
+			j.taken = true
+			key = j.key
+			return true
+		}
+		return false
+	}
+	if scan(q.blobs, ^uint64(0)) {
+		return key, 0, true
+	}
+	first := ^uint64(0)
+	if e := q.blobs.Front(); e != nil {
+		first = e.Value.(*job).seq
+	}
+	return key, wait, scan(q.others, first)
+}
+
+// back gives back what was taken. A value that failed, though S3 answers, goes to the
+// end.
+func (q *queue) back(key string, err error, now time.Time) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	e := q.jobs[key]
+	if e != nil {
+		e.Value.(*job).taken = false
+	}
+	switch {
+	case err == nil:
+		if e != nil { // put anew meanwhile
+			q.rouse()
+		}
+	case errors.Is(err, storage.ErrUnavailable):
+		q.pause = min(max(2*q.pause, shortPause), longPause)
+		q.until = now.Add(q.pause)
+	case e != nil:
+		j := e.Value.(*job)
+		j.after = now.Add(retryAfterFailure)
+		q.seq++
+		j.seq = q.seq
+		q.list(j.blob).MoveToBack(e)
+	}
+}
+
+// answered says that S3 does.
+func (q *queue) answered() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.pause > 0 {
+		q.pause, q.until = 0, time.Time{}
+		q.rouse()
+	}
+}
+
+// carry is what each worker does until Close.
+func (s *store) carry() {
+	for s.ctx.Err() == nil {
+		key, wait, ok := s.queue.next(s.now())
+		if !ok {
+			timer := time.NewTimer(wait)
+			select {
+			case <-s.queue.wake:
+			case <-timer.C:
+			case <-s.ctx.Done():
+			}
+			timer.Stop()
+			continue
+		}
+		err := s.upload(s.ctx, key, true)
+		if s.ctx.Err() == nil {
+			if err != nil && !errors.Is(err, storage.ErrUnavailable) && !errors.Is(err, context.Canceled) {
+				s.log.Warn("a value could not be brought to the bucket, and is tried again", zap.String("key", key), zap.Error(err))
+			}
+			s.queue.back(key, err, s.now())
+		}
+	}
+}
+
+// errDoubtful is why a value is not uploaded that a loss of power may have damaged.
+var errDoubtful = errors.New("a loss of power may have damaged it, and nobody has read it since")
+
+// upload brings a value to the bucket, if it is pending. behind says that nobody
+// waits for it.
+func (s *store) upload(ctx context.Context, key string, behind bool) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(s.ctx, cancel)()
+	p := s.stripe(key)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if st := p.states[key]; st == nil || behind && st.slot != nil {
+		return nil // whoever has it does it
+	}
+	st, err := s.take(ctx, p, key, false)
+	if err != nil {
+		return err
+	}
+	defer s.give(p, key)
+	if !st.pending {
+		return nil
+	}
+	gen, wasTried := st.gen, st.tried
+	st.cancel, st.tried = cancel, true
+	p.mu.Unlock()
+	failpoint.Hit("s3.uploading")
+	e, began, err := s.send(ctx, key)
+	failpoint.Hit("s3.uploaded")
+	p.mu.Lock()
+	st.cancel = nil
+	if !began && !wasTried {
+		st.tried = false
+	}
+	switch {
+	case errors.Is(err, errVanished):
+		if st.gen == gen {
+			s.arrived(p, key)
+		}
+		return nil
+	case errors.Is(err, errDoubtful):
+		if behind {
+			return err
+		}
+		return nil // it survives a loss of power as what it is
+	case err != nil:
+		return err
+	}
+	e.put = s.now().UTC()
+	if err := s.index.set(key, e); err != nil {
+		return err
+	}
+	failpoint.Hit("s3.indexed")
+	s.distrusted.Remove(key)
+	if s.owner.shared.Load() {
+		s.asked.Add(key, s.now())
+	}
+	if st.gen != gen {
+		return nil
+	}
+	if isBlob(key) {
+		s.index.note(key, e.size, s.now())
+	} else if err := s.remove(ctx, key); err != nil {
+		return err
+	}
+	s.arrived(p, key)
+	return nil
+}
+
+// errVanished is why a pending value is not uploaded of which there is no near file.
+var errVanished = errors.New("it has vanished from the cache directory")
+
+// send sends the near file of a key, and returns the entry for it. began says that the
+// bucket may have it, or a part of it, though it failed.
+func (s *store) send(ctx context.Context, key string) (e entry, began bool, err error) {
+	info, err := s.near.Stat(ctx, key)
+	if absent(err) {
+		return e, false, errVanished
+	}
+	if err != nil {
+		return e, false, err
+	}
+	e = entry{size: info.Size, modified: info.ModTime.UTC()}
+	path := filepath.Join(s.root, filepath.FromSlash(key))
+	d, ok := layout.BlobOf(key)
+	if !ok {
+		if info.Doubtful {
+			return e, false, errDoubtful
+		}
+		return s.sendOther(ctx, key, path, e)
+	}
+	hash := d.Encoded()
+	if d.Algorithm() != "sha256" || info.Doubtful {
+		if hash, err = hashFile(path); err != nil {
+			return e, false, err
+		}
+		switch {
+		case d.Algorithm() == "sha256" && hash != d.Encoded():
+			return e, false, fmt.Errorf("a loss of power has damaged what is in the cache directory under %s", key)
+		case d.Algorithm() != "sha256" && info.Doubtful:
+			return e, false, errDoubtful
+		case info.Doubtful:
+			if err := s.near.Vouch(ctx, key); err != nil {
+				return e, false, err
+			}
+		}
+	}
+	if there, err := s.thereAlready(ctx, key, info.Size); err != nil || there.size >= 0 {
+		if there.modified.IsZero() {
+			there.modified = e.modified
+		}
+		return there, false, err
+	}
+	return e, true, s.sendFile(ctx, key, path, info.Size, hash)
+}
+
+// thereAlready asks for a blob of which it is not known whether the bucket has it. The
+// size of what it returns is -1 if the blob has to be sent.
+func (s *store) thereAlready(ctx context.Context, key string, size int64) (entry, error) {
+	none := entry{size: -1}
+	if _, wrong := s.distrusted.Peek(key); wrong {
+		return none, nil
+	}
+	e, f := s.believe(key, blob)
+	switch {
+	case e.is(distrusted) || f == missing:
+		return none, nil
+	case f == present && e.size == size:
+		return e, nil
+	case f == present:
+		return none, nil
+	}
+	o, err := s.bucket.head(ctx, key)
+	s.said(err)
+	if absent(err) || err == nil && o.size != size {
+		return none, nil
+	}
+	return entry{size: o.size, etag: o.etag, modified: o.modified}, err
+}
+
+func (s *store) sendOther(ctx context.Context, key, path string, e entry) (entry, bool, error) {
+	if e.size > maxInline {
+		hash, err := hashFile(path)
+		if err != nil {
+			return e, false, err
+		}
+		return e, true, s.sendFile(ctx, key, path, e.size, hash)
+	}
+	data, err := s.near.Get(ctx, key, maxInline)
+	if err != nil {
+		return e, false, err
+	}
+	e.data, e.size = data, int64(len(data))
+	e.flags |= held
+	err = s.bucket.put(ctx, key, bytes.NewReader(data), e.size, sum(data))
+	s.said(err)
+	return e, true, err
+}
+
+// sendFile sends a file, going on where an earlier try has ended.
+func (s *store) sendFile(ctx context.Context, key, path string, size int64, hash string) error {
+	l := s.ledger(key)
+	err := s.bucket.putFile(ctx, key, path, size, hash, l.read(), func(p parts) error {
+		err := l.write(p)
+		failpoint.Hit("s3.part")
+		return err
+	})
+	s.said(err)
+	if err == nil {
+		l.remove()
+	}
+	return err
+}
+
+// A ledger is where an upload in parts stands: a file beside the near tier.
+type ledger struct {
+	key, path string
+}
+
+// page is what is in a ledger.
+type ledgerPage struct {
+	Key   string `json:"key"`
+	Parts parts  `json:"parts"`
+}
+
+func (s *store) ledgers() string { return filepath.Join(s.root, filepath.FromSlash(ownDir), "parts") }
+
+func (s *store) ledger(key string) ledger {
+	return ledger{key, filepath.Join(s.ledgers(), sum([]byte(key))+".json")}
+}
+
+// read is what the ledger says. One that cannot be read says nothing; what it was
+// about is swept.
+func (l ledger) read() parts {
+	var page ledgerPage
+	data, err := os.ReadFile(l.path)
+	if err != nil || json.Unmarshal(data, &page) != nil || page.Key != l.key {
+		return parts{}
+	}
+	return page.Parts
+}
+
+func (l ledger) write(p parts) error {
+	data, err := json.Marshal(ledgerPage{l.key, p})
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(l.path+".new", data, 0o640); err != nil {
+		return err
+	}
+	return os.Rename(l.path+".new", l.path)
+}
+
+func (l ledger) remove() { os.Remove(l.path) }
+
+// forgo ends the upload in parts of a value that is to be deleted.
+func (s *store) forgo(ctx context.Context, key string) error {
+	l := s.ledger(key)
+	p := l.read()
+	if p.Upload == "" {
+		return nil
+	}
+	err := s.bucket.abort(ctx, key, p)
+	s.said(err)
+	if err == nil || absent(err) {
+		l.remove()
+		return nil
+	}
+	return err
+}
+
+// Sync implements storage.Store.
+func (s *store) Sync(ctx context.Context, keys ...string) error {
+	var blobs, others, near []string
+	for _, key := range keys {
+		k, err := kindOf(key)
+		if err != nil {
+			return err
+		}
+		switch k {
+		case blob:
+			blobs = append(blobs, key)
+		case ordinary:
+			others = append(others, key)
+			near = append(near, key)
+		case local:
+			near = append(near, key)
+		}
+	}
+	if s.settings.Load().PushLocal {
+		return s.near.Sync(ctx, append(blobs, near...)...)
+	}
+	for _, group := range [][]string{blobs, others} {
+		if err := s.syncAll(ctx, group); err != nil {
+			return fmt.Errorf("s3 storage: bringing values to the bucket: %w", err)
+		}
+	}
+	// Near files that are gone must not be back after a loss of power: they would
+	// be taken for newer than what the bucket has.
+	for _, key := range blobs {
+		if _, f, _ := s.look(key, blob); f != present {
+			near = append(near, key)
+		}
+	}
+	if len(near) == 0 {
+		return nil
+	}
+	return s.near.Sync(ctx, near...)
+}
+
+// syncAll uploads what is pending under the keys, several at once.
+func (s *store) syncAll(ctx context.Context, keys []string) error {
+	if len(keys) == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	turns := make(chan struct{}, maxUploads)
+	for _, key := range keys {
+		if !s.outstanding(key) {
+			continue
+		}
+		select {
+		case turns <- struct{}{}:
+		case <-ctx.Done():
+		}
+		if ctx.Err() != nil {
+			break
+		}
+		wg.Go(func() {
+			defer func() { <-turns }()
+			if err := s.sync(ctx, key); err != nil {
+				cancel(err)
+			}
+		})
+	}
+	wg.Wait()
+	return context.Cause(ctx)
+}
+
+// outstanding reports whether a key has to be uploaded, and sees to it that it can.
+func (s *store) outstanding(key string) bool {
+	p := s.stripe(key)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.pending(key) {
+		return true
+	}
+	if !isBlob(key) {
+		return false
+	}
+	if _, f := s.believe(key, blob); f == present {
+		return false
+	}
+	info, err := s.near.Stat(s.ctx, key)
+	if err != nil {
+		return false
+	}
+	s.await(p, key, blob, info.Size).tried = true
+	return true
+}
+
+// sync uploads what is pending under a key now.
+func (s *store) sync(ctx context.Context, key string) error {
+	p := s.stripe(key)
+	p.mu.Lock()
+	st := p.states[key]
+	var gen uint64
+	if st != nil {
+		gen = st.gen
+	}
+	p.mu.Unlock()
+	select {
+	case s.uploads <- struct{}{}:
+		defer func() { <-s.uploads }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	for {
+		if err := s.upload(ctx, key, false); err != nil {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			if s.ctx.Err() != nil {
+				return fmt.Errorf("s3 storage: %w: the store is being closed", storage.ErrUnavailable)
+			}
+			if !errors.Is(err, context.Canceled) {
+				return err
+			}
+			// A deletion has ended it.
+		}
+		p.mu.Lock()
+		st := p.states[key]
+		done := st == nil || !st.pending || st.gen != gen
+		p.mu.Unlock()
+		// One that was put anew meanwhile came after this was asked for: what was
+		// there then is in the bucket, or has been replaced before it was.
+		if done {
+			return nil
+		}
+	}
+}
