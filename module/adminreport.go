@@ -57,7 +57,7 @@ func showUsage(r *http.Request, in *visit) (any, error) {
 		Upstreams: []upstreamUsage{}, Repositories: []repositoryLine{},
 	}
 	if b := kept.Distant; b != nil {
-		report.Near = &nearUsage{b.Near, b.NearSize}
+		report.Near = &nearUsage{b.NearBytes, b.CacheBytes}
 	}
 	upstreams, err := c.Upstreams(r.Context())
 	if err != nil {

@@ -122,7 +122,13 @@ func (in *visit) storeStatus(ctx context.Context) (storeStatus, error) {
 		Off:       kept.Off,
 	}
 	if b := kept.Distant; b != nil {
-		status.Distant = &distantStatus{b.Pending, b.Bytes, b.Oldest, b.Near, b.NearSize, b.Unavailable, b.Trouble, b.Listed, b.Others}
+		status.Distant = &distantStatus{
+			Pending: b.Pending, PendingBytes: b.PendingBytes, Oldest: b.Oldest, Near: b.NearBytes, NearSize: b.CacheBytes,
+			Listed: b.Listed, Others: b.Others,
+		}
+		if b.Err != nil {
+			status.Distant.Unavailable, status.Distant.Trouble = b.Since, b.Err.Error()
+		}
 	}
 	for _, webhook := range in.sender.Status() {
 		status.Webhooks = append(status.Webhooks, webhookStatus(webhook))

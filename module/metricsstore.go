@@ -29,7 +29,7 @@ var (
 	storeNearMax      = storeSeries("store_near_max_size_bytes", "How many there may be. Absent without a limit.")
 	storeUnavailable  = storeSeries("store_unavailable", "1 if the bucket cannot be reached or refuses to answer.")
 	storeShared       = storeSeries("store_shared", "1 if another process uses the store, and nothing is deleted.")
-	storeCalls        = storeSeries("store_calls_total", "What the bucket was asked for, by operation and outcome: ok, absent, unavailable or failed.", "operation", "outcome")
+	storeCalls        = storeSeries("store_calls_total", "What the bucket was asked for, by operation and outcome: answered, or failed without a useful answer.", "operation", "outcome")
 
 	evictedRoots   = storeSeries("evicted_images_total", "Tags and untagged manifests evicted.")
 	evictedBlobs   = storeSeries("evicted_blobs_total", "Blobs evicted.")
@@ -108,9 +108,6 @@ func (s *state) collect(into chan<- prometheus.Metric) {
 	}
 }
 
-// maxCalls bounds the series of calls: a store has few kinds of them.
-const maxCalls = 100
-
 func collectBacklog(b storage.Backlog, shared bool, send func(desc *prometheus.Desc, kind prometheus.ValueType, value int64, labels ...string)) {
 	is := func(yes bool) int64 {
 		if yes {
@@ -123,19 +120,18 @@ func collectBacklog(b storage.Backlog, shared bool, send func(desc *prometheus.D
 		age = max(time.Since(b.Oldest), 0)
 	}
 	send(storePending, prometheus.GaugeValue, b.Pending)
-	send(storePendingBytes, prometheus.GaugeValue, b.Bytes)
+	send(storePendingBytes, prometheus.GaugeValue, b.PendingBytes)
 	send(storePendingAge, prometheus.GaugeValue, int64(age/time.Second))
-	send(storeNear, prometheus.GaugeValue, b.Near)
-	if b.NearSize > 0 {
-		send(storeNearMax, prometheus.GaugeValue, b.NearSize)
+	send(storeNear, prometheus.GaugeValue, b.NearBytes)
+	if b.CacheBytes > 0 {
+		send(storeNearMax, prometheus.GaugeValue, b.CacheBytes)
 	}
-	send(storeUnavailable, prometheus.GaugeValue, is(!b.Unavailable.IsZero()))
+	send(storeUnavailable, prometheus.GaugeValue, is(b.Err != nil))
 	send(storeShared, prometheus.GaugeValue, is(shared))
-	told := 0
-	for call, n := range b.Calls {
-		if told++; told > maxCalls {
-			break
-		}
-		send(storeCalls, prometheus.CounterValue, n, label(call.Operation), label(call.Outcome))
+	// Few, and none of them of a client's making.
+	for operation, n := range b.Calls {
+		failed := min(b.Failed[operation], n)
+		send(storeCalls, prometheus.CounterValue, n-failed, label(operation), "answered")
+		send(storeCalls, prometheus.CounterValue, failed, label(operation), "failed")
 	}
 }

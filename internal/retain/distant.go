@@ -96,10 +96,10 @@ func (k *Keeper) look() {
 		k.happened("storage_shared", map[string]any{"shared": shared, "others": append([]string{}, backlog.Others...)})
 	}
 	switch {
-	case backlog.Unavailable.IsZero():
+	case backlog.Err == nil:
 		k.reached()
-	case k.now().Sub(backlog.Unavailable) >= outageLeast:
-		k.outage(backlog.Trouble)
+	case k.now().Sub(backlog.Since) >= outageLeast:
+		k.outage(backlog.Err.Error())
 	}
 }
 

@@ -62,13 +62,14 @@ const (
 	worthAsking = 8 << 20
 )
 
-// called is how many requests have been sent, by operation.
-func (b *bucket) called() map[string]int64 {
-	counts := map[string]int64{}
+// called is how many requests have been sent, by operation, and how many of those got
+// no answer, or one that means to try again.
+func (b *bucket) called() (sent, failed map[string]int64) {
+	sent, failed = map[string]int64{}, map[string]int64{}
 	for o, kind := range kinds {
-		counts[kind.name] = b.counts[o].Load()
+		sent[kind.name], failed[kind.name] = b.counts[o].Load(), b.failed[o].Load()
 	}
-	return counts
+	return sent, failed
 }
 
 // call tries an operation until it succeeds, fails for good, or has been tried often
@@ -107,6 +108,7 @@ func (b *bucket) call(ctx context.Context, o operation, key string, send func(co
 		}
 		last = b.fault(r, o, key, err)
 		if last.unavailable() {
+			b.failed[o].Add(1)
 			b.breaker.failed(time.Now())
 		} else if last.status != 0 {
 			b.breaker.answered()
