@@ -254,14 +254,13 @@ func (u *Upload) Look(ctx context.Context) error {
 	mine := &holder{done: make(chan struct{})}
 	u.holder = mine
 	u.mu.Unlock()
+	defer u.release(mine)
 	err := u.refresh(ctx)
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if !u.gone {
 		u.settle()
 	}
-	u.holder = nil
-	close(mine.done)
 	return err
 }
 
@@ -297,10 +296,7 @@ func (u *Upload) follow(ctx context.Context, s session) error {
 		return nil
 	case s.Offset < acked.Offset:
 		// None that comes after ours ends before it.
-		if err := u.putSession(ctx, acked); err != nil {
-			return err
-		}
-		return u.become(acked)
+		return u.putSession(ctx, acked)
 	}
 	return u.become(s)
 }

@@ -390,12 +390,7 @@ func (u *Upload) hold(ctx context.Context, interrupt func()) (release func(), er
 	u.holder = mine
 	proven := u.proven
 	u.mu.Unlock()
-	release = func() {
-		u.mu.Lock()
-		defer u.mu.Unlock()
-		u.holder = nil
-		close(mine.done)
-	}
+	release = func() { u.release(mine) }
 	if u.shared != nil {
 		if err := u.refresh(ctx); err != nil {
 			release()
@@ -420,6 +415,14 @@ func (u *Upload) hold(ctx context.Context, interrupt func()) (release func(), er
 		return nil, err
 	}
 	return release, nil
+}
+
+// release lets others write. The caller has, as h.
+func (u *Upload) release(h *holder) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.holder = nil
+	close(h.done)
 }
 
 // taken reports whether somebody waits for the caller, who writes, to end.
