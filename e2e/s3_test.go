@@ -84,7 +84,7 @@ func TestS3Clients(t *testing.T) {
 		clients []string
 	}{
 		{"versitygw", []string{"docker", "containerd-2.4", "podman", "skopeo", "crane"}},
-		{"minio", []string{"containerd-1.6", "regctl"}},
+		{"minio", []string{"containerd-1.6", "buildah"}},
 	} {
 		t.Run(server.kind, func(t *testing.T) {
 			s := startS3(t, server.kind)
@@ -439,8 +439,14 @@ func TestS3OutagePush(t *testing.T) {
 		(&shop{addr: m.addr}).answers(t, http.StatusNotFound, http.MethodHead, "/v2/apps/web/blobs/"+digest)
 
 		s.restart(t)
+		var last string
+		defer func() { t.Log(last) }()
 		eventually(t, time.Minute, "the push to go on", func() bool {
 			resp, err := u.close(digest).do(t, http.MethodPut, m.addr, nil, nil)
+			if err == nil {
+				text, _ := io.ReadAll(resp.Body)
+				last = resp.Status + " " + string(text)
+			}
 			return err == nil && resp.StatusCode == http.StatusCreated
 		})
 		readBlob(t, m.addr, "apps/web", digest)
