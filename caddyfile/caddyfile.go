@@ -472,6 +472,7 @@ func parseTTL(d *caddyfile.Dispenser) (caddy.Duration, error) {
 //		ns        on|ignore
 //		hosted    <pattern...>
 //		shadow_default
+//		redirect_to_storage <min size> [<cidr...>]
 //		access {
 //			identity   <placeholder>
 //			allow|deny <pull|push|delete|any...> [to <who...>] [on <pattern...>]
@@ -516,6 +517,16 @@ func parseMirror(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 			}
 		case "shadow_default":
 			m.ShadowDefault, err = parseFlag(d)
+		case "redirect_to_storage":
+			args := d.RemainingArgs()
+			if len(args) == 0 {
+				err = d.ArgErr()
+				break
+			}
+			m.RedirectToStorage = &module.Redirect{MinSize: args[0], Networks: args[1:]}
+			if checkErr := m.RedirectToStorage.Check(); checkErr != nil {
+				err = d.WrapErr(checkErr)
+			}
 		case "access":
 			m.Access, err = parseAccess(d)
 		default:

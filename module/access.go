@@ -138,10 +138,12 @@ func (a *Access) placeholder() (string, error) {
 // sees it behind trusted proxies.
 func (m *Mirror) caller(r *http.Request) access.Caller {
 	var c access.Caller
-	if m.identity == "" {
+	if m.identity == "" && m.RedirectToStorage == nil {
 		return c
 	}
-	c.Identity, c.Err = m.named(r)
+	if m.identity != "" {
+		c.Identity, c.Err = m.named(r)
+	}
 	ip, _ := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string)
 	c.Addr, _ = netip.ParseAddr(ip) // the zero Addr if it is none
 	return c

@@ -1,6 +1,7 @@
 package module
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
 	"strings"
@@ -55,6 +56,11 @@ type Mirror struct {
 	// anything that is hosted.
 	Access *Access `json:"access,omitempty"`
 
+	// Send clients to the bucket for blobs, by a redirect to an address that can be
+	// used for 20 minutes. Only with the storage s3. Default: all blobs are served
+	// from here.
+	RedirectToStorage *Redirect `json:"redirect_to_storage,omitempty"`
+
 	state *state
 	site  *mirror.Site
 	// identity is the placeholder of who asks, without braces; "": the site has no
@@ -83,6 +89,9 @@ func (m *Mirror) Provision(ctx caddy.Context) error {
 	cfg, err := m.config()
 	if err != nil {
 		return err
+	}
+	if module, ok := app.backend.(caddy.Module); m.RedirectToStorage != nil && (!ok || module.CaddyModule().ID != "registry.storage.s3") {
+		return errors.New("redirect_to_storage: clients can be sent to a bucket only, and the registry app's storage is none; configure `storage s3`, or leave the option out")
 	}
 	cfg.Upstreams = app.upstreams
 	if m.site, err = mirror.NewSite(cfg); err != nil {
@@ -138,6 +147,9 @@ func (m *Mirror) config() (mirror.SiteConfig, error) {
 		cfg.Hosted = append(cfg.Hosted, pattern)
 	}
 	var err error
+	if cfg.Redirect, err = m.RedirectToStorage.parse(); err != nil {
+		return cfg, err
+	}
 	cfg.Rules, err = m.Access.parse()
 	return cfg, err
 }
@@ -166,6 +178,9 @@ func (m *Mirror) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhtt
 		line := zap.Inline(&logged{report})
 		line.Key = "registry" // is not written, but tells it from another handler's
 		extra.Set(line)
+	}
+	if report.Location {
+		conceal(w, r)
 	}
 	if report.Abort {
 		level := zapcore.WarnLevel

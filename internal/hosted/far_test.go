@@ -63,7 +63,7 @@ func (f *far) forget() {
 }
 
 // do makes a call, which may fail.
-func (f *far) do(call, key string, do func() error) error {
+func (f *far) do(ctx context.Context, call, key string, do func() error) error {
 	if !strings.HasPrefix(key, storage.Uploads) {
 		return do()
 	}
@@ -76,6 +76,9 @@ func (f *far) do(call, key string, do func() error) error {
 		if err := fault(false, call); err != nil {
 			return err
 		}
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
 	}
 	err := do()
 	if fault != nil && err == nil {
@@ -126,7 +129,7 @@ type node struct {
 }
 
 func (n *node) Open(ctx context.Context, key string, offset, length int64) (r io.ReadCloser, info storage.Info, err error) {
-	err = n.far.do("open", key, func() error {
+	err = n.far.do(ctx, "open", key, func() error {
 		r, info, err = n.far.Open(ctx, key, offset, length)
 		return err
 	})
@@ -134,7 +137,7 @@ func (n *node) Open(ctx context.Context, key string, offset, length int64) (r io
 }
 
 func (n *node) Get(ctx context.Context, key string, limit int64) (value []byte, err error) {
-	err = n.far.do("get", key, func() error {
+	err = n.far.do(ctx, "get", key, func() error {
 		value, err = n.far.Get(ctx, key, limit)
 		return err
 	})
@@ -146,11 +149,11 @@ func (n *node) Stat(ctx context.Context, key string) (storage.Info, error) {
 }
 
 func (n *node) Put(ctx context.Context, key string, data []byte, d storage.Durability) error {
-	return n.far.do("put", key, func() error { return n.far.Put(ctx, key, data, d) })
+	return n.far.do(ctx, "put", key, func() error { return n.far.Put(ctx, key, data, d) })
 }
 
 func (n *node) PutFile(ctx context.Context, key, path string, d storage.Durability) error {
-	return n.far.do("file", key, func() error {
+	return n.far.do(ctx, "file", key, func() error {
 		// The bytes go there: that the file is written to later does not matter.
 		data, err := os.ReadFile(path)
 		if err == nil {
@@ -166,7 +169,7 @@ func (n *node) PutFile(ctx context.Context, key, path string, d storage.Durabili
 func (n *node) Sync(ctx context.Context, keys ...string) error { return n.far.Sync(ctx, keys...) }
 
 func (n *node) Delete(ctx context.Context, key string) error {
-	return n.far.do("delete", key, func() error { return n.far.Delete(ctx, key) })
+	return n.far.do(ctx, "delete", key, func() error { return n.far.Delete(ctx, key) })
 }
 
 func (n *node) List(ctx context.Context, prefix string, deep bool) iter.Seq2[storage.Info, error] {

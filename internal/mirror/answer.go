@@ -46,7 +46,7 @@ func (x *exchange) warm(ref oci.Reference, head bool) (bool, error) {
 			return true, x.sendManifest(answer, ref, head)
 		}
 	case x.route.Kind == oci.KindBlob && x.r.Header["Range"] == nil && x.r.Header["If-None-Match"] == nil:
-		if body, ok := x.mirror.tree.WarmBlob(x.target.Repository, ref.Digest, x.began); ok {
+		if body, ok := x.mirror.tree.WarmBlob(x.target.Repository, ref.Digest, x.began); ok && !x.redirects(int64(len(body))) {
 			x.cached(hit)
 			x.blobHeaders(ref.Digest)
 			set(x.w.Header(), "Content-Length", strconv.Itoa(len(body)))

@@ -52,6 +52,9 @@ type Report struct {
 	Cache      string
 	// Err is why the request failed, or nil.
 	Err error
+	// Location says that the answer's Location is a secret, and no log may have it.
+	// It has been sent.
+	Location bool
 	// Abort says that the answer's header is out and its body cannot be
 	// completed: the connection must be broken, so that the client sees it.
 	Abort bool
@@ -287,7 +290,13 @@ func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) (err er
 		x.cached(c)
 		x.blobHeaders(d)
 	}
-	if head || matches(x.r.Header.Values("If-None-Match"), etag) {
+	unchanged := matches(x.r.Header.Values("If-None-Match"), etag)
+	if !unchanged {
+		if done, err := x.redirect(ctx, d, head); done || err != nil {
+			return err
+		}
+	}
+	if head || unchanged {
 		size, c, err := x.mirror.describeBlob(ctx, x.target, d)
 		if err != nil {
 			return err

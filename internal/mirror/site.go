@@ -20,6 +20,7 @@ type Site struct {
 	ns        bool
 	hosted    []oci.Pattern
 	rules     access.Rules
+	redirect  *Redirect
 }
 
 // SiteConfig configures a Site.
@@ -38,6 +39,8 @@ type SiteConfig struct {
 	ShadowDefault bool
 	// Rules say who may do what.
 	Rules access.Rules
+	// Redirect sends clients to the bucket; nil: everything is served.
+	Redirect *Redirect
 }
 
 // Check reports what contradicts itself, whatever registries there are.
@@ -58,7 +61,7 @@ func NewSite(cfg SiteConfig) (*Site, error) {
 	if err := cfg.Check(); err != nil {
 		return nil, err
 	}
-	s := &Site{upstreams: cfg.Upstreams, ns: !cfg.IgnoreNS, hosted: cfg.Hosted, rules: cfg.Rules}
+	s := &Site{upstreams: cfg.Upstreams, ns: !cfg.IgnoreNS, hosted: cfg.Hosted, rules: cfg.Rules, redirect: cfg.Redirect}
 	if len(cfg.Allowed) > 0 {
 		s.allowed = map[string]bool{}
 		for _, name := range cfg.Allowed {

@@ -184,6 +184,15 @@ func TestAcceptEncodingIsNotSigned(t *testing.T) {
 	}
 }
 
+func TestWrongClock(t *testing.T) {
+	double := s3double.New(t, s3double.Options{Quirks: s3double.Quirks{Skew: time.Hour}})
+	double.Write("k", []byte("value"))
+	b := connect(t, settingsOf(double))
+	if got, _, err := b.read(context.Background(), "k", 10); err != nil || string(got) != "value" {
+		t.Errorf("%q, %v", got, err)
+	}
+}
+
 func TestBucketInTheHost(t *testing.T) {
 	double := s3double.New(t, s3double.Options{Domain: "s3.test", Quirks: s3double.Quirks{VirtualOnly: true}})
 	double.Write("pre/k", []byte("value"))

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/service/s3"
@@ -59,17 +60,22 @@ const (
 	stall       = 30 * time.Second // between two bytes
 	unanswered  = 5 * time.Second  // a caller who has gone after this was not answered
 
-	worthAsking = 8 << 20
+	worthAsking   = 8 << 20  // bytes of a body that is not sent again unasked
+	longestAnswer = 16 << 20 // but for an object; a page of a listing has a thousand keys
 )
 
-// called is how many requests have been sent, by operation, and how many of those got
-// no answer, or one that means to try again.
-func (b *bucket) called() (sent, failed map[string]int64) {
-	sent, failed = map[string]int64{}, map[string]int64{}
+// called is how many requests have been sent, by operation.
+func (b *bucket) called() map[string]int64 { return tally(&b.counts) }
+
+// failures is how many of them got no answer, or one that means to try again.
+func (b *bucket) failures() map[string]int64 { return tally(&b.failed) }
+
+func tally(counts *[operations]atomic.Int64) map[string]int64 {
+	byName := map[string]int64{}
 	for o, kind := range kinds {
-		sent[kind.name], failed[kind.name] = b.counts[o].Load(), b.failed[o].Load()
+		byName[kind.name] = counts[o].Load()
 	}
-	return sent, failed
+	return byName
 }
 
 // call tries an operation until it succeeds, fails for good, or has been tried often
@@ -237,6 +243,12 @@ func (p *patient) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 		cancel(nil)
 		return nil, err
+	}
+	if o != opGet || resp.StatusCode >= 300 {
+		resp.Body = struct {
+			io.Reader
+			io.Closer
+		}{&io.LimitedReader{R: resp.Body, N: longestAnswer}, resp.Body}
 	}
 	resp.Body = &watched{
 		ReadCloser: resp.Body,

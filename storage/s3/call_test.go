@@ -348,6 +348,92 @@ func TestNoAnswer(t *testing.T) {
 	})
 }
 
+// TestSlowServer has a server take its time over a body that it is sent, but not for
+// ever.
+func TestSlowServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		data, sum := content(100)
+		pause := kinds[opPut].answer - time.Second
+		b := scripted(t, func(n int, r *http.Request) (*http.Response, error) {
+			for range data {
+				select {
+				case <-time.After(pause):
+				case <-r.Context().Done():
+					return nil, r.Context().Err()
+				}
+				if _, err := io.ReadFull(r.Body, make([]byte, 1)); err != nil {
+					return nil, err
+				}
+			}
+			return says(r, 200, "")
+		})
+		if err := b.put(context.Background(), "k", bytes.NewReader(data), 100, sum); err != nil {
+			t.Errorf("a slow server: %v", err)
+		}
+		pause += 2 * time.Second
+		began := time.Now()
+		err := b.put(context.Background(), "k", bytes.NewReader(data), 100, sum)
+		if !errors.Is(err, storage.ErrUnavailable) || !strings.Contains(err.Error(), "nothing came for too long") {
+			t.Errorf("a server that stands still: %v", err)
+		}
+		if took := time.Since(began); took > putPatience+kinds[opPut].answer {
+			t.Errorf("took %v", took)
+		}
+	})
+}
+
+func TestExpiredCredentials(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := scripted(t, func(n int, r *http.Request) (*http.Response, error) {
+			if n == 1 {
+				return sayError(r, 400, "ExpiredToken")
+			}
+			return says(r, 200, "value")
+		})
+		refreshed := 0
+		b.remote.Load().refresh = func() { refreshed++ }
+		if data, _, err := b.read(context.Background(), "k", 10); err != nil || string(data) != "value" || refreshed != 1 {
+			t.Errorf("%q, %v, refreshed %d times", data, err, refreshed)
+		}
+	})
+}
+
+// endless is a body without an end.
+type endless struct{ read int }
+
+func (e *endless) Read(p []byte) (int, error) {
+	e.read += len(p)
+	return len(p), nil
+}
+
+func (e *endless) Close() error { return nil }
+
+func TestEndlessAnswer(t *testing.T) {
+	for _, status := range []int{200, 400} {
+		synctest.Test(t, func(t *testing.T) {
+			var body endless
+			b := scripted(t, func(n int, r *http.Request) (*http.Response, error) {
+				resp, err := says(r, status, "")
+				resp.Header.Del("Content-Length")
+				resp.Body, resp.ContentLength = &body, -1
+				if n > 1 {
+					resp.StatusCode = 403
+					resp.Body = http.NoBody
+				}
+				return resp, err
+			})
+			for _, err := range b.list(context.Background(), "", true) {
+				if err == nil {
+					t.Error("no error")
+				}
+			}
+			if body.read > longestAnswer+1<<20 {
+				t.Errorf("%d: read %d bytes", status, body.read)
+			}
+		})
+	}
+}
+
 // drip is a body that yields a byte each time its pause is over.
 type drip struct {
 	ctx   context.Context
@@ -467,6 +553,9 @@ func TestLostAnswerOfPut(t *testing.T) {
 						return resp, err
 					case "PUT":
 						puts++
+						if signed := r.Header.Get("X-Amz-Content-Sha256"); signed != sum || r.Header.Get("Content-Encoding") != "" || r.ContentLength != int64(c.size) {
+							t.Errorf("PUT of %d bytes is signed as %s: %v", r.ContentLength, signed, r.Header)
+						}
 						if got, err := io.ReadAll(r.Body); err != nil || !bytes.Equal(got, data) {
 							t.Errorf("PUT %d: %d bytes, %v", puts, len(got), err)
 						}

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -172,7 +173,7 @@ func openIndex(dir, bucket, boot string) (x *index, fresh bool, err error) {
 		!before.Clean && (before.Boot != boot || boot == "")
 	x.card = card{Schema: indexSchema, Bucket: bucket, Boot: boot}
 	if !fresh {
-		if x.open() != nil {
+		if _, err := os.Stat(x.path()); err != nil || x.open() != nil {
 			fresh = true
 		}
 	}
@@ -328,18 +329,18 @@ func (x *index) update(change func(*bolt.Tx) error) error {
 	x.mu.Unlock()
 	err := x.db.Update(func(tx *bolt.Tx) error {
 		for _, c := range group {
-			if err := c.change(tx); err != nil {
-				return err
+			// One that comes too late has changed nothing.
+			if c.err = c.change(tx); c.err != nil && !errors.Is(c.err, errOvertaken) {
+				return c.err
 			}
 		}
 		return nil
 	})
-	if err != nil {
-		err = fmt.Errorf("s3 storage: writing the index: %w", err)
-	}
 	for _, other := range group {
+		if err != nil {
+			other.err = fmt.Errorf("s3 storage: writing the index: %w", err)
+		}
 		if other != c {
-			other.err = err
 			other.lead <- false
 		}
 	}
@@ -350,7 +351,7 @@ func (x *index) update(change func(*bolt.Tx) error) error {
 		x.writing = false
 	}
 	x.mu.Unlock()
-	return err
+	return c.err
 }
 
 // set writes down what the bucket has under a key.
@@ -454,23 +455,27 @@ type named struct {
 }
 
 // begin starts an epoch.
-func (x *index) begin() error {
-	return x.update(func(tx *bolt.Tx) error {
-		n := x.epoch.Load() + 1
+func (x *index) begin() (n uint64, err error) {
+	err = x.update(func(tx *bolt.Tx) error {
+		n = x.epoch.Load() + 1
 		if err := tx.Bucket(metaName).Put(epochKey, binary.AppendUvarint(nil, n)); err != nil {
 			return err
 		}
 		x.epoch.Store(n)
 		return nil
 	})
+	return n, err
 }
 
-// listed takes what a listing of this epoch says. It returns those keys whose listing
+// listed takes what the listing of an epoch says. It returns those keys whose listing
 // contradicts what was done here shortly before: they are to be asked for one by one.
-func (x *index) listed(objects []object, now time.Time) (doubt []string, err error) {
+func (x *index) listed(epoch uint64, objects []object, now time.Time) (doubt []string, err error) {
 	err = x.update(func(tx *bolt.Tx) error {
+		if x.epoch.Load() != epoch {
+			return errOvertaken
+		}
 		doubt = nil
-		entries, epoch := tx.Bucket(entriesName), x.epoch.Load()
+		entries := tx.Bucket(entriesName)
 		for _, o := range objects {
 			key := []byte(o.key)
 			e := entry{size: o.size, modified: o.modified, etag: o.etag, epoch: epoch}
@@ -479,14 +484,11 @@ func (x *index) listed(objects []object, now time.Time) (doubt []string, err err
 				if err == nil && old.epoch == epoch {
 					continue
 				}
-				if err == nil && old.is(unsure) {
-					old.etag = ""
-				}
 				switch {
-				case err == nil && !old.put.IsZero() && now.Sub(old.put) < settle && !same(old, o):
+				case err == nil && !old.put.IsZero() && now.Sub(old.put) < settle && !same(o.key, old, o):
 					doubt = append(doubt, o.key)
 					continue
-				case err == nil && same(old, o):
+				case err == nil && same(o.key, old, o):
 					old.epoch, old.etag, old.flags = epoch, o.etag, old.flags&^unsure
 					e = old
 				case err == nil:
@@ -507,18 +509,16 @@ func (x *index) listed(objects []object, now time.Time) (doubt []string, err err
 	return doubt, err
 }
 
-// same reports whether an object is what an entry tells of. The store learns of the
-// ETag of what it has put when it sees it for the first time.
-func same(e entry, o object) bool {
+// same reports whether an object is what an entry tells of.
+func same(key string, e entry, o object) bool {
 	if e.size != o.size || e.is(unsure) {
 		return false
 	}
-	if e.etag == "" {
-		// Within the clocks' difference it cannot be told from another's.
-		return !e.put.IsZero() && o.modified.Sub(e.put).Abs() < time.Minute
-	}
-	return e.etag == o.etag
+	return e.etag != "" && tag(e.etag) == tag(o.etag) || isBlob(key)
 }
+
+// tag is an ETag without its quotes, which some leave away in listings.
+func tag(etag string) string { return strings.Trim(etag, `"`) }
 
 // unlisted returns up to limit keys from one on that have an entry of an earlier
 // epoch: of those put here lately first to be asked for, and of the others.
@@ -546,9 +546,12 @@ func (x *index) unlisted(from []byte, limit int, now time.Time) (ask, absent []s
 }
 
 // drop removes entries that are still of an earlier epoch.
-func (x *index) drop(keys []string) error {
+func (x *index) drop(epoch uint64, keys []string) error {
 	return x.update(func(tx *bolt.Tx) error {
-		entries, epoch := tx.Bucket(entriesName), x.epoch.Load()
+		if x.epoch.Load() != epoch {
+			return errOvertaken
+		}
+		entries := tx.Bucket(entriesName)
 		for _, key := range keys {
 			b := entries.Get([]byte(key))
 			if e, err := decode(b); b == nil || err == nil && e.epoch == epoch {

@@ -76,23 +76,40 @@ func (s *store) Relist(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	if err := s.index.begin(); err != nil {
+	for {
+		if err := s.relist(ctx); !errors.Is(err, errOvertaken) {
+			return err
+		}
+	}
+}
+
+// errOvertaken is why a listing begins again: since it began, it has turned out that
+// what the index says is not to be believed.
+var errOvertaken = errors.New("another epoch has begun")
+
+func (s *store) relist(ctx context.Context) error {
+	epoch, err := s.index.begin()
+	if err != nil {
 		return err
 	}
-	if err := s.listAll(ctx); err != nil {
+	if err := s.listAll(ctx, epoch); err != nil {
 		return err
 	}
-	if err := s.sweepIndex(ctx); err != nil {
+	if err := s.sweepIndex(ctx, epoch); err != nil {
 		return err
 	}
-	s.listing.mu.Lock()
-	shared := s.owner.shared.Load()
-	var err error
-	if !shared {
-		err = s.index.setComplete(true)
-		s.listing.change()
-	}
-	s.listing.mu.Unlock()
+	err = func() error {
+		s.listing.mu.Lock()
+		defer s.listing.mu.Unlock()
+		if s.index.epoch.Load() != epoch {
+			return errOvertaken
+		}
+		if s.owner.shared.Load() {
+			return nil
+		}
+		defer s.listing.change()
+		return s.index.setComplete(true)
+	}()
 	if err != nil {
 		return err
 	}
@@ -100,10 +117,10 @@ func (s *store) Relist(ctx context.Context) error {
 }
 
 // listAll takes the whole listing into the index.
-func (s *store) listAll(ctx context.Context) error {
+func (s *store) listAll(ctx context.Context, epoch uint64) error {
 	var page []object
 	take := func() error {
-		doubt, err := s.index.listed(page, s.now())
+		doubt, err := s.index.listed(epoch, page, s.now())
 		page = page[:0]
 		failpoint.Hit("s3.listed")
 		if err != nil {
@@ -146,14 +163,14 @@ func (s *store) askAll(ctx context.Context, keys []string) error {
 }
 
 // sweepIndex removes what the listing has not shown.
-func (s *store) sweepIndex(ctx context.Context) error {
+func (s *store) sweepIndex(ctx context.Context, epoch uint64) error {
 	for from := []byte{}; from != nil; {
 		ask, missing, next, err := s.index.unlisted(from, pageSize, s.now())
 		if err == nil {
 			err = s.askAll(ctx, ask)
 		}
 		if err == nil {
-			err = s.index.drop(missing)
+			err = s.index.drop(epoch, missing)
 		}
 		if err != nil {
 			return err
@@ -392,7 +409,7 @@ func (w *walk) run() error {
 			return err
 		}
 	}
-	if below(storage.Uploads, w.prefix) && s.settings.Load().Secret != nil {
+	if below(storage.Uploads, w.prefix) {
 		for o, err := range s.bucket.list(w.ctx, storage.Uploads, true) {
 			if err != nil {
 				s.said(err)
@@ -541,7 +558,7 @@ func (w *walk) bucket() error {
 			}
 			return w.show(info)
 		}
-		if e, ok := s.index.get(o.key); ok && same(e, o) {
+		if e, ok := s.index.get(o.key); ok && same(o.key, e, o) {
 			return w.show(e.info(o.key))
 		}
 		return w.show(o.info())

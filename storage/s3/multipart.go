@@ -217,6 +217,9 @@ func (b *bucket) complete(ctx context.Context, key string, size int64, p parts) 
 		return nil
 	}
 	o, err := b.head(ctx, key)
+	if absent(err) {
+		return &fault{text: fmt.Sprintf("%s: %s does not show what it has just completed", b.about(opComplete, key), b.host()), is: storage.ErrUnavailable}
+	}
 	if err != nil {
 		return err
 	}

@@ -31,15 +31,16 @@ const (
 // occupied is how much of a disk n bytes take.
 func occupied(n int64) int64 { return (n + block - 1) / block * block }
 
-// admit refuses what would leave too little room for what is read.
-func (b *budget) admit(size int64, replaced *state) error {
+// admit refuses what would leave too little room for what is read. What is no blob is
+// small, and counts by number only.
+func (b *budget) admit(size int64, k kind, replaced *state) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	need := occupied(size)
 	if replaced != nil && replaced.pending {
 		need -= occupied(replaced.size)
 	}
-	if b.pending+need <= b.limit/2 && b.waiting < maxWaiting {
+	if (k != blob || b.pending+need <= b.limit/2) && b.waiting < maxWaiting {
 		return nil
 	}
 	return fmt.Errorf("s3 storage: %w for %s: %d values of %s are waiting for the bucket, and may take half of cache %s; see why they do not get there, or enlarge cache",

@@ -82,8 +82,8 @@ func (s *store) configure(to settings) error {
 	return nil
 }
 
-func openWith(ctx context.Context, near *disk.Disk, b *bucket, settings settings, now func() time.Time, ticker func(time.Duration) (<-chan time.Time, func())) (s *store, err error) {
-	s = &store{
+func openWith(ctx context.Context, near *disk.Disk, b *bucket, settings settings, now func() time.Time, ticker func(time.Duration) (<-chan time.Time, func())) (_ *store, err error) {
+	s := &store{
 		bucket: b, root: near.Directory, identity: identity(settings), now: now, ticker: ticker, refs: 1,
 		log: caddy.Log().Named("registry.storage.s3"), seed: maphash.MakeSeed(), queue: newQueue(),
 		uploads: make(chan struct{}, maxUploads),
@@ -202,6 +202,9 @@ func (s *store) Presign(ctx context.Context, method, key string, life time.Durat
 			}
 		}
 	}
+	if s.bucket.breaker.open() {
+		return "", fmt.Errorf("presigning %s: %w: it has not answered lately", key, storage.ErrUnavailable)
+	}
 	return s.bucket.presign(ctx, method, key, life)
 }
 
@@ -236,7 +239,7 @@ func (s *store) Backlog() storage.Backlog {
 	b := storage.Backlog{Pending: s.budget.waiting, PendingBytes: s.budget.pending, NearBytes: s.budget.near, CacheBytes: s.budget.limit}
 	s.budget.mu.Unlock()
 	b.Oldest = s.queue.oldest()
-	b.Calls, b.Failed = s.bucket.called()
+	b.Calls, b.Failed = s.bucket.called(), s.bucket.failures()
 	b.Others = s.owner.names()
 	b.Listed = s.index.complete.Load()
 	b.Shared = s.owner.shared.Load()

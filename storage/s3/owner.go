@@ -54,6 +54,7 @@ type owner struct {
 	node   string     // names the cache directory
 	host   string
 	beat   uint64
+	sure   bool // the last beat is what was written last
 	met    bool // the marks have been read once
 	others map[string]*sighting
 }
@@ -125,6 +126,10 @@ func (s *store) beatOnce(ctx context.Context) error {
 		}
 		o.met = true
 	}
+	if mine, ok := m.Owners[o.node]; ok && o.sure && mine.Beat != o.beat {
+		// Somebody has copied the cache directory, and the name with it.
+		o.others[theCopy] = &sighting{changed: s.now()}
+	}
 	s.share(o.judge(m, s.now()))
 	o.call(m)
 	for id := range m.Owners {
@@ -135,8 +140,13 @@ func (s *store) beatOnce(ctx context.Context) error {
 	o.beat = max(o.beat, m.Owners[o.node].Beat) + 1
 	m.Owners[o.node] = ownerMark{Beat: o.beat, Host: o.host}
 	m.Last = o.node
-	return s.writeMarks(ctx, m)
+	err = s.writeMarks(ctx, m)
+	o.sure = err == nil
+	return err
 }
+
+// theCopy stands for another owner that has our name.
+const theCopy = "a copy of this cache directory"
 
 // judge returns an owner that may be using the bucket, or "". The caller holds mu.
 func (o *owner) judge(m marks, now time.Time) (other string) {
@@ -226,7 +236,7 @@ func (s *store) disbelieve() error {
 	defer s.listing.mu.Unlock()
 	err := s.index.setComplete(false)
 	if err == nil {
-		err = s.index.begin()
+		_, err = s.index.begin()
 	}
 	if err == nil {
 		err = s.forgetLocal(s.ctx)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"container/list"
 	"context"
+	"crypto/md5"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -51,6 +52,7 @@ const (
 	shortPause        = time.Second
 	longPause         = time.Minute
 	retryAfterFailure = time.Minute // of a value that S3 refuses, while it takes others
+	retryTaken        = time.Second
 	maxScan           = 1000
 )
 
@@ -75,11 +77,14 @@ func (q *queue) rouse() {
 	}
 }
 
-// add puts a value at the end, if it is not in the queue.
+// add puts a value at the end. One that is in the queue stays where it is, and is
+// another from now on.
 func (q *queue) add(key string, blob bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.jobs[key] != nil {
+	if e := q.jobs[key]; e != nil {
+		e.Value.(*job).after = time.Time{}
+		q.rouse()
 		return
 	}
 	q.seq++
@@ -173,6 +178,10 @@ func (q *queue) back(key string, err error, now time.Time) {
 		if e != nil { // put anew meanwhile
 			q.rouse()
 		}
+	case errors.Is(err, errTaken):
+		if e != nil {
+			e.Value.(*job).after = now.Add(retryTaken)
+		}
 	case errors.Is(err, storage.ErrUnavailable):
 		q.pause = min(max(2*q.pause, shortPause), longPause)
 		q.until = now.Add(q.pause)
@@ -211,13 +220,16 @@ func (s *store) carry() {
 		}
 		err := s.upload(s.ctx, key, true)
 		if s.ctx.Err() == nil {
-			if err != nil && !errors.Is(err, storage.ErrUnavailable) && !errors.Is(err, context.Canceled) {
+			if err != nil && !errors.Is(err, storage.ErrUnavailable) && !errors.Is(err, context.Canceled) && !errors.Is(err, errTaken) {
 				s.log.Warn("a value could not be brought to the bucket, and is tried again", zap.String("key", key), zap.Error(err))
 			}
 			s.queue.back(key, err, s.now())
 		}
 	}
 }
+
+// errTaken is why a worker does not upload a value: somebody who waits for it does.
+var errTaken = errors.New("somebody is at it")
 
 // errDoubtful is why a value is not uploaded that a loss of power may have damaged.
 var errDoubtful = errors.New("a loss of power may have damaged it, and nobody has read it since")
@@ -231,8 +243,11 @@ func (s *store) upload(ctx context.Context, key string, behind bool) error {
 	p := s.stripe(key)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if st := p.states[key]; st == nil || behind && st.slot != nil {
-		return nil // whoever has it does it
+	switch st := p.states[key]; {
+	case st == nil:
+		return nil
+	case behind && st.slot != nil:
+		return errTaken
 	}
 	st, err := s.take(ctx, p, key, false)
 	if err != nil {
@@ -255,6 +270,7 @@ func (s *store) upload(ctx context.Context, key string, behind bool) error {
 	}
 	switch {
 	case errors.Is(err, errVanished):
+		s.log.Error("what was to be uploaded is lost", zap.String("key", key), zap.Error(err))
 		if st.gen == gen {
 			s.arrived(p, key)
 		}
@@ -373,6 +389,9 @@ func (s *store) sendOther(ctx context.Context, key, path string, e entry) (entry
 	}
 	e.data, e.size = data, int64(len(data))
 	e.flags |= held
+	// What most give as the ETag of what came in one piece. If it is not, the value
+	// is read once more when it has been listed.
+	e.etag = fmt.Sprintf("%x", md5.Sum(data))
 	err = s.bucket.put(ctx, key, bytes.NewReader(data), e.size, sum(data))
 	s.said(err)
 	return e, true, err

@@ -196,7 +196,7 @@ func (s *S3) Provision(ctx caddy.Context) error {
 			return fmt.Errorf("secret: %w", err)
 		}
 		if len(secret) < shortestSecret {
-			return fmt.Errorf("secret: it has %d bytes; at least %d are needed, as `openssl rand -hex 32` makes them", len(secret), shortestSecret)
+			return shortSecret(secret)
 		}
 		s.settings.Secret = []byte(secret)
 	}
@@ -211,6 +211,10 @@ func (s *S3) Provision(ctx caddy.Context) error {
 	}
 	s.Cache = s.near.Directory
 	return nil
+}
+
+func shortSecret(secret string) error {
+	return fmt.Errorf("secret: it has %d bytes; at least %d are needed, as `openssl rand -hex 32` makes them", len(secret), shortestSecret)
 }
 
 // resolve replaces placeholders; one that is unknown or empty is an error. The error
@@ -243,6 +247,8 @@ func (s *S3) check() error {
 		return fmt.Errorf("list: %q is neither v2 nor v1", s.List)
 	case s.PushAck != "" && s.PushAck != "remote" && s.PushAck != "local":
 		return fmt.Errorf("push_ack: %q is neither remote nor local", s.PushAck)
+	case s.Secret != "" && !raw(s.Secret) && len(s.Secret) < shortestSecret:
+		return shortSecret(s.Secret)
 	case s.MaxParts < 0 || s.MaxParts > mostParts:
 		return fmt.Errorf("max_parts: %d is not a number from 1 to %d", s.MaxParts, mostParts)
 	}
@@ -290,7 +296,7 @@ func parseSize(option, s string, byDefault, least, most int64) (int64, error) {
 
 // spaceless is a size as it is written in a Caddyfile.
 func spaceless(bytes int64) string {
-	return strings.ReplaceAll(humanize.IBytes(uint64(bytes)), " ", "")
+	return strings.NewReplacer(".0 ", "", " ", "").Replace(humanize.IBytes(uint64(bytes)))
 }
 
 // parseLimit reads a size, or none.

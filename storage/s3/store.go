@@ -210,7 +210,7 @@ func (s *store) believe(key string, k kind) (entry, finding) {
 		}
 	}
 	switch {
-	case ok && !e.is(unsure) && e.size >= 0 && (k == blob || shared || s.index.current(e)):
+	case ok && !e.is(unsure) && e.size >= 0 && s.index.current(e):
 		return e, present
 	case !ok && s.index.complete.Load():
 		return e, missing
@@ -229,7 +229,7 @@ func (s *store) learn(key string, version uint64, o object, data []byte, err err
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	old, had := s.index.get(key)
-	if err == nil && had && same(old, o) {
+	if err == nil && had && same(key, old, o) {
 		e.modified, e.put, e.flags = old.modified, old.put, e.flags|old.flags&^unsure
 		if data == nil {
 			e.data = old.data
@@ -325,8 +325,8 @@ func (s *store) spare(p *stripe, key string) bool {
 	if p.pending(key) {
 		return false
 	}
-	e, ok := s.index.get(key)
-	return ok && e.flags&(unsure|distrusted) == 0 && e.size >= 0
+	e, f := s.believe(key, blob)
+	return f == present && !e.is(distrusted)
 }
 
 // OpenNear implements storage.Distant.
@@ -656,8 +656,8 @@ func (s *store) put(ctx context.Context, key string, k kind, size int64, data []
 			return err
 		}
 	}
-	if k == blob && d == storage.Lazy {
-		if err := s.budget.admit(size, p.states[key]); err != nil {
+	if d == storage.Lazy {
+		if err := s.budget.admit(size, k, p.states[key]); err != nil {
 			p.mu.Unlock()
 			return err
 		}
@@ -788,6 +788,7 @@ func (s *store) take(ctx context.Context, p *stripe, key string, deletion bool) 
 		}
 		p.mu.Lock()
 		if err := ctx.Err(); err != nil {
+			p.settle(key)
 			return nil, err
 		}
 	}
