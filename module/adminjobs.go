@@ -57,13 +57,15 @@ func beginJob(r *http.Request, in *visit) (any, error) {
 // jobList is every job that is known of, less what each has found.
 type jobList struct {
 	Jobs []retain.Job `json:"jobs"`
+	// Off is why those that delete do not begin.
+	Off string `json:"off,omitempty"`
 }
 
 func listJobs(r *http.Request, in *visit) (any, error) {
 	if _, err := readQuery(r); err != nil {
 		return nil, err
 	}
-	list := jobList{[]retain.Job{}}
+	list := jobList{Jobs: []retain.Job{}, Off: in.keeper.Off()}
 	for _, job := range in.keeper.Jobs() {
 		job.Found = nil
 		list.Jobs = append(list.Jobs, job)

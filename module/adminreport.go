@@ -27,6 +27,14 @@ type usageReport struct {
 	// Repositories are the largest first.
 	Repositories []repositoryLine `json:"repositories"`
 	Partial      bool             `json:"partial,omitempty"`
+	// Near is what of it is on the local disk, where the store is not. It has what
+	// is on its way to the store, too.
+	Near *nearUsage `json:"near,omitempty"`
+}
+
+type nearUsage struct {
+	Bytes   int64 `json:"bytes"`
+	MaxSize int64 `json:"max_size,omitempty"`
 }
 
 type upstreamUsage struct {
@@ -47,6 +55,9 @@ func showUsage(r *http.Request, in *visit) (any, error) {
 	report := usageReport{
 		Store: usage(kept.Usage), MaxSize: kept.MaxSize, Partial: kept.Complete.IsZero(),
 		Upstreams: []upstreamUsage{}, Repositories: []repositoryLine{},
+	}
+	if b := kept.Distant; b != nil {
+		report.Near = &nearUsage{b.NearBytes, b.CacheBytes}
 	}
 	upstreams, err := c.Upstreams(r.Context())
 	if err != nil {

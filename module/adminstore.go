@@ -42,6 +42,24 @@ type storeStatus struct {
 	LastScrub time.Time       `json:"last_scrub,omitzero"`
 	Damaged   []retain.Damage `json:"damaged"`
 	Webhooks  []webhookStatus `json:"webhooks,omitempty"`
+	// Off is why nothing is deleted, while another process uses the store.
+	Off string `json:"off,omitempty"`
+	// Distant is absent of a store that is on a local disk.
+	Distant *distantStatus `json:"distant,omitempty"`
+}
+
+// distantStatus is how it stands with the distant place, such as a bucket, where a
+// store has its values.
+type distantStatus struct {
+	Pending      int64     `json:"pending"`
+	PendingBytes int64     `json:"pending_bytes"`
+	Oldest       time.Time `json:"oldest,omitzero"`
+	Near         int64     `json:"near"`
+	NearSize     int64     `json:"near_size,omitempty"`
+	Unavailable  time.Time `json:"unavailable,omitzero"`
+	Trouble      string    `json:"trouble,omitempty"`
+	Listed       bool      `json:"listed"`
+	Others       []string  `json:"others,omitempty"`
 }
 
 // webhookStatus is how a webhook does since it was configured in this process.
@@ -101,6 +119,16 @@ func (in *visit) storeStatus(ctx context.Context) (storeStatus, error) {
 		LastGC:    kept.LastGC,
 		LastScrub: kept.LastScrub,
 		Damaged:   append([]retain.Damage{}, kept.Damaged...),
+		Off:       kept.Off,
+	}
+	if b := kept.Distant; b != nil {
+		status.Distant = &distantStatus{
+			Pending: b.Pending, PendingBytes: b.PendingBytes, Oldest: b.Oldest, Near: b.NearBytes, NearSize: b.CacheBytes,
+			Listed: b.Listed, Others: b.Others,
+		}
+		if b.Err != nil {
+			status.Distant.Unavailable, status.Distant.Trouble = b.Since, b.Err.Error()
+		}
 	}
 	for _, webhook := range in.sender.Status() {
 		status.Webhooks = append(status.Webhooks, webhookStatus(webhook))

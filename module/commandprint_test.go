@@ -36,6 +36,17 @@ func TestTables(t *testing.T) {
 				Webhooks: []webhookStatus{{Name: "audit", Pending: 2204, Delivered: 31877, Failed: 17, Trouble: "it answers 503"}, {Name: "ci", Delivered: 12}},
 			}.print(w, now)
 		},
+		"status_distant": func(w *strings.Builder) error {
+			return storeStatus{
+				Store: "s3:registry", Usage: use, MaxSize: 500 * gib, Catalog: "ready", Complete: now,
+				Off: "another process uses the store (b on host2): gc is off",
+				Distant: &distantStatus{Pending: 12, PendingBytes: 3 * gib, Oldest: now.Add(-90 * time.Second), Near: 41 * gib, NearSize: 50 * gib, Listed: true,
+					Unavailable: now.Add(-time.Minute), Trouble: "503 SlowDown", Others: []string{"b on host2"}},
+			}.print(w, now)
+		},
+		"status_distant_quiet": func(w *strings.Builder) error {
+			return storeStatus{Store: "s3:registry", Usage: use, Catalog: "rebuilding", Distant: &distantStatus{Near: gib}}.print(w, now)
+		},
 		"status_rebuilding": func(w *strings.Builder) error {
 			return storeStatus{Store: "disk:/srv/registry", Catalog: "rebuilding"}.print(w, now)
 		},
@@ -45,6 +56,12 @@ func TestTables(t *testing.T) {
 				{"3.20", "sha256:77ab31c0ffee0c91aa", now.Add(-24 * time.Hour), now.Add(-12 * time.Minute), true, 7_700_000},
 				{"edge", "sha256:0badcafe", now.Add(-time.Minute), time.Time{}, false, 0},
 			}}.print(w, now)
+		},
+		"du_distant": func(w *strings.Builder) error {
+			return usageReport{Store: use, Near: &nearUsage{41 * gib, 50 * gib}}.print(w)
+		},
+		"jobs_off": func(w *strings.Builder) error {
+			return jobList{Jobs: []retain.Job{gc}, Off: "another process uses the store (b on host2)"}.print(w, now)
 		},
 		"du": func(w *strings.Builder) error {
 			return usageReport{
@@ -70,7 +87,7 @@ func TestTables(t *testing.T) {
 			return explanation{Why: mirror.Why{Reference: "docker.io/library/x:1", Answer: "404", Upstream: "docker.io", Repository: "docker.io/library/x", Record: "mirrored",
 				Tag: &mirror.WhyTag{Standing: "gone", TTL: 300, Gone: now.Add(-time.Hour)}}}.print(w, now)
 		},
-		"jobs": func(w *strings.Builder) error { return jobList{[]retain.Job{running, failed, gc}}.print(w, now) },
+		"jobs": func(w *strings.Builder) error { return jobList{Jobs: []retain.Job{running, failed, gc}}.print(w, now) },
 		"job": func(w *strings.Builder) error {
 			printEnd(w, gc)
 			printEnd(w, failed)

@@ -142,12 +142,19 @@ func (s storeStatus) print(w io.Writer, now time.Time) error {
 	err := table(w, func(line func(...string)) {
 		line("store", s.Store)
 		held := size(s.Usage.Allocated) + " on disk"
+		if s.Distant != nil {
+			held = size(s.Usage.Allocated) + " in the bucket"
+		}
 		if s.MaxSize > 0 {
 			held += fmt.Sprintf(", %.0f %% of %s", 100*float64(s.Usage.Allocated+s.Partial+s.Reserved)/float64(s.MaxSize), size(s.MaxSize))
 		}
 		line("content", held)
 		line("", strings.Join([]string{some(s.Usage.Repositories, "repository"), some(s.Usage.Tags, "tag"), some(s.Usage.Manifests, "manifest"), some(s.Usage.Blobs, "blob")}, ", "))
 		line("on its way", fmt.Sprintf("%s reserved, %s of unfinished blobs", size(s.Reserved), size(s.Partial)))
+		s.Distant.lines(line, now)
+		if s.Off != "" {
+			line("off", s.Off)
+		}
 		state := s.Catalog
 		if s.Complete.IsZero() {
 			state += "; figures are partial, and nothing is evicted"
@@ -201,6 +208,34 @@ func (s storeStatus) print(w io.Writer, now time.Time) error {
 		})
 	}
 	return err
+}
+
+// lines tell how it stands with a distant place, which need not be.
+func (d *distantStatus) lines(line func(...string), now time.Time) {
+	if d == nil {
+		return
+	}
+	near := size(d.Near) + " on this machine's disk"
+	if d.NearSize > 0 {
+		near = fmt.Sprintf("%s of %s on this machine's disk", size(d.Near), size(d.NearSize))
+	}
+	line("near", near)
+	waiting := "none wait"
+	if d.Pending > 0 {
+		waiting = fmt.Sprintf("%s, %s; the oldest has waited since %s", some(d.Pending, "value"), size(d.PendingBytes), ago(d.Oldest, now))
+	}
+	line("uploads", waiting)
+	place := "answers"
+	switch {
+	case !d.Unavailable.IsZero():
+		place = "cannot be reached since " + ago(d.Unavailable, now) + ": " + d.Trouble
+	case !d.Listed:
+		place = "is being listed"
+	}
+	line("bucket", place)
+	if len(d.Others) > 0 {
+		line("shared with", strings.Join(d.Others, ", "))
+	}
 }
 
 func limit(bytes int64) string {
@@ -341,6 +376,9 @@ func (u usageReport) print(w io.Writer) error {
 			row(cmp.Or(up.Name, "(hosted)"), up.Usage, limit(up.MaxSize))
 		}
 		row("the store", u.Store, limit(u.MaxSize))
+		if u.Near != nil {
+			line("on this machine", "", "", "", "", size(u.Near.Bytes), limit(u.Near.MaxSize))
+		}
 	}); err != nil || len(u.Repositories) == 0 {
 		return err
 	}

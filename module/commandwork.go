@@ -310,6 +310,9 @@ func printEnd(w io.Writer, j retain.Job) {
 }
 
 func (l jobList) print(w io.Writer, now time.Time) error {
+	if l.Off != "" {
+		defer fmt.Fprintln(w, "\n"+l.Off)
+	}
 	return table(w, func(line func(...string)) {
 		line("ID", "KIND", "BEGUN", "STATE", "RESULT")
 		for _, j := range l.Jobs {

@@ -47,6 +47,7 @@ func (*collector) Describe(descs chan<- *prometheus.Desc) {
 	descs <- rateExhausted
 	for _, desc := range []*prometheus.Desc{
 		storeAllocated, storeReserved, storePartial, storeMaxSize, storeComplete, storeDamaged,
+		storePending, storePendingBytes, storePendingAge, storeNear, storeNearMax, storeUnavailable, storeShared, storeCalls,
 		evictedRoots, evictedBlobs, evictedBytes, upstreamBytes, hostedBytes, hostedLimit, upstreamLimit,
 		webhookPending, webhookSent, webhookFailed, webhookDropped,
 	} {

@@ -5,6 +5,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/caddy-registry/mirror/storage"
 )
 
 // storeSeries describes a series for each store, which are configured.
@@ -19,6 +21,16 @@ var (
 	storeMaxSize   = storeSeries("store_max_size_bytes", "The option max_size of the store. Absent without one.")
 	storeComplete  = storeSeries("store_catalog_complete", "1 if the catalog has everything in the store; 0 while it is made again, and nothing is evicted.")
 	storeDamaged   = storeSeries("store_damaged_blobs", "Blobs found damaged that cannot be fetched again.")
+
+	storePending      = storeSeries("store_pending_uploads", "Values that wait to be taken to the bucket. This and the next seven only of stores in one.")
+	storePendingBytes = storeSeries("store_pending_upload_bytes", "Bytes that wait to be taken to the bucket.")
+	storePendingAge   = storeSeries("store_pending_upload_age_seconds", "How long the oldest of them has waited; 0 if none does.")
+	storeNear         = storeSeries("store_near_bytes", "Bytes of the store that are on the local disk, cached or waiting.")
+	storeNearMax      = storeSeries("store_near_max_size_bytes", "How many there may be. Absent without a limit.")
+	storeUnavailable  = storeSeries("store_unavailable", "1 if the bucket cannot be reached or refuses to answer.")
+	storeShared       = storeSeries("store_shared", "1 if another process uses the store, and nothing is deleted.")
+	storeCalls        = storeSeries("store_calls_total", "What the bucket was asked for, by operation and outcome: answered, or failed without a useful answer.", "operation", "outcome")
+
 	evictedRoots   = storeSeries("evicted_images_total", "Tags and untagged manifests evicted.")
 	evictedBlobs   = storeSeries("evicted_blobs_total", "Blobs evicted.")
 	evictedBytes   = storeSeries("evicted_bytes_total", "Bytes freed by eviction.")
@@ -60,6 +72,9 @@ func (s *state) collect(into chan<- prometheus.Metric) {
 		send(webhookFailed, prometheus.CounterValue, webhook.Failed, webhook.Name)
 		send(webhookDropped, prometheus.CounterValue, webhook.Dropped, webhook.Name)
 	}
+	if b, ok := s.works.Load().keeper.Backlog(); ok {
+		collectBacklog(b, s.works.Load().keeper.Off() != "", send)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), statusPatience)
 	defer cancel()
 	kept, err := s.works.Load().keeper.Status(ctx)
@@ -90,5 +105,33 @@ func (s *state) collect(into chan<- prometheus.Metric) {
 		if used.MaxSize > 0 {
 			send(upstreamLimit, prometheus.GaugeValue, used.MaxSize, label(name))
 		}
+	}
+}
+
+func collectBacklog(b storage.Backlog, shared bool, send func(desc *prometheus.Desc, kind prometheus.ValueType, value int64, labels ...string)) {
+	is := func(yes bool) int64 {
+		if yes {
+			return 1
+		}
+		return 0
+	}
+	age := time.Duration(0)
+	if !b.Oldest.IsZero() {
+		age = max(time.Since(b.Oldest), 0)
+	}
+	send(storePending, prometheus.GaugeValue, b.Pending)
+	send(storePendingBytes, prometheus.GaugeValue, b.PendingBytes)
+	send(storePendingAge, prometheus.GaugeValue, int64(age/time.Second))
+	send(storeNear, prometheus.GaugeValue, b.NearBytes)
+	if b.CacheBytes > 0 {
+		send(storeNearMax, prometheus.GaugeValue, b.CacheBytes)
+	}
+	send(storeUnavailable, prometheus.GaugeValue, is(b.Err != nil))
+	send(storeShared, prometheus.GaugeValue, is(shared))
+	// Few, and none of them of a client's making.
+	for operation, n := range b.Calls {
+		failed := min(b.Failed[operation], n)
+		send(storeCalls, prometheus.CounterValue, n-failed, label(operation), "answered")
+		send(storeCalls, prometheus.CounterValue, failed, label(operation), "failed")
 	}
 }

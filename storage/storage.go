@@ -238,9 +238,12 @@ type Backlog struct {
 	PendingBytes int64            // how much room those take
 	NearBytes    int64            // of all values that are near
 	CacheBytes   int64            // that they may take
+	Oldest       time.Time        // since when one of them has waited, in this process; zero: none does
 	Calls        map[string]int64 // requests to the distant place since the store was opened, by operation
+	Failed       map[string]int64 // those of them that got no answer, or one that means to try again
 	Listed       bool             // what is at the distant place is known
 	Shared       bool             // as Distant has it
+	Others       []string         // who shares it, as people would know them; ten at most
 
 	// Err is why the last request got no answer, and Since when that began. It is nil
 	// after one that did.

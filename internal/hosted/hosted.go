@@ -54,12 +54,14 @@ func (m *Missing) Error() string {
 // A Registry is what is hosted in a store. It outlives configurations.
 type Registry struct {
 	store    storage.Store
+	distant  storage.Distant // of the store; nil: everything is on a local disk
 	tree     *tree.Tree
 	room     func(ctx context.Context, n int64) bool
 	quota    func(ctx context.Context, repository string, n int64) (done func(), err error)
 	log      *zap.Logger
 	now      func() time.Time
 	settings atomic.Pointer[Settings]
+	run      int64 // bytes between two states of an upload under way
 	uploads  uploads
 }
 
@@ -85,7 +87,10 @@ func New(p Parts) *Registry {
 	if p.Quota == nil {
 		p.Quota = func(context.Context, string, int64) (func(), error) { return func() {}, nil }
 	}
-	h := &Registry{store: p.Store, tree: p.Tree, room: p.Room, quota: p.Quota, log: p.Log, now: time.Now}
+	h := &Registry{store: p.Store, tree: p.Tree, room: p.Room, quota: p.Quota, log: p.Log, now: time.Now, run: noteRun}
+	if p.Store != nil {
+		h.distant = p.Store.Distant()
+	}
 	h.settings.Store(&Settings{})
 	h.begin()
 	return h
@@ -129,7 +134,7 @@ func (h *Registry) options(repository string) Options {
 }
 
 // Close ends what is under way. What has been uploaded so far stays for the next
-// process. Nobody may be writing any more.
+// process, or for all with the same secret. Nobody may be writing any more.
 func (h *Registry) Close() { h.closeUploads() }
 
 // Partial is how many bytes on the disk are of uploads that are not finished,

@@ -52,6 +52,8 @@ type uploads struct {
 	open   map[string]*Upload
 	timer  *time.Timer // of the next sweep; nil: there is nothing to sweep
 	closed bool
+
+	distant distantSweep
 }
 
 // An Upload is a blob that comes in pieces. It outlives the process: what has
@@ -85,6 +87,8 @@ type Upload struct {
 	noted int64 // where the upload ended when that was last written down
 	loose int64 // bytes in the file that no reservation covers
 
+	shared *shared // nil: only this process and those after it can go on with it
+
 	allowed int64    // bytes that the quota has been asked for, by who writes
 	quotas  []func() // give them back
 }
@@ -111,6 +115,7 @@ func (h *Registry) begin() {
 	if err != nil {
 		h.log.Error("looking for uploads of an earlier process", zap.Error(err))
 	}
+	h.beginDistant()
 }
 
 func (h *Registry) restore() error {
@@ -127,7 +132,7 @@ func (h *Registry) restore() error {
 		id, isState := strings.CutSuffix(entry.Name(), stateSuffix)
 		switch {
 		case isState && validID(id):
-			h.uploads.open[id] = &Upload{registry: h, id: id, path: filepath.Join(h.uploads.dir, id), last: info.ModTime()}
+			h.uploads.open[id] = &Upload{registry: h, id: id, path: h.uploads.path(id), last: info.ModTime()}
 		case validID(id):
 			sizes[id] = info.Size()
 		default: // half of a state
@@ -181,11 +186,12 @@ func (h *Registry) sweepLater() {
 func (h *Registry) closeUploads() {
 	us := &h.uploads
 	us.mu.Lock()
-	defer us.mu.Unlock()
 	us.closed = true
 	if us.timer != nil {
 		us.timer.Stop()
 	}
+	us.mu.Unlock()
+	us.distant.end()
 }
 
 func validID(id string) bool {
@@ -213,7 +219,7 @@ func (h *Registry) newUpload(repository string, algorithm digest.Algorithm) (*Up
 	rand.Read(random[:])
 	id, now := hex.EncodeToString(random[:]), h.now()
 	return &Upload{
-		registry: h, id: id, path: filepath.Join(h.uploads.dir, id),
+		registry: h, id: id, path: h.uploads.path(id),
 		repository: repository, started: now, last: now, sums: sums, known: true, proven: true,
 	}, nil
 }
@@ -227,16 +233,14 @@ func (h *Registry) Begin(ctx context.Context, repository string, algorithm diges
 		return nil, err
 	}
 	us := &h.uploads
-	if us.crowded() {
-		h.giveUp(1, func(*Upload) int64 { return 1 }, func() bool { return !us.crowded() })
+	h.uncrowd()
+	if key := h.signing(); key != nil {
+		return h.beginShared(ctx, u, key)
 	}
 	us.mu.Lock()
 	defer us.mu.Unlock()
-	switch {
-	case us.closed:
-		return nil, errClosed
-	case len(us.open) >= maxUploads:
-		return nil, fmt.Errorf("%w: %d, of which each is kept for a day", ErrBusy, len(us.open))
+	if err := us.takes(); err != nil {
+		return nil, err
 	}
 	if err := u.note(); err != nil {
 		return nil, fmt.Errorf("beginning an upload: %w", full(err))
@@ -244,6 +248,26 @@ func (h *Registry) Begin(ctx context.Context, repository string, algorithm diges
 	us.open[u.id] = u
 	h.sweepLater()
 	return u, nil
+}
+
+// uncrowd gives up an idle upload where there may be no more.
+func (h *Registry) uncrowd() {
+	if us := &h.uploads; us.crowded() {
+		h.giveUp(1, func(*Upload) int64 { return 1 }, func() bool { return !us.crowded() })
+	}
+}
+
+func (us *uploads) path(id string) string { return filepath.Join(us.dir, id) }
+
+// takes says why there may be no more. uploads.mu is held.
+func (us *uploads) takes() error {
+	switch {
+	case us.closed:
+		return errClosed
+	case len(us.open) >= maxUploads:
+		return fmt.Errorf("%w: %d, of which each is kept for a day", ErrBusy, len(us.open))
+	}
+	return nil
 }
 
 // crowded reports whether there may be no more.
@@ -264,6 +288,9 @@ func (h *Registry) Upload(ctx context.Context, repository, id string) (*Upload, 
 	u := h.uploads.open[id]
 	h.uploads.mu.Unlock()
 	if u == nil {
+		if key := h.signing(); key != nil {
+			return h.join(ctx, repository, id, key)
+		}
 		return nil, ErrNoUpload
 	}
 	u.mu.Lock()
@@ -324,6 +351,11 @@ func (u *Upload) Cancel(ctx context.Context) error {
 		return err
 	}
 	defer release()
+	if u.shared != nil {
+		if err := u.clean(ctx); err != nil {
+			return err
+		}
+	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.drop()
@@ -358,11 +390,13 @@ func (u *Upload) hold(ctx context.Context, interrupt func()) (release func(), er
 	u.holder = mine
 	proven := u.proven
 	u.mu.Unlock()
-	release = func() {
-		u.mu.Lock()
-		defer u.mu.Unlock()
-		u.holder = nil
-		close(mine.done)
+	release = func() { u.release(mine) }
+	if u.shared != nil {
+		if err := u.refresh(ctx); err != nil {
+			release()
+			return nil, err
+		}
+		return release, nil
 	}
 	if proven {
 		return release, nil
@@ -381,6 +415,14 @@ func (u *Upload) hold(ctx context.Context, interrupt func()) (release func(), er
 		return nil, err
 	}
 	return release, nil
+}
+
+// release lets others write. The caller has, as h.
+func (u *Upload) release(h *holder) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.holder = nil
+	close(h.done)
 }
 
 // taken reports whether somebody waits for the caller, who writes, to end.

@@ -39,6 +39,8 @@ type host struct {
 	dir   string
 	open  bool
 	room  func(int64) bool // makes room; nil: nobody does
+	far   *far             // where its values are; nil: in dir
+	log   *zap.Logger      // nil: nothing is logged
 }
 
 // counted is a store that knows what is set aside, and may take no more.
@@ -84,9 +86,16 @@ func newHost(t *testing.T) *host {
 
 func (h *host) start() {
 	h.t.Helper()
-	h.store = &counted{Store: disktest.Open(h.t, h.dir)}
+	near := disktest.Open(h.t, h.dir)
+	h.store = &counted{Store: near}
+	if h.far != nil {
+		h.store.Store = &node{Store: near, far: h.far}
+	}
+	if h.log == nil {
+		h.log = zap.NewNop()
+	}
 	h.tree = tree.New(h.store, nil)
-	h.Registry = hosted.New(hosted.Parts{Store: h.store, Tree: h.tree, Log: zap.NewNop(), Room: func(_ context.Context, n int64) bool {
+	h.Registry = hosted.New(hosted.Parts{Store: h.store, Tree: h.tree, Log: h.log, Room: func(_ context.Context, n int64) bool {
 		return h.room != nil && h.room(n)
 	}})
 	h.open = true

@@ -37,7 +37,7 @@ type state struct {
 	Started    time.Time        `json:"started"`
 	Written    time.Time        `json:"written"` // the last byte
 	Offset     int64            `json:"offset"`
-	Boot       string           `json:"boot"` // storage.Boot
+	Boot       string           `json:"boot,omitempty"` // storage.Boot
 	Algorithm  digest.Algorithm `json:"algorithm,omitempty"`
 	// The states of the hashes of everything up to Offset, as the standard
 	// library marshals them.
@@ -50,14 +50,8 @@ func (u *Upload) note() error {
 	if u.once {
 		return nil
 	}
-	s := state{
-		Schema: stateSchema, Repository: u.repository, Started: u.started.UTC(), Written: u.last.UTC(),
-		Offset: u.ends.Load(), Boot: storage.Boot(), Algorithm: u.sums.algorithm,
-	}
-	var err error
-	if s.SHA256, err = marshal(u.sums.sha256); err == nil && u.sums.other != nil {
-		s.Other, err = marshal(u.sums.other)
-	}
+	s, err := u.state()
+	s.Boot = storage.Boot()
 	var text []byte
 	if err == nil {
 		text, err = json.Marshal(s)
@@ -80,6 +74,37 @@ func (u *Upload) note() error {
 	return nil
 }
 
+// state is where the upload stands.
+func (u *Upload) state() (state, error) {
+	s := state{
+		Schema: stateSchema, Repository: u.repository, Started: u.started.UTC(), Written: u.last.UTC(),
+		Offset: u.ends.Load(), Algorithm: u.sums.algorithm,
+	}
+	var err error
+	if s.SHA256, err = marshal(u.sums.sha256); err == nil && u.sums.other != nil {
+		s.Other, err = marshal(u.sums.other)
+	}
+	return s, err
+}
+
+// sums are the hashes that a state tells of.
+func (s *state) sums() (sums, error) {
+	if s.Schema != stateSchema {
+		return sums{}, fmt.Errorf("its state has schema %d, which another version of this program wrote", s.Schema)
+	}
+	sum, err := newSums(s.Algorithm)
+	if err != nil {
+		return sums{}, err
+	}
+	if err = unmarshal(sum.sha256, s.SHA256); err == nil && sum.other != nil {
+		err = unmarshal(sum.other, s.Other)
+	}
+	if err != nil {
+		return sums{}, fmt.Errorf("the state of its hash cannot be used: %w", err)
+	}
+	return sum, nil
+}
+
 // recall reads what an earlier process has written down, and cuts off what came
 // after. u.mu is held.
 func (u *Upload) recall() error {
@@ -100,17 +125,8 @@ func (u *Upload) recall() error {
 	if err := json.Unmarshal(text[9:], &s); err != nil {
 		return fmt.Errorf("its state is damaged: %w", err)
 	}
-	if s.Schema != stateSchema {
-		return fmt.Errorf("its state has schema %d, which another version of this program wrote", s.Schema)
-	}
-	if u.sums, err = newSums(s.Algorithm); err != nil {
+	if u.sums, err = s.sums(); err != nil {
 		return err
-	}
-	if err = unmarshal(u.sums.sha256, s.SHA256); err == nil && u.sums.other != nil {
-		err = unmarshal(u.sums.other, s.Other)
-	}
-	if err != nil {
-		return fmt.Errorf("the state of its hash cannot be used: %w", err)
 	}
 	info, err := os.Stat(u.path)
 	if errors.Is(err, os.ErrNotExist) && s.Offset == 0 {

@@ -65,10 +65,13 @@ func (u *Upload) Append(ctx context.Context, body Body) (int64, error) {
 	defer release()
 	room := room{upload: u}
 	defer room.release()
-	if err = u.take(ctx, body, &room); err != nil {
+	err = u.take(ctx, body, &room)
+	if failed := u.save(ctx); err == nil {
+		err = failed
+	}
+	if err != nil {
 		u.modest(ctx)
 	}
-	u.save()
 	return u.Offset(), err
 }
 
@@ -82,15 +85,23 @@ func (u *Upload) Finish(ctx context.Context, d digest.Digest, body Body) (int64,
 		return 0, err
 	}
 	defer release()
-	room := room{upload: u}
+	room := room{upload: u, last: true}
 	defer room.release()
-	if err = u.take(ctx, body, &room); err == nil {
+	if err = u.take(ctx, body, &room); err == nil && u.shared != nil {
+		err = u.gather(ctx, &room)
+	}
+	if err == nil {
 		// The client may go, but not half of a commit.
 		err = u.commit(context.WithoutCancel(ctx), d)
 	}
+	if u.shared != nil {
+		u.finished(ctx)
+	}
 	if err != nil {
 		u.modest(ctx)
-		u.save()
+		if u.shared == nil {
+			u.save(ctx)
+		}
 		return 0, err
 	}
 	return u.Offset(), nil
@@ -116,17 +127,22 @@ func (h *Registry) Push(ctx context.Context, repository string, d digest.Digest,
 }
 
 // save writes the state down after a request. Without it only another process
-// would not know of what has come.
-func (u *Upload) save() {
+// would not know of what has come. Where other processes go on with it, what they
+// cannot know has not come: then there is an error.
+func (u *Upload) save(ctx context.Context) error {
+	if u.shared != nil {
+		return u.share(ctx)
+	}
 	if u.gone || u.Offset() == u.noted {
-		return
+		return nil
 	}
 	failpoint.Hit("upload.written")
 	if err := u.note(); err != nil {
 		u.registry.log.Warn("writing down how far an upload has come", zap.String("repository", u.repository), zap.Error(err))
-		return
+		return nil
 	}
 	failpoint.Hit("upload.state")
+	return nil
 }
 
 // commit stores the blob. The caller is the one who writes.
@@ -159,7 +175,7 @@ func (u *Upload) commit(ctx context.Context, d digest.Digest) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if err != nil {
-		if _, lost := os.Lstat(u.path); errors.Is(lost, os.ErrNotExist) {
+		if _, lost := os.Lstat(u.path); errors.Is(lost, os.ErrNotExist) && u.shared == nil {
 			u.drop() // it is stored, and was not linked
 		}
 		return fmt.Errorf("storing a blob of %d bytes: %w", size, full(err))
@@ -349,8 +365,10 @@ func (w *writer) write(run []byte) error {
 		flush(w.file, w.flushed, offset-w.flushed)
 		w.flushed = offset
 	}
-	if offset-w.noted >= noteRun {
-		u.save()
+	if offset-w.noted >= u.registry.run && !(w.room.last && u.shared != nil) {
+		if err := u.save(w.ctx); err != nil {
+			return err
+		}
 		w.noted = offset
 	}
 	return nil
@@ -370,6 +388,7 @@ type room struct {
 	free   int64 // not used yet
 	used   int64
 	tight  bool // there was no room to set more aside than has come
+	last   bool // the request brings the end of the blob
 }
 
 type part struct {
@@ -385,6 +404,11 @@ func (r *room) want(ctx context.Context, n int64) error {
 	if err := r.upload.allow(ctx, r.free+n); err != nil {
 		return err
 	}
+	return r.set(ctx, n)
+}
+
+// set sets n more bytes aside that the quota has been asked for.
+func (r *room) set(ctx context.Context, n int64) error {
 	set, err := r.upload.registry.reserve(ctx, n)
 	if err != nil {
 		return err
@@ -431,7 +455,11 @@ func (r *room) use(n int64) {
 func (r *room) release() {
 	u := r.upload
 	u.mu.Lock()
-	if !u.gone {
+	switch {
+	case u.gone:
+	case u.shared != nil:
+		u.settle()
+	default:
 		u.loosen(r.used)
 	}
 	u.mu.Unlock()

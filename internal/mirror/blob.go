@@ -170,8 +170,9 @@ func (m *Mirror) withinLimits(ctx context.Context, t Target, manifest *tree.Mani
 	return nil
 }
 
-// Fetch fetches a mirrored blob that is not held, behind everything that somebody
-// waits for, and waits until it is stored. A size below 0 is asked for first.
+// Fetch fetches a mirrored blob that is not held, or held and wrong, behind
+// everything that somebody waits for, and waits until it is stored. A size below 0 is
+// asked for first.
 func (m *Mirror) Fetch(ctx context.Context, t Target, d digest.Digest, size int64) error {
 	if err := m.admit(ctx, t); err != nil {
 		return err
@@ -180,6 +181,7 @@ func (m *Mirror) Fetch(ctx context.Context, t Target, d digest.Digest, size int6
 	if err != nil {
 		return err
 	}
+	want.Anew = true
 	return m.fills.Fetch(ctx, want)
 }
 

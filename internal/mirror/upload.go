@@ -49,7 +49,9 @@ func (x *exchange) upload() error {
 			x.w.WriteHeader(http.StatusNoContent)
 		}
 	default:
-		return x.uploading(u, http.StatusNoContent)
+		if err = u.Look(ctx); err == nil {
+			return x.uploading(u, http.StatusNoContent)
+		}
 	}
 	if err != nil && !errors.Is(err, hosted.ErrNoUpload) && !errors.Is(err, hosted.ErrDigest) {
 		x.whereabouts(u) // what it takes to go on

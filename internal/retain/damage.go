@@ -56,6 +56,7 @@ type bad struct {
 type heal struct {
 	repository string
 	digest     digest.Digest
+	replace    bool // what is there still, and is wrong
 }
 
 func newDamage() damage {
@@ -203,6 +204,16 @@ func (s *scrubber) wrong(ctx context.Context, c *catalog.Catalog, d digest.Diges
 		s.keep(d, owners, at)
 		return nil
 	}
+	if s.afar.distant != nil && len(owners) > 0 {
+		_, err := s.store.Stat(ctx, layout.RevisionLink(owners[0].Name, d))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if err != nil { // no manifest, which is fetched only when it is not there
+			s.replace(ctx, d, info, owners, at)
+			return nil
+		}
+	}
 	removed, err := s.tree.RemoveBlob(ctx, d, func() (bool, error) {
 		now, err := s.store.Stat(ctx, info.Key)
 		if errors.Is(err, fs.ErrNotExist) || err == nil && (now.Size != info.Size || !now.ModTime.Equal(info.ModTime)) {
@@ -230,8 +241,19 @@ func (s *scrubber) wrong(ctx context.Context, c *catalog.Catalog, d digest.Diges
 	if _, err := s.store.Stat(ctx, layout.RevisionLink(owners[0].Name, d)); err == nil {
 		return nil // a manifest, which is fetched again as it is asked for
 	}
-	s.heal(ctx, heal{owners[0].Name, d})
+	s.heal(ctx, heal{repository: owners[0].Name, digest: d})
 	return nil
+}
+
+// replace has a mirrored blob of a distant store fetched again: what is there stays
+// until it is replaced, since another process may refer to it.
+func (s *scrubber) replace(ctx context.Context, d digest.Digest, info storage.Info, owners []catalog.Repository, at time.Time) {
+	s.afar.distant.Distrust(info.Key)
+	s.damage.unreadable(d, at) // not again in this cycle
+	s.job.found(d.String(), info.Size)
+	s.log.Warn("a stored blob is damaged and is fetched again", zap.String("digest", d.String()), zap.Int64("size", info.Size),
+		zap.Strings("repositories", namesOf(owners)))
+	s.heal(ctx, heal{repository: owners[0].Name, digest: d, replace: true})
 }
 
 // stays says whether a damaged blob may be a hosted repository's, so that nobody
@@ -280,12 +302,15 @@ func (s *scrubber) heal(ctx context.Context, h heal) {
 		// Nobody knows its size: what was stored may have been too short.
 		err := s.hooks.Heal(ctx, h.repository, h.digest, -1)
 		if err == nil {
+			if h.replace {
+				s.damage.right(h.digest)
+			}
 			s.job.update(func(now *Job) { now.Healed++ })
 			s.log.Info("a damaged blob has been fetched again", zap.String("repository", h.repository), zap.String("digest", h.digest.String()))
 			s.emit("healed", map[string]any{"repository": h.repository, "digest": h.digest.String()})
 			return
 		}
-		if ctx.Err() == nil {
+		if ctx.Err() == nil && !s.unreachable(err) {
 			s.log.Warn("a damaged blob could not be fetched again; it is tried again later, and when it is pulled",
 				zap.String("repository", h.repository), zap.String("digest", h.digest.String()), zap.Error(err))
 		}
@@ -304,7 +329,7 @@ func (s *scrubber) retry(ctx context.Context) {
 	s.damage.unhealed = nil
 	s.damage.mu.Unlock()
 	for _, h := range unhealed {
-		if _, err := s.store.Stat(ctx, layout.Blob(h.digest)); errors.Is(err, fs.ErrNotExist) {
+		if _, err := s.store.Stat(ctx, layout.Blob(h.digest)); h.replace || errors.Is(err, fs.ErrNotExist) {
 			s.heal(ctx, h)
 		}
 	}

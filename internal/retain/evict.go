@@ -73,6 +73,11 @@ func (k *Keeper) relieve(ctx context.Context, expire bool) {
 			k.shrink(ctx, c, &scope{set: set, upstream: name, limit: limit.MaxSize, why: "max_size of " + name})
 		}
 	}
+	if k.afar.distant != nil {
+		// There is room in the store, and who waits has none near: that is the
+		// store's to make, which has had its chance.
+		k.disappoint()
+	}
 	k.tellEvicted()
 }
 
@@ -127,6 +132,8 @@ func (k *Keeper) shrink(ctx context.Context, c *catalog.Catalog, s *scope) {
 	}
 	if err != nil && ctx.Err() == nil {
 		k.eviction.despair(s.upstream)
+	}
+	if err != nil && ctx.Err() == nil && !errors.Is(err, ErrShared) && !k.unreachable(err) {
 		k.log.Warn("eviction has ended early", zap.String("why", s.why), zap.Error(err))
 	}
 	if s.evicted == (Evicted{}) {
@@ -171,6 +178,9 @@ func (k *Keeper) excess(ctx context.Context, c *catalog.Catalog, s *scope) (int6
 		if s.full {
 			excess = used + waiting - s.limit/100*lowWater
 		}
+	}
+	if k.afar.distant != nil {
+		return excess, nil // what is near is no matter of what is kept
 	}
 	disk, ok := k.store.(storage.Measured)
 	if !ok {

@@ -24,8 +24,12 @@ const (
 
 // GC begins to compare the catalog with the store and to delete what nothing
 // refers to, or with dry to say what that is. One that is under way is
-// returned.
+// returned. While another process uses the store the error is [ErrShared], of a dry
+// run as well: nobody here knows what would go.
 func (k *Keeper) GC(dry bool) (Job, error) {
+	if err := k.afar.mayRemove(); err != nil {
+		return Job{}, err
+	}
 	return k.start(Job{Kind: kindGC, Unit: "repositories", DryRun: dry}, func(ctx context.Context, j *job) error {
 		if err := take(ctx, k.jobs.turn); err != nil {
 			return err

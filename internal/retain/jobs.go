@@ -96,6 +96,7 @@ func take(ctx context.Context, turn chan struct{}) error {
 type job struct {
 	cancel context.CancelCauseFunc
 	over   chan struct{} // closed when it has ended, and another may begin
+	err    error         // why it has ended early, once over is closed
 	mu     sync.Mutex
 	Job    // guarded by mu, but for what it was begun with
 }
@@ -175,13 +176,14 @@ func (k *Keeper) begin(as Job, work func(context.Context, *job) error) (*job, er
 			err = context.Cause(ctx) // and not how it has shown
 		}
 		cancel(nil)
+		j.err = err
 		j.update(func(now *Job) {
 			now.Ended = k.now().UTC()
 			if err != nil {
 				now.Error = err.Error()
 			}
 		})
-		k.logJob(j.snapshot())
+		k.logJob(j.snapshot(), err)
 		js.mu.Lock()
 		defer js.mu.Unlock()
 		js.running = slices.DeleteFunc(js.running, func(other *job) bool { return other == j })
@@ -191,9 +193,9 @@ func (k *Keeper) begin(as Job, work func(context.Context, *job) error) (*job, er
 	return j, nil
 }
 
-func (k *Keeper) logJob(j Job) {
+func (k *Keeper) logJob(j Job, err error) {
 	log := k.log.Info
-	if j.Error != "" && j.Error != errCanceled.Error() && j.Error != errClosed.Error() {
+	if err != nil && !errors.Is(err, errCanceled) && !errors.Is(err, errClosed) && !k.unreachable(err) {
 		log = k.log.Warn
 	}
 	log("job ended", zap.String("job", j.ID), zap.Bool("dry_run", j.DryRun), zap.Int64("removed", j.Removed), zap.Int64("bytes", j.Bytes),
@@ -208,6 +210,7 @@ func (k *Keeper) work(ctx context.Context) {
 	wg.Go(func() { k.schedule(ctx) })
 	wg.Go(func() { k.scrub(ctx) })
 	wg.Go(func() { k.compare(ctx) })
+	wg.Go(func() { k.watchAfar(ctx) })
 	wg.Wait()
 	k.jobs.close()
 }
@@ -251,7 +254,7 @@ func (k *Keeper) schedule(ctx context.Context) {
 			if due.IsZero() || k.now().Before(due) || retained != nil {
 				continue
 			}
-			if !k.set.Load().retains() {
+			if !k.set.Load().retains() || k.afar.mayRemove() != nil {
 				k.scheduled()
 			} else if j, err := k.begin(k.retention(false)); err != nil {
 				k.log.Warn("the scheduled retention could not begin", zap.Error(err))

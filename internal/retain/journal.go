@@ -34,9 +34,10 @@ type paces struct {
 	// partial is how long what is partial is not asked for again, which reads a
 	// directory.
 	partial time.Duration
+	look    time.Duration // for others who use the store
 }
 
-var standard = paces{noted: 50_000, batch: time.Second, giveUp: time.Minute, reopen: time.Minute, finish: 10 * time.Second, room: time.Second, gift: 2 * time.Second, partial: time.Second}
+var standard = paces{look: lookEvery, noted: 50_000, batch: time.Second, giveUp: time.Minute, reopen: time.Minute, finish: 10 * time.Second, room: time.Second, gift: 2 * time.Second, partial: time.Second}
 
 // journal is what has been noted and not been written into the catalog, and what
 // is known of the catalog. Its lock is never held while anything is waited for.
@@ -247,6 +248,15 @@ func (k *Keeper) completed(ctx context.Context, n uint64) (bool, error) {
 // mayDelete returns the catalog if it is complete, or an error that says why
 // nothing may be deleted now.
 func (k *Keeper) mayDelete() (*catalog.Catalog, error) {
+	// Before the catalog: what another process leaves makes that incomplete first.
+	if err := k.afar.mayRemove(); err != nil {
+		return nil, err
+	}
+	return k.entire()
+}
+
+// entire returns the catalog if it has everything that this process knows of.
+func (k *Keeper) entire() (*catalog.Catalog, error) {
 	j := &k.journal
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -582,7 +592,7 @@ const listingPatience = 500 * time.Millisecond
 // Listing returns the catalog if it has everything that is stored, with all that
 // was noted before the call, or nil.
 func (k *Keeper) Listing(ctx context.Context) *catalog.Catalog {
-	c, err := k.mayDelete()
+	c, err := k.entire()
 	if err != nil {
 		return nil
 	}

@@ -68,7 +68,7 @@ type kept struct {
 }
 
 // hasty are paces with which a test does not wait for the journal.
-var hasty = paces{noted: 50_000, batch: time.Millisecond, giveUp: time.Minute, reopen: time.Millisecond, finish: time.Minute, room: time.Minute, gift: time.Minute}
+var hasty = paces{look: time.Millisecond, noted: 50_000, batch: time.Millisecond, giveUp: time.Minute, reopen: time.Millisecond, finish: time.Minute, room: time.Minute, gift: time.Minute}
 
 func keep(t *testing.T, change ...func(*kept)) *kept {
 	t.Helper()

@@ -23,10 +23,15 @@ var ErrPattern = errors.New("no pattern")
 // matches: a repository in which "*" stands for part of a name and "**" for any
 // names, and ":" with a tag in which "*" stands for part of it, or "@" with a
 // digest; without either the whole repository. What is pinned stays, and so does
-// a manifest as long as an index that stays names it.
+// a manifest as long as an index that stays names it. While another process uses the
+// store the error is [ErrShared]: a blob may be what that one is just linking into a
+// hosted repository.
 func (k *Keeper) Purge(pattern string, dry bool) (Job, error) {
 	p, err := parsePattern(pattern)
 	if err != nil {
+		return Job{}, err
+	}
+	if err := k.afar.mayRemove(); err != nil {
 		return Job{}, err
 	}
 	return k.start(Job{Kind: kindPurge, Unit: "repositories", Pattern: pattern, DryRun: dry}, func(ctx context.Context, j *job) error {

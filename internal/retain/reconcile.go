@@ -89,7 +89,7 @@ func (k *Keeper) compare(ctx context.Context) {
 		for wait := retryFirst; ctx.Err() == nil && k.completeSince().IsZero(); wait = min(2*wait, retryLast) {
 			if err := k.compareOnce(ctx); err == nil {
 				break
-			} else if ctx.Err() == nil {
+			} else if ctx.Err() == nil && !k.unreachable(err) {
 				k.log.Warn("the catalog could not be compared with the store; nothing is deleted until it has been, which is tried again",
 					zap.Error(err), zap.Duration("in", wait))
 			}
@@ -111,16 +111,13 @@ func (k *Keeper) compareOnce(ctx context.Context) error {
 	}
 	select {
 	case <-j.over:
-		if why := j.snapshot().Error; why != "" {
-			return errors.New(why)
-		}
-		return nil
+		return j.err
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
 }
 
-// Reindex begins to make the catalog again from the store.
+// Reindex begins to make the catalog again from the store, as it is now.
 func (k *Keeper) Reindex() (Job, error) {
 	return k.start(Job{Kind: kindReindex, Unit: "repositories"}, func(ctx context.Context, j *job) error {
 		if err := take(ctx, k.jobs.turn); err != nil {
@@ -141,6 +138,9 @@ func (k *Keeper) reconcileNow(ctx context.Context, j *job, anew, mend bool) erro
 		return err
 	}
 	doubts := k.doubts()
+	if err := k.listed(ctx, anew); err != nil {
+		return fmt.Errorf("listing the store: %w", err)
+	}
 	if usage, err := c.Usage(ctx, ""); err == nil {
 		j.update(func(now *Job) { now.Done, now.Total = 0, usage.Repositories })
 	}
@@ -190,6 +190,9 @@ func (k *Keeper) reconcileHosted(ctx context.Context, j *job) error {
 		return err
 	}
 	doubts := k.doubts()
+	if err := k.listed(ctx, false); err != nil {
+		return fmt.Errorf("listing the store: %w", err)
+	}
 	r := &reconcile{Keeper: k, catalog: c, job: j}
 	for name, err := range k.tree.Kept(ctx) {
 		if err == nil {

@@ -37,6 +37,7 @@ type Keeper struct {
 	eviction eviction
 	jobs     jobs
 	damage   damage
+	afar     afar
 	set      atomic.Pointer[Settings]
 	parts    atomic.Pointer[func() int64]
 
@@ -112,6 +113,7 @@ type Limit struct {
 // Begin opens the catalog, in the background, and keeps the store from now on.
 func (k *Keeper) Begin(t *tree.Tree, hooks Hooks) {
 	k.tree, k.hooks = t, hooks
+	k.afar.distant = k.store.Distant()
 	t.Guard(k.stays, k.Suspect)
 	if hooks.Partial != nil {
 		k.parts.Store(&hooks.Partial)
@@ -120,6 +122,7 @@ func (k *Keeper) Begin(t *tree.Tree, hooks Hooks) {
 	// Before the first change: whatever becomes of this process, no catalog of
 	// before is taken for complete by the next one.
 	k.before = k.enter()
+	k.afar.shared = t.Shared()
 	writing, end := context.WithCancel(context.Background())
 	k.end, k.ended = end, make(chan struct{})
 	go func() {
@@ -152,6 +155,8 @@ func (k *Keeper) Close() {
 	k.end()
 	<-k.ended
 	switch {
+	case k.afar.mayRemove() != nil:
+		// The catalog lacks what others have written.
 	case !k.closed.IsZero() && k.quiet():
 		k.leave(k.closed)
 	case k.untouched():
@@ -195,6 +200,10 @@ type Status struct {
 	LastGC    *Job            `json:"last_gc,omitempty"`
 	LastScrub time.Time       `json:"last_scrub,omitzero"` // when every blob had been read again
 	Damaged   []Damage        `json:"damaged,omitempty"`   // hosted blobs that are not right, up to 100
+	Off       string          `json:"off,omitempty"`       // why nothing is deleted, if others use the store
+	// Distant says how it stands with the place where the store has its values;
+	// nil: that is a local disk.
+	Distant *storage.Backlog `json:"-"`
 }
 
 // Used is what an upstream's repositories take.
@@ -235,6 +244,10 @@ func (k *Keeper) Status(ctx context.Context) (Status, error) {
 	s.Reserved = k.account.reserved
 	k.account.mu.Unlock()
 	k.report(&s)
+	s.Off = k.Off()
+	if backlog, ok := k.Backlog(); ok {
+		s.Distant = &backlog
+	}
 	c, err := k.Catalog()
 	if err != nil {
 		s.Catalog = err.Error()

@@ -61,8 +61,14 @@ func (s *Settings) retains() bool {
 // Retention begins to remove the tags of hosted repositories that the settings do
 // not keep, and the manifests to which nothing leads without them; or with dry
 // to say which tags these are. What only they needed is left to GC. A repository
-// without a record, as another program has left it, is left alone.
-func (k *Keeper) Retention(dry bool) (Job, error) { return k.start(k.retention(dry)) }
+// without a record, as another program has left it, is left alone. While another
+// process uses the store the error is [ErrShared].
+func (k *Keeper) Retention(dry bool) (Job, error) {
+	if err := k.afar.mayRemove(); err != nil {
+		return Job{}, err
+	}
+	return k.start(k.retention(dry))
+}
 
 func (k *Keeper) retention(dry bool) (Job, func(context.Context, *job) error) {
 	return Job{Kind: kindRetention, Unit: "repositories", DryRun: dry}, func(ctx context.Context, j *job) error {

@@ -93,7 +93,7 @@ func (s *scrubber) chunk() int64 {
 
 // some reads suspects, and a batch of the others. It returns when to go on.
 func (s *scrubber) some(ctx context.Context) time.Duration {
-	c, err := s.mayDelete()
+	c, err := s.entire()
 	if err != nil {
 		return scrubSoon
 	}
@@ -134,7 +134,7 @@ func (s *scrubber) some(ctx context.Context) time.Duration {
 }
 
 func (s *scrubber) failed(ctx context.Context, err error) time.Duration {
-	if ctx.Err() == nil && !errors.Is(err, errScrubOff) {
+	if ctx.Err() == nil && !errors.Is(err, errScrubOff) && !s.unreachable(err) {
 		s.log.Warn("the scrub could not go on; it is tried again in a minute", zap.Error(err))
 	}
 	return time.Minute
@@ -187,7 +187,7 @@ func (k *Keeper) whole(ctx context.Context, j *job) (*catalog.Catalog, error) {
 			return nil, err
 		}
 	}
-	return k.mayDelete()
+	return k.entire()
 }
 
 // batch reads the blobs that have not been read for longest, until stop says so.
@@ -225,6 +225,10 @@ func (s *scrubber) batch(ctx context.Context, c *catalog.Catalog, before time.Ti
 // the blob.
 func (s *scrubber) look(ctx context.Context, c *catalog.Catalog, blob catalog.Blob, before time.Time) error {
 	info, right, err := s.hash(ctx, blob)
+	if d := s.afar.distant; d != nil && err == nil && !right && d.Drop(info.Key) {
+		s.log.Warn("what was kept near of a blob was damaged, and has been dropped; what the store has of it is read", zap.String("digest", blob.Digest.String()))
+		info, right, err = s.hash(ctx, blob)
+	}
 	// A clock that was set back must not make it look as if it had not been read.
 	at := s.now()
 	if at.Before(before) {
@@ -233,7 +237,7 @@ func (s *scrubber) look(ctx context.Context, c *catalog.Catalog, blob catalog.Bl
 	switch {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
-	case errors.Is(err, errScrubOff):
+	case errors.Is(err, errScrubOff), errors.Is(err, storage.ErrUnavailable):
 		return err
 	case errors.Is(err, fs.ErrNotExist):
 		s.damage.right(blob.Digest)
@@ -264,7 +268,8 @@ func (s *scrubber) hash(ctx context.Context, blob catalog.Blob) (storage.Info, b
 	if err != nil {
 		return info, false, err
 	}
-	defer r.Close()
+	defer func() { r.Close() }()
+	opened := int64(0) // where r begins
 	file, _ := r.(*os.File)
 	cold := file != nil && s.now().Sub(blob.Read) > hotFor
 	chunk := make([]byte, min(s.chunk(), max(info.Size, 1)))
@@ -278,6 +283,17 @@ func (s *scrubber) hash(ctx context.Context, blob catalog.Blob) (storage.Info, b
 		at += int64(n)
 		if errors.Is(err, io.EOF) {
 			return info, verifier.Verified(), nil
+		}
+		if err != nil && s.afar.distant != nil && ctx.Err() == nil && at > opened {
+			// Who reads as slowly is cut off now and then.
+			rest, now, again := s.store.Open(ctx, layout.Blob(blob.Digest), at, -1)
+			if again == nil && now.Size == info.Size && now.ModTime.Equal(info.ModTime) {
+				r.Close()
+				r, opened, err = rest, at, nil
+				file, cold = nil, false
+			} else if again == nil {
+				rest.Close()
+			}
 		}
 		if err != nil {
 			return info, false, err

@@ -52,8 +52,9 @@ type Verdict struct {
 // Record returns a repository's record. One that registry:2 has created has
 // none.
 func (t *Tree) Record(ctx context.Context, repository string) (Record, error) {
+	shared := t.Shared()
 	r, ok := t.records.Get(repository)
-	switch shared := t.Shared(); {
+	switch {
 	case ok && r != nil && (r.Class == Mirrored || !shared):
 		return *r, nil
 	case ok && !shared:

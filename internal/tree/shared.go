@@ -25,7 +25,7 @@ type sharing struct {
 
 // Shared reports whether another process may be writing to the store now. It costs
 // nothing to ask. Whenever that has changed, everything is forgotten that memory
-// has of repositories, before this returns: while it was so memory was not kept
+// has of repositories, before this returns; so it is asked before memory is. While it was so memory was not kept
 // right, and what another process has found out by itself when it was not is old.
 func (t *Tree) Shared() bool {
 	s := &t.sharing
@@ -70,7 +70,8 @@ func (t *Tree) forgetAll() {
 }
 
 // believes reports whether what memory has of a repository holds, without asking
-// the store: while the store is shared that of mirrored ones alone.
+// the store: while the store is shared that of mirrored ones alone. It is asked before
+// memory is.
 func (t *Tree) believes(repository string) bool {
 	if !t.Shared() {
 		return true

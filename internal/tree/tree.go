@@ -169,8 +169,11 @@ func newManifest(d digest.Digest, body []byte, parsed *oci.Manifest) *Manifest {
 // Warm returns a manifest that belongs to a repository, if memory alone tells.
 // at is when a client has asked for it by its digest; the zero time: none has.
 func (t *Tree) Warm(repository string, d digest.Digest, at time.Time) (*Manifest, bool) {
+	if !t.believes(repository) {
+		return nil, false
+	}
 	r, ok := t.revisions.Get(member{repository, d})
-	if !ok || !t.believes(repository) {
+	if !ok {
 		return nil, false
 	}
 	m, ok := t.hotManifest(d, r.canonical)
@@ -200,8 +203,11 @@ func (t *Tree) hotManifest(d, canonical digest.Digest) (*Manifest, bool) {
 // memory alone tells. Nobody may change them. at is when a client has asked for
 // it; the zero time: none has.
 func (t *Tree) WarmBlob(repository string, d digest.Digest, at time.Time) ([]byte, bool) {
+	if !t.believes(repository) {
+		return nil, false
+	}
 	known, ok := t.members.Get(member{repository, d})
-	if !ok || !known.Linked || !t.believes(repository) {
+	if !ok || !known.Linked {
 		return nil, false
 	}
 	w, ok := t.hot.get(known.Canonical)
@@ -404,8 +410,9 @@ func (t *Tree) absent(ctx context.Context, key string) bool {
 // pushes one can name anything.
 func (t *Tree) Member(ctx context.Context, repository string, d digest.Digest) (Member, bool, error) {
 	key := member{repository, d}
+	shared := t.Shared()
 	known, ok := t.members.Get(key)
-	if ok && t.Shared() && t.isHosted(ctx, repository) {
+	if ok && shared && t.isHosted(ctx, repository) {
 		known, ok = Member{}, false
 	}
 	inherits := ok && known.Linked || !t.isHosted(ctx, repository)

@@ -46,6 +46,7 @@ type bucket struct {
 	remote  atomic.Pointer[remote]
 	breaker breaker
 	counts  [operations]atomic.Int64
+	failed  [operations]atomic.Int64
 }
 
 // remote is what configure may change while calls are under way.

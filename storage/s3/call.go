@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/service/s3"
@@ -64,12 +65,17 @@ const (
 )
 
 // called is how many requests have been sent, by operation.
-func (b *bucket) called() map[string]int64 {
-	counts := map[string]int64{}
+func (b *bucket) called() map[string]int64 { return tally(&b.counts) }
+
+// failures is how many of them got no answer, or one that means to try again.
+func (b *bucket) failures() map[string]int64 { return tally(&b.failed) }
+
+func tally(counts *[operations]atomic.Int64) map[string]int64 {
+	byName := map[string]int64{}
 	for o, kind := range kinds {
-		counts[kind.name] = b.counts[o].Load()
+		byName[kind.name] = counts[o].Load()
 	}
-	return counts
+	return byName
 }
 
 // call tries an operation until it succeeds, fails for good, or has been tried often
@@ -108,6 +114,7 @@ func (b *bucket) call(ctx context.Context, o operation, key string, send func(co
 		}
 		last = b.fault(r, o, key, err)
 		if last.unavailable() {
+			b.failed[o].Add(1)
 			b.breaker.failed(time.Now())
 		} else if last.status != 0 {
 			b.breaker.answered()

@@ -238,7 +238,9 @@ func (s *store) Backlog() storage.Backlog {
 	s.budget.mu.Lock()
 	b := storage.Backlog{Pending: s.budget.waiting, PendingBytes: s.budget.pending, NearBytes: s.budget.near, CacheBytes: s.budget.limit}
 	s.budget.mu.Unlock()
-	b.Calls = s.bucket.called()
+	b.Oldest = s.queue.oldest()
+	b.Calls, b.Failed = s.bucket.called(), s.bucket.failures()
+	b.Others = s.owner.names()
 	b.Listed = s.index.complete.Load()
 	b.Shared = s.owner.shared.Load()
 	s.trouble.mu.Lock()

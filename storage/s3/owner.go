@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -47,6 +48,7 @@ type ownerMark struct {
 // An owner is this store as one of those who may be using the bucket.
 type owner struct {
 	shared atomic.Bool // another may be using it now
+	called atomic.Pointer[[]string]
 
 	mu     sync.Mutex // held through a beat
 	node   string     // names the cache directory
@@ -129,6 +131,7 @@ func (s *store) beatOnce(ctx context.Context) error {
 		o.others[theCopy] = &sighting{changed: s.now()}
 	}
 	s.share(o.judge(m, s.now()))
+	o.call(m)
 	for id := range m.Owners {
 		if id != o.node && o.others[id] == nil {
 			delete(m.Owners, id)
@@ -177,6 +180,31 @@ func (o *owner) judge(m marks, now time.Time) (other string) {
 	return other
 }
 
+// maxNames is how many other owners are named.
+const maxNames = 10
+
+// call notes what people call the other owners. The caller holds mu.
+func (o *owner) call(m marks) {
+	names := []string{}
+	for id := range o.others {
+		if host := m.Owners[id].Host; host != "" {
+			id += " on " + host
+		}
+		names = append(names, id)
+	}
+	slices.Sort(names)
+	names = names[:min(len(names), maxNames)]
+	o.called.Store(&names)
+}
+
+// names are those of the other owners, as of the last look.
+func (o *owner) names() []string {
+	if names := o.called.Load(); names != nil {
+		return *names
+	}
+	return nil
+}
+
 // share takes note of whether there is another owner.
 func (s *store) share(other string) {
 	s.listing.mu.Lock()
@@ -184,8 +212,8 @@ func (s *store) share(other string) {
 	was := s.owner.shared.Load()
 	switch {
 	case other != "" && !was:
-		s.log.Warn("another mirror is using the bucket: garbage collection and eviction are off while it does",
-			zap.String("other", other))
+		// Whoever keeps the store is loud about it.
+		s.log.Info("another mirror is using the bucket", zap.String("other", other))
 		s.asked.Purge()
 		s.owner.shared.Store(true)
 		s.index.setComplete(false)

@@ -43,6 +43,7 @@ type job struct {
 	seq   uint64
 	taken bool
 	after time.Time // not before
+	since time.Time // it is pending, in this process
 }
 
 const (
@@ -87,8 +88,21 @@ func (q *queue) add(key string, blob bool) {
 		return
 	}
 	q.seq++
-	q.jobs[key] = q.list(blob).PushBack(&job{key: key, blob: blob, seq: q.seq})
+	q.jobs[key] = q.list(blob).PushBack(&job{key: key, blob: blob, seq: q.seq, since: time.Now()})
 	q.rouse()
+}
+
+// oldest is about since when a value has been in the queue; zero: none is. What S3
+// refuses is at the back.
+func (q *queue) oldest() (since time.Time) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, e := range []*list.Element{q.blobs.Front(), q.blobs.Back(), q.others.Front(), q.others.Back()} {
+		if e != nil && (since.IsZero() || e.Value.(*job).since.Before(since)) {
+			since = e.Value.(*job).since
+		}
+	}
+	return since
 }
 
 func (q *queue) remove(key string) {
