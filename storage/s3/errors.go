@@ -161,7 +161,6 @@ func (b *bucket) fault(r *remote, o operation, key string, err error) *fault {
 	case "EntityTooSmall":
 		return say("%s; raise part_size", told)
 	case "XAmzContentSHA256Mismatch", "BadDigest":
-		f.unsure = false
 		return say("%s; the local file is damaged, or a proxy changes what passes", told)
 	case "RequestTimeTooSkewed":
 		f.is, f.again = storage.ErrUnavailable, true
