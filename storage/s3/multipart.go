@@ -57,6 +57,7 @@ func (b *bucket) putFile(ctx context.Context, key, path string, size int64, sum 
 	if stat, err := f.Stat(); err != nil || stat.Size() != size {
 		return fmt.Errorf("s3: storing %s: the local file has not its %d bytes", key, size)
 	}
+	p = p.clone()
 	limits := b.remote.Load().settings.limits()
 	part, count, err := partPlan(size, limits)
 	if err != nil {
@@ -155,7 +156,7 @@ func (b *bucket) putParts(ctx context.Context, key string, f *os.File, size int6
 }
 
 func (b *bucket) putPart(ctx context.Context, key, upload string, number int, section *io.SectionReader) (etag string, err error) {
-	sum, err := hashed(section)
+	sum, err := hashed(ctx, section)
 	if err != nil {
 		return "", fmt.Errorf("s3: storing %s: %w", key, err)
 	}
