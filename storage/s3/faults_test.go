@@ -165,19 +165,19 @@ func TestPartsAreKept(t *testing.T) {
 }
 
 const (
-	childURL = "S3_TEST_URL"
-	childDir = "S3_TEST_DIR"
+	uploaderURL = "S3_UPLOADER_URL"
+	uploaderDir = "S3_UPLOADER_DIR"
 )
 
-// TestUploadingChild is a process that dies in the middle of an upload in parts. It
+// TestUploader is a process that dies in the middle of an upload in parts. It
 // does nothing when it is run as a test.
-func TestUploadingChild(t *testing.T) {
-	url := os.Getenv(childURL)
+func TestUploader(t *testing.T) {
+	url := os.Getenv(uploaderURL)
 	if url == "" {
 		return
 	}
 	d := &double{&s3double.Server{URL: url}, "", nil}
-	s, err := d.open(os.Getenv(childDir))
+	s, err := d.open(os.Getenv(uploaderDir))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -200,8 +200,8 @@ func TestUploadingChild(t *testing.T) {
 func TestKilledInMidUpload(t *testing.T) {
 	d := newDouble(t, s3double.Options{}, nil)
 	dir := filepath.Join(t.TempDir(), "near")
-	cmd := exec.Command(os.Args[0], "-test.run=^TestUploadingChild$")
-	cmd.Env = append(os.Environ(), childURL+"="+d.URL, childDir+"="+dir)
+	cmd := exec.Command(os.Args[0], "-test.run=^TestUploader$")
+	cmd.Env = append(os.Environ(), uploaderURL+"="+d.URL, uploaderDir+"="+dir)
 	out, err := cmd.CombinedOutput()
 	if err == nil || cmd.ProcessState.ExitCode() != -1 {
 		t.Fatalf("the child was not killed: %v\n%s", err, out)
