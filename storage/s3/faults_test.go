@@ -164,6 +164,49 @@ func TestPartsAreKept(t *testing.T) {
 	}
 }
 
+// TestDownInMidUpload: whoever waits for an upload is told when S3 goes away, and the
+// parts that are there are not sent again when it is back.
+func TestDownInMidUpload(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	s := d.openedAt(t, t.TempDir())
+	key, data := noise("down", 31<<20) // 7 parts, of which 3 at once
+	hold := make(chan struct{})
+	defer close(hold)
+	end := d.Strike(s3double.Fault{Op: s3double.UploadPart, Spare: 3, Hold: hold})
+	done := make(chan error, 1)
+	go func() { done <- s.PutFile(t.Context(), key, spooled(t, s, data), storage.Durable) }()
+	d.Await(t, "parts that are held, and nothing else under way", func(calls []s3double.Call) bool {
+		held := 0
+		for _, call := range calls {
+			if call.Held {
+				held++
+			}
+		}
+		return held == 3
+	})
+	d.Down()
+	if err := <-done; !errors.Is(err, storage.ErrUnavailable) {
+		t.Errorf("PutFile: %v", err)
+	}
+	if got, err := s.Get(t.Context(), key, 64<<20); err == nil && !bytes.Equal(got, data) || err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("after a PutFile that failed, Get: %d bytes, %v", len(got), err)
+	}
+	end()
+	d.Forget()
+	d.Up(t)
+	syncs(t, s, key)
+	d.whole(t, key, data)
+	var sent []int
+	for _, call := range d.Calls() {
+		if call.Op == s3double.UploadPart {
+			sent = append(sent, call.Part)
+		}
+	}
+	if slices.Sort(sent); len(sent) != 4 || d.Count(s3double.CreateMultipartUpload) != 0 {
+		t.Errorf("parts %v were sent when it was back, and %d uploads begun", sent, d.Count(s3double.CreateMultipartUpload))
+	}
+}
+
 const (
 	uploaderURL = "S3_UPLOADER_URL"
 	uploaderDir = "S3_UPLOADER_DIR"
