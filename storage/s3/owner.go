@@ -187,6 +187,7 @@ func (s *store) share(other string) {
 		s.log.Warn("another mirror is using the bucket: garbage collection and eviction are off while it does",
 			zap.String("other", other))
 		s.asked.Purge()
+		s.memos.Purge()
 		s.owner.shared.Store(true)
 		s.index.setComplete(false)
 		s.listing.change()
