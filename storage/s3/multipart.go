@@ -164,7 +164,7 @@ func (b *bucket) putParts(ctx context.Context, key string, f *os.File, size int6
 }
 
 func (b *bucket) putPart(ctx context.Context, key, upload string, number int, section *io.SectionReader) (etag string, err error) {
-	sum, err := hashed(section)
+	sum, err := hashed(ctx, section)
 	if err != nil {
 		return "", fmt.Errorf("s3: storing %s: %w", key, err)
 	}
