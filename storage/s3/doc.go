@@ -45,8 +45,9 @@
 // uploaded again. Two who sync one key share an upload that way: the second waits for
 // the slot and finds nothing left to do.
 //
-// A deletion cancels the upload that has the slot and waits for it. It marks the entry
-// unsure, deletes the object, removes the entry, and then the near file, unless the
+// A deletion waits for the upload that has the slot; one in parts ends before its next
+// part. It never cuts an upload off, which might come to the bucket after it. It marks
+// the entry unsure, deletes the object, removes the entry, and then the near file, unless the
 // value has been put anew meanwhile. An object is deleted without asking unless the
 // index is sure that there is none, and no upload was ever begun.
 //
@@ -71,6 +72,7 @@
 //
 // Each store leaves a mark in the bucket. While there is another's, the store asks S3
 // again for what it has not asked in the last two seconds, but for blobs it has seen,
-// and lists there. When the other's mark is gone the bucket is listed once, and the
-// index is believed again.
+// and lists there. When the other's mark is gone the bucket is listed, and the index is
+// believed again. Ten minutes after any such listing there is a second one, for what
+// the first missed of others because it lagged.
 package s3
