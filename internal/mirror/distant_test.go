@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"net/http"
+	"net/http/httptest"
 	"testing"
 	"time"
 
@@ -110,17 +111,17 @@ func TestStoreSaysLater(t *testing.T) {
 	b.wantManifest("org/app/manifests/v1", image)
 	// The bucket comes back while the blob is on its way.
 	until := make(chan struct{})
-	b.registry.FailSlowly("GET", "/blobs/"+layer.Digest.String(), until)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		b.ask("GET", "org/app/blobs/"+layer.Digest.String())
-	}()
-	b.eventually("the upstream to be asked", func() bool { return b.registry.Count("GET", layer.Digest.String()) > 0 })
+	b.registry.Fail(regtest.Fault{Method: "GET", Path: layer.Digest.String(), Hold: until, At: 1})
+	done := make(chan *httptest.ResponseRecorder)
+	go func() { done <- b.ask("GET", "org/app/blobs/"+layer.Digest.String()) }()
+	b.eventually("the upstream to be asked", func() bool { return b.registry.Sent(layer.Digest) > 1 })
 	store.Down(false)
 	b.registry.Heal()
 	close(until)
-	<-done
+	if w := <-done; w.Code != http.StatusOK || !bytes.Equal(w.Body.Bytes(), layer.Data) {
+		t.Errorf("%d, %d bytes: %.300q", w.Code, w.Body.Len(), w.Body)
+	}
+	b.eventually("the blob to be stored", func() bool { return store.Placed(layout.Blob(layer.Digest)) != nil })
 	b.wantStatus(http.StatusNotFound, "GET", "org/app/manifests/v1")
 	b.mirror.Close()
 	if keys := b.within(store, layout.Repositories); len(keys) > 0 {
