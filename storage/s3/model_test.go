@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"testing"
 
 	"github.com/caddy-registry/mirror/internal/regtest/s3double"
@@ -43,11 +44,7 @@ func abandon(t *testing.T, s *store) (dir string) {
 // TestModel does at random what may be done, and what may happen, and holds the store
 // to a map.
 func TestModel(t *testing.T) {
-	seeds := 6
-	if testing.Short() {
-		seeds = 2
-	}
-	for seed := range seeds {
+	for seed := range 4 {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) { model(t, uint64(seed)) })
 	}
 }
@@ -141,7 +138,7 @@ func model(t *testing.T, seed uint64) {
 	}
 
 	var ends []func()
-	for i := range 600 {
+	for i := range 300 {
 		key := keys[random.IntN(len(keys))]
 		switch n := random.IntN(100); {
 		case n < 35:
@@ -235,18 +232,114 @@ func model(t *testing.T, seed uint64) {
 		end()
 	}
 	d.Set(func(q *s3double.Quirks) { q.LaggingList = false })
+	// S3 may be left alone for a moment, after the last faults.
+	eventually(t, "a Sync", func() error { return s.Sync(ctx, keys...) })
+	for key := range unsure {
+		eventually(t, "a Get", func() error {
+			_, err := s.Get(ctx, key, 1<<20)
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
+			return err
+		})
+		verify(key)
+	}
 	for _, key := range keys {
 		verify(key)
 	}
 	list()
-	if err := s.Sync(ctx, keys...); err != nil {
-		fail("Sync: %v", err)
-	}
 	for _, key := range keys {
 		if got, ok := d.Read(key); string(got) != values[key] || ok != (values[key] != "") {
 			fail("the bucket has %.30q, %v under %s; want %.30q", got, ok, key, values[key])
 		}
 	}
 	uploaded(t, s)
+	closed(t, s)
+}
+
+// TestMany has several use one store, each with keys of its own, while it is listed
+// anew, and copies go.
+func TestMany(t *testing.T) {
+	d := newDouble(t, s3double.Options{Page: 50}, nil)
+	s := listedAt(t, d, t.TempDir())
+	ctx := context.Background()
+	d.Strike(s3double.Fault{Op: s3double.PutObject, Every: 11, Status: 503, Code: "SlowDown"})
+	stop := make(chan struct{})
+	var users, keeper sync.WaitGroup
+	for user := range 6 {
+		users.Go(func() {
+			random := rand.New(rand.NewPCG(uint64(user), 3))
+			key, data := blobOf(fmt.Sprint("blob", user), 5000)
+			link := linkOf(fmt.Sprint(user))
+			for i := range 60 {
+				value := fmt.Sprintf("sha256:%d", i)
+				if err := s.Put(ctx, key, data, storage.Lazy); err != nil {
+					t.Error(err)
+				}
+				if err := s.Put(ctx, link, []byte(value), storage.Lazy); err != nil {
+					t.Error(err)
+				}
+				wantValue(t, s, link, []byte(value))
+				if random.IntN(3) == 0 {
+					if err := s.Sync(ctx, link, key); err != nil {
+						t.Error(err)
+					}
+					if got, _ := d.Read(link); string(got) != value {
+						t.Errorf("the bucket has %q after Sync, want %q", got, value)
+					}
+				}
+				wantValue(t, s, key, data)
+				for _, key := range []string{key, link} {
+					if random.IntN(2) == 0 {
+						if err := s.Delete(ctx, key); err != nil {
+							t.Error(err)
+						}
+						wantNothing(t, s, key)
+					}
+				}
+			}
+		})
+	}
+	keeper.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			if err := s.Relist(ctx); err != nil {
+				t.Error(err)
+			}
+			s.evict(1 << 20)
+			for _, err := range s.List(ctx, "docker/", true) {
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		}
+	})
+	users.Wait()
+	close(stop)
+	keeper.Wait()
+	uploaded(t, s)
+	for i := range s.stripes {
+		if left := s.stripes[i].states; len(left) > 0 {
+			t.Errorf("states are left: %v", left)
+		}
+	}
+	if b := s.Backlog(); b.PendingBytes != 0 {
+		t.Errorf("%d bytes are pending of nothing", b.PendingBytes)
+	}
+	// What is counted is what is there.
+	var near int64
+	for info, err := range s.near.List(ctx, "docker/", true) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		near += occupied(info.Size)
+	}
+	if b := s.Backlog(); b.NearBytes != near {
+		t.Errorf("%d bytes are counted near, and there are %d", b.NearBytes, near)
+	}
 	closed(t, s)
 }
