@@ -94,7 +94,7 @@ func (m *Mirror) lost(t Target, d digest.Digest, err error) error {
 		m.suspect(d)
 		return &failure{situation: unknownContent, message: fmt.Sprintf("the stored bytes of %s are damaged: %v", d, err), err: err}
 	case errors.Is(err, errNoAnswer), errors.Is(err, context.DeadlineExceeded):
-		return &failure{situation: storeAway, message: err.Error(), err: err}
+		return fmt.Errorf("%w: %w", storage.ErrUnavailable, err)
 	}
 	return err
 }

@@ -174,7 +174,8 @@ func judge(err error) *failure {
 			f.situation, f.after = noUpstream, up.After
 		}
 	case errors.Is(err, storage.ErrUnavailable):
-		f.situation = storeAway
+		// Where it is, and what was asked of it, is for the log.
+		f.situation, f.message = storeAway, "what holds the mirror's content cannot be reached at the moment"
 	case errors.Is(err, errInvalidName):
 		f.situation = badName
 	case errors.Is(err, errUnknownUpstream), errors.Is(err, errTakenName):

@@ -73,6 +73,9 @@ func (s *Site) ServeHTTP(m *Mirror, w http.ResponseWriter, r *http.Request, rout
 		x.report.Err = err
 		if r.Context().Err() == nil {
 			m.tell(x.target, x.about(), err, false)
+			if judge(err).situation == storeAway {
+				m.diskTrouble("asking the store", x.about(), err)
+			}
 			m.learnLack(x.target, route.Kind, route.Ref, x.began, err)
 		}
 		if x.listens() && !x.report.Abort {
