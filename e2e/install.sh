@@ -12,6 +12,8 @@ cosign=github.com/sigstore/cosign/v2/cmd/cosign@v2.6.5
 dockerd29=github.com/moby/moby/v2/cmd/dockerd@v2.0.0-beta.24
 containerd=github.com/containerd/containerd/v2
 containerd_version=v2.4.2
+versitygw=github.com/versity/versitygw/cmd/versitygw@v1.8.0
+minio=github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c
 
 packages=(
   skopeo podman buildah # the containers/image family
@@ -71,6 +73,9 @@ go_install bin $crane
 go_install bin $regctl
 go_install bin $helm
 go_install bin $cosign
+# What S3 is: two servers that differ where clients go wrong.
+go_install bin $versitygw
+go_install bin $minio
 # Not in .cache/bin: Debian's of the same names are meant there.
 go_install docker29 $dockerd29
 for command in containerd ctr containerd-shim-runc-v2; do

@@ -29,6 +29,7 @@ type setup struct {
 	admin    string // default: off
 	store    string // default: a new directory
 	storage  string // options of the storage
+	backend  string // another storage than that directory, whole
 	options  string // of Caddy
 	registry string // of the registry app
 	site     string // of the mirror in its site
@@ -37,13 +38,14 @@ type setup struct {
 }
 
 func (s setup) caddyfile() string {
+	if s.backend == "" {
+		s.backend = fmt.Sprintf("storage disk %s {\n%s\n}", s.store, s.storage)
+	}
 	return fmt.Sprintf(`{
 	admin %s
 	%s
 	registry {
-		storage disk %s {
-			%s
-		}
+		%s
 		%s
 	}
 }
@@ -56,7 +58,7 @@ http://%s {
 	}
 }
 %s
-`, s.admin, s.options, s.store, s.storage, s.registry, s.addr, s.server, s.site, s.sites)
+`, s.admin, s.options, s.backend, s.registry, s.addr, s.server, s.site, s.sites)
 }
 
 // startMirror starts a mirror that answers on loopback.

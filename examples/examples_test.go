@@ -38,16 +38,16 @@ func TestExamples(t *testing.T) {
 	for _, name := range []string{"ALICE_HASH", "CI_HASH"} {
 		t.Setenv(name, "$2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG")
 	}
-	for _, name := range []string{"HUB_USER", "HUB_TOKEN", "HARBOR_USER", "HARBOR_SECRET"} {
+	for _, name := range []string{"HUB_USER", "HUB_TOKEN", "HARBOR_USER", "HARBOR_SECRET", "S3_ACCESS_KEY", "S3_SECRET_KEY"} {
 		t.Setenv(name, "test")
 	}
 
-	files, err := filepath.Glob("*/Caddyfile")
+	files, err := filepath.Glob("*/*Caddyfile")
 	if err != nil || len(files) == 0 {
 		t.Fatalf("no examples found: %v", err)
 	}
 	for _, file := range files {
-		t.Run(filepath.Dir(file), func(t *testing.T) {
+		t.Run(file, func(t *testing.T) {
 			source, err := os.ReadFile(file)
 			if err != nil {
 				t.Fatal(err)

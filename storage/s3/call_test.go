@@ -79,6 +79,7 @@ func TestRetries(t *testing.T) {
 		{"429", func(r *http.Request) (*http.Response, error) { return sayError(r, 429, "TooManyRequests") }, 5, storage.ErrUnavailable, "TooManyRequests (429)"},
 		{"RequestTimeout", func(r *http.Request) (*http.Response, error) { return sayError(r, 400, "RequestTimeout") }, 5, storage.ErrUnavailable, "RequestTimeout (400)"},
 		{"conflict", func(r *http.Request) (*http.Response, error) { return sayError(r, 409, "OperationAborted") }, 5, storage.ErrUnavailable, "OperationAborted (409)"},
+		{"conflict at versitygw", func(r *http.Request) (*http.Response, error) { return sayError(r, 409, "ExistingObjectIsDirectory") }, 5, storage.ErrUnavailable, "ExistingObjectIsDirectory (409)"},
 		{"reset", lost, 5, storage.ErrUnavailable, "does not answer: read tcp: connection reset"},
 		{"clock", func(r *http.Request) (*http.Response, error) { return sayError(r, 403, "RequestTimeTooSkewed") }, 5, storage.ErrUnavailable, "set the clock"},
 		{"no key", func(r *http.Request) (*http.Response, error) { return sayError(r, 404, "NoSuchKey") }, 1, fs.ErrNotExist, "reading k"},

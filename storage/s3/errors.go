@@ -164,9 +164,6 @@ func (b *bucket) fault(r *remote, o operation, key string, err error) *fault {
 	case "ExpiredToken", "TokenRefreshRequired":
 		f.is, f.again, f.expired = storage.ErrUnavailable, true, true
 		return say("%s", told)
-	case "OperationAborted", "ConditionalRequestConflict":
-		f.is, f.again = storage.ErrUnavailable, true
-		return say("%s", told)
 	case "RequestTimeout", "SlowDown", "SlowDownRead", "SlowDownWrite", "Throttling", "ThrottlingException", "RequestLimitExceeded", "InternalError", "ServiceUnavailable":
 		f.is, f.again, f.after = storage.ErrUnavailable, true, retryAfter(f.header)
 		f.unsure = f.code == "InternalError" || f.code == "RequestTimeout"
@@ -180,6 +177,11 @@ func (b *bucket) fault(r *remote, o operation, key string, err error) *fault {
 	case f.status == http.StatusUnauthorized || f.status == http.StatusForbidden:
 		f.is = storage.ErrUnavailable
 		return say("%s; check the credentials and what they allow: to get, put, delete and list", told)
+	case f.status == http.StatusConflict:
+		// Something else is being done in the same place. versitygw says so of a
+		// directory that another call is removing, as ExistingObjectIsDirectory.
+		f.is, f.again = storage.ErrUnavailable, true
+		return say("%s", told)
 	case f.status == http.StatusNotImplemented || f.status == http.StatusMethodNotAllowed:
 		return say("%s does not know how to: %s", b.host(), told)
 	case f.status >= 500 || f.status == http.StatusTooManyRequests || f.status == http.StatusRequestTimeout:
