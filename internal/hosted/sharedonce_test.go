@@ -188,6 +188,7 @@ func TestSharedUploadAtOnce(t *testing.T) {
 // effect, the client is told so, can go on, and gets what it sent.
 func TestSharedUploadUnavailable(t *testing.T) {
 	data := random(11, 100_000)
+	const chunk = 40_000
 	d := digest.FromBytes(data)
 	for _, after := range []bool{false, true} {
 		var failed atomic.Bool
@@ -230,9 +231,9 @@ func TestSharedUploadUnavailable(t *testing.T) {
 				}
 				for at < 80_000 {
 					u := next()
-					_, err := u.Append(t.Context(), hosted.Body{Reader: bytes.NewReader(data[at : at+20_000]), At: at, Length: 20_000})
+					_, err := u.Append(t.Context(), hosted.Body{Reader: bytes.NewReader(data[at : at+chunk]), At: at, Length: chunk})
 					if ok(err) {
-						at += 20_000
+						at += chunk
 						continue
 					}
 					for u = next(); !ok(u.Look(t.Context())); {

@@ -25,7 +25,6 @@ import (
 	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/storage"
-	"github.com/caddy-registry/mirror/storage/disk/disktest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -40,7 +39,7 @@ type host struct {
 	open  bool
 	room  func(int64) bool // makes room; nil: nobody does
 	far   *far             // where its values are; nil: in dir
-	log   *zap.Logger      // nil: nothing is logged
+	logs  *zap.Logger      // nil: nothing is logged
 }
 
 // counted is a store that knows what is set aside, and may take no more.
@@ -86,16 +85,9 @@ func newHost(t *testing.T) *host {
 
 func (h *host) start() {
 	h.t.Helper()
-	near := disktest.Open(h.t, h.dir)
-	h.store = &counted{Store: near}
-	if h.far != nil {
-		h.store.Store = &node{Store: near, far: h.far}
-	}
-	if h.log == nil {
-		h.log = zap.NewNop()
-	}
+	h.store = &counted{Store: h.near()}
 	h.tree = tree.New(h.store, nil)
-	h.Registry = hosted.New(hosted.Parts{Store: h.store, Tree: h.tree, Log: h.log, Room: func(_ context.Context, n int64) bool {
+	h.Registry = hosted.New(hosted.Parts{Store: h.store, Tree: h.tree, Log: h.logger(), Room: func(_ context.Context, n int64) bool {
 		return h.room != nil && h.room(n)
 	}})
 	h.open = true
