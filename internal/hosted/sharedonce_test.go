@@ -18,6 +18,14 @@ import (
 	"github.com/caddy-registry/mirror/storage"
 )
 
+// TestSharedUploadTakenHere: within a process, requests take an upload over from each
+// other as they do where no other process can.
+func TestSharedUploadTakenHere(t *testing.T) {
+	join := func(t *testing.T) *host { return newFar(t).join(t) }
+	takenOver(t, join)
+	takenByMany(t, join)
+}
+
 // TestSharedUploadTakenOver: a request that hangs at one process does not keep a
 // client from going on at another, and cannot undo what came there.
 func TestSharedUploadTakenOver(t *testing.T) {

@@ -479,7 +479,9 @@ func (s *stuck) body(at, length int64) hosted.Body {
 
 // TestUploadTakenOver: a client that has lost its connection goes on though the
 // first one is still being read.
-func TestUploadTakenOver(t *testing.T) {
+func TestUploadTakenOver(t *testing.T) { takenOver(t, newHost) }
+
+func takenOver(t *testing.T, newHost func(*testing.T) *host) {
 	for _, came := range []int{0, 1, 70_000, 1_000_000, 2_500_000} {
 		t.Run(fmt.Sprint(came), func(t *testing.T) {
 			h := newHost(t)
@@ -511,7 +513,9 @@ func TestUploadTakenOver(t *testing.T) {
 
 // TestUploadTakenByMany: of many that write at once each finds the bytes of those
 // before it whole, and the blob is right in the end.
-func TestUploadTakenByMany(t *testing.T) {
+func TestUploadTakenByMany(t *testing.T) { takenByMany(t, newHost) }
+
+func takenByMany(t *testing.T, newHost func(*testing.T) *host) {
 	h := newHost(t)
 	data := random(5, 1<<20)
 	u := h.begin("")
