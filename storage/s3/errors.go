@@ -32,9 +32,14 @@ type fault struct {
 	expired bool          // the credentials have
 }
 
-func (f *fault) Error() string     { return f.text }
-func (f *fault) Unwrap() error     { return f.is }
-func (f *fault) unavailable() bool { return f.is == storage.ErrUnavailable }
+func (f *fault) Error() string { return f.text }
+func (f *fault) Unwrap() error { return f.is }
+
+// unavailable reports whether it is the server that is, and not only what it was
+// asked for.
+func (f *fault) unavailable() bool {
+	return f.is == storage.ErrUnavailable && f.status != http.StatusConflict
+}
 
 func absent(err error) bool { return errors.Is(err, fs.ErrNotExist) }
 
@@ -156,7 +161,6 @@ func (b *bucket) fault(r *remote, o operation, key string, err error) *fault {
 	case "EntityTooSmall":
 		return say("%s; raise part_size", told)
 	case "XAmzContentSHA256Mismatch", "BadDigest":
-		f.unsure = false
 		return say("%s; the local file is damaged, or a proxy changes what passes", told)
 	case "RequestTimeTooSkewed":
 		f.is, f.again = storage.ErrUnavailable, true
@@ -183,6 +187,9 @@ func (b *bucket) fault(r *remote, o operation, key string, err error) *fault {
 		f.is, f.again = storage.ErrUnavailable, true
 		return say("%s", told)
 	case f.status == http.StatusNotImplemented || f.status == http.StatusMethodNotAllowed:
+		if o == opList && !r.settings.ListV1 {
+			told += "; if it does not know version 2 of listing, write list v1"
+		}
 		return say("%s does not know how to: %s", b.host(), told)
 	case f.status >= 500 || f.status == http.StatusTooManyRequests || f.status == http.StatusRequestTimeout:
 		f.is, f.again, f.after = storage.ErrUnavailable, true, retryAfter(f.header)
