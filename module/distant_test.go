@@ -65,13 +65,14 @@ func (m *mirror) metric(series string) (value string, ok bool) {
 		m.t.Fatal(err)
 	}
 	defer resp.Body.Close()
+	wanted, labels, _ := strings.Cut(series, "{")
 	text, err := io.ReadAll(resp.Body)
 	if err != nil {
 		m.t.Fatal(err)
 	}
 	for line := range strings.Lines(string(text)) {
 		name, value, _ := strings.Cut(strings.TrimSpace(line), "} ")
-		if family, labels, _ := strings.Cut(name, "{"); family == strings.SplitN(series, "{", 2)[0] && strings.Contains(labels, strings.TrimSuffix(strings.TrimPrefix(series, family), "}")) {
+		if family, has, _ := strings.Cut(name, "{"); family == wanted && strings.Contains(has, labels) {
 			return value, true
 		}
 	}
@@ -146,7 +147,7 @@ func TestBucketAwayAtStart(t *testing.T) {
 	s.Down()
 	m := &mirror{t: t, URL: "http://" + regtest.FreeAddress(t), admin: regtest.FreeAddress(t), dir: t.TempDir(), logs: captureLogs(t)}
 	m.bucket(inBucket(s, m.dir) + upstreamFor("docker.io", up))
-	m.pull("library/a", "latest", image)
+	m.pull("docker.io/library/a", "latest", image)
 	begun, err := m.try("POST", "/v2/apps/web/blobs/uploads/", nil)
 	if err != nil || begun.StatusCode != 202 && begun.StatusCode != 503 {
 		t.Errorf("an upload is begun: %v, %v", begun, err)
@@ -227,7 +228,7 @@ func TestBucketStop(t *testing.T) {
 	m := &mirror{t: t, URL: "http://" + regtest.FreeAddress(t), admin: regtest.FreeAddress(t), dir: t.TempDir(), logs: captureLogs(t)}
 	app := inBucket(s, m.dir) + upstreamFor("docker.io", up)
 	m.bucket(app)
-	m.pull("library/a", "latest", image)
+	m.pull("docker.io/library/a", "latest", image)
 	s.Await(t, "an upload", func(calls []s3double.Call) bool {
 		return slices.ContainsFunc(calls, func(c s3double.Call) bool { return c.Op == s3double.PutObject && strings.Contains(c.Key, "/blobs/") })
 	})
@@ -247,7 +248,7 @@ func TestBucketStop(t *testing.T) {
 			t.Errorf("%s is not in the bucket", blob.Digest)
 		}
 	}
-	m.pull("library/a", "latest", image)
+	m.pull("docker.io/library/a", "latest", image)
 }
 
 // TestBucketValidate: to check a configuration asks the bucket nothing, and makes

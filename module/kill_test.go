@@ -119,7 +119,7 @@ func (m *mirror) dead() {
 	m.t.Helper()
 	select {
 	case <-m.died:
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		m.t.Fatal("the child is still alive")
 	}
 }

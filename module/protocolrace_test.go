@@ -33,7 +33,7 @@ func (m *mirror) meanwhile(at string, first func() *answer, others ...func() *an
 	all.Go(func() { answers[0] = first() })
 	select {
 	case <-reached:
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		close(goOn)
 		all.Wait()
 		m.t.Fatalf("the first request does not come to %s: %+v", at, answers[0])

@@ -135,7 +135,7 @@ func read(t *testing.T, f *fill.Fill, offset, length int, proven bool) ([]byte, 
 
 func eventually(t *testing.T, what string, holds func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for !holds() {

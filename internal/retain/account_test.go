@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -22,10 +23,10 @@ func (b *kept) counted() int64 {
 // TestReserve: what is reserved, what is partly there and what is stored count
 // against max_size, each once, from the moment they are.
 func TestReserve(t *testing.T) {
-	var partial int64
+	var partial atomic.Int64
 	b := keep(t, func(b *kept) {
 		b.settings.MaxSize = 10 * mib
-		b.partial = func() int64 { return partial }
+		b.partial = partial.Load
 		b.paces.batch = time.Hour
 	})
 	b.repository("docker.io/a", "docker.io")
@@ -40,12 +41,12 @@ func TestReserve(t *testing.T) {
 	if n := b.counted(); n != 5 { // the repository takes a bit
 		t.Errorf("reserved, and used in part: %d", n)
 	}
-	partial = 3 * mib
+	partial.Store(3 * mib)
 	_, err = store.Reserve(3 * mib)
 	if !errors.Is(err, storage.ErrFull) || !strings.Contains(err.Error(), "max_size") {
 		t.Errorf("3 in 10 - 4 - 3, with some for the repository: %v", err)
 	}
-	partial = 0
+	partial.Store(0)
 	// What was used counts until the catalog knows of it.
 	r.Use(1 * mib)
 	b.Note(linked(1))

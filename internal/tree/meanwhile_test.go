@@ -143,7 +143,7 @@ func TestReadWhileRemoved(t *testing.T) {
 					if err != nil && !errors.Is(err, fs.ErrNotExist) {
 						t.Error(err)
 					}
-				case <-time.After(10 * time.Second):
+				case <-time.After(time.Minute):
 					t.Fatal("the reading does not end")
 				}
 				break
@@ -190,7 +190,7 @@ func TestScanWhileRemoved(t *testing.T) {
 				if !ok {
 					t.Error("it is no member")
 				}
-			case <-time.After(10 * time.Second):
+			case <-time.After(time.Minute):
 				t.Fatal("no answer")
 			}
 			break

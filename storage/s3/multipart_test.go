@@ -246,8 +246,8 @@ func TestResume(t *testing.T) {
 		if err := f.put(ctx, b); err == nil || !strings.Contains(err.Error(), "local file") {
 			t.Errorf("got %v", err)
 		}
-		if sent, _ := b.called(); sent["part"] != 0 {
-			t.Errorf("%d parts are sent", sent["part"])
+		if n := b.called()["part"]; n != 0 {
+			t.Errorf("%d parts are sent", n)
 		}
 	})
 	t.Run("completed, and not noted", func(t *testing.T) {

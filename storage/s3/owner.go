@@ -212,8 +212,8 @@ func (s *store) share(other string) {
 	was := s.owner.shared.Load()
 	switch {
 	case other != "" && !was:
-		s.log.Warn("another mirror is using the bucket: garbage collection and eviction are off while it does",
-			zap.String("other", other))
+		// Whoever keeps the store is loud about it.
+		s.log.Info("another mirror is using the bucket", zap.String("other", other))
 		s.asked.Purge()
 		s.owner.shared.Store(true)
 		s.index.setComplete(false)

@@ -332,13 +332,9 @@ func (s *store) spare(p *stripe, key string) bool {
 // OpenNear implements storage.Distant.
 func (s *store) OpenNear(ctx context.Context, key string) (io.ReadCloser, storage.Info, error) {
 	r, info, err := s.near.Open(ctx, key, 0, -1)
-	if err == nil && !info.Doubtful {
-		if k, err := kindOf(key); err == nil && (k == blob || k == local) {
-			if k == blob {
-				s.index.touch(key, info.Size, s.now())
-			}
-			return r, info, nil
-		}
+	if err == nil && !info.Doubtful && isBlob(key) {
+		s.index.touch(key, info.Size, s.now())
+		return r, info, nil
 	}
 	if err == nil {
 		r.Close()

@@ -724,6 +724,15 @@ func BenchmarkOpenNear(b *testing.B) {
 			f.Close()
 		}
 	})
+	b.Run("disk", func(b *testing.B) {
+		for b.Loop() {
+			f, _, err := s.(*store).near.Open(context.Background(), key, 0, -1)
+			if err != nil {
+				b.Fatal(err)
+			}
+			f.Close()
+		}
+	})
 	b.Run("store", func(b *testing.B) {
 		for b.Loop() {
 			f, _, err := s.Distant().OpenNear(context.Background(), key)
