@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/opencontainers/go-digest"
+	v1 "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/caddy-registry/mirror/internal/layout"
 	"github.com/caddy-registry/mirror/internal/regtest"
@@ -317,6 +319,29 @@ func TestTwoOnOneBucket(t *testing.T) {
 	subject := regtest.NewImage("ours", regtest.Random("ours", 1000))
 	m.pushed("apps/theirs", "v2", subject)
 	other.pull("apps/theirs", "v2", subject)
+
+	// Pushed through both: this one has just said that it has no such blob.
+	both := layered("both")
+	for _, blob := range both.Blobs {
+		m.want(404, "HEAD", "/v2/apps/theirs/blobs/"+blob.Digest.String())
+		begun := other.sends(202, "POST", "/v2/apps/theirs/blobs/uploads/", nil)
+		other.sends(201, "PUT", withQuery(begun.Header.Get("Location"), "digest", blob.Digest.String()), blob.Data)
+	}
+	m.sends(201, "PUT", "/v2/apps/theirs/manifests/both", both.Data, "Content-Type", both.MediaType)
+
+	// A signature, and its end.
+	const signatureType = "application/vnd.example.signature"
+	signature := both
+	signature.Data = fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":%q,"artifactType":%q,"config":{"mediaType":%q,"digest":%q,"size":%d},"layers":[],"subject":{"mediaType":%q,"digest":%q,"size":%d}}`,
+		both.MediaType, signatureType, v1.MediaTypeImageConfig, both.Blobs[0].Digest, len(both.Blobs[0].Data), both.MediaType, both.Digest, len(both.Data))
+	signature.Digest = digest.FromBytes(signature.Data)
+	referrers := "/v2/apps/theirs/referrers/" + both.Digest.String()
+	sees(200, referrers, `"manifests":[]`)
+	other.pushed("apps/theirs", signature.Digest.String(), signature)
+	sees(200, referrers, signatureType)
+	other.sends(202, "DELETE", "/v2/apps/theirs/manifests/"+signature.Digest.String(), nil)
+	sees(200, referrers, `"manifests":[]`)
+	other.sends(202, "DELETE", "/v2/apps/theirs/manifests/both", nil)
 
 	if a, err := other.try("DELETE", "/v2/apps/theirs/manifests/v1", nil); err != nil || a.StatusCode != 202 {
 		t.Fatal(a, err)
