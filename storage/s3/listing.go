@@ -402,7 +402,7 @@ func (w *walk) run() error {
 	case below(w.prefix, storage.Local):
 		return w.near(w.prefix, func(kind) bool { return true })
 	case below(w.prefix, storage.Uploads):
-		return w.far(func(o object) error { return w.show(o.info()) })
+		return w.uploads(w.prefix)
 	}
 	if below(storage.Local, w.prefix) {
 		if err := w.near(storage.Local, func(k kind) bool { return k == local }); err != nil {
@@ -410,14 +410,8 @@ func (w *walk) run() error {
 		}
 	}
 	if below(storage.Uploads, w.prefix) {
-		for o, err := range s.bucket.list(w.ctx, storage.Uploads, true) {
-			if err != nil {
-				s.said(err)
-				return err
-			}
-			if err := w.show(o.info()); err != nil {
-				return err
-			}
+		if err := w.uploads(storage.Uploads); err != nil {
+			return err
 		}
 	}
 	if s.index.complete.Load() && !s.owner.shared.Load() {
@@ -446,9 +440,43 @@ func (w *walk) near(prefix string, want func(kind) bool) error {
 	return nil
 }
 
+// A trace is what was done here to an upload, which a listing may not show yet.
+type trace struct {
+	at   time.Time
+	size int64 // -1: it was deleted
+}
+
+// trace takes note of an upload that was put, or with a size of -1 deleted.
+func (s *store) trace(key string, size int64) { s.traces.Add(key, trace{s.now(), size}) }
+
+// uploads shows the uploads below a prefix. There are few.
+func (w *walk) uploads(prefix string) error {
+	s := w.store
+	gone := map[string]bool{}
+	for _, key := range s.traces.Keys() {
+		done, ok := s.traces.Peek(key)
+		if !ok || !strings.HasPrefix(key, prefix) || s.now().Sub(done.at) >= settle {
+			continue
+		}
+		if done.size < 0 {
+			gone[key] = true
+			continue
+		}
+		if err := w.first(storage.Info{Key: key, Size: done.size, ModTime: done.at}); err != nil {
+			return err
+		}
+	}
+	return w.far(prefix, true, func(o object) error {
+		if gone[o.key] || w.has(o.key) {
+			return nil
+		}
+		return w.show(o.info())
+	})
+}
+
 // far yields what the bucket has.
-func (w *walk) far(show func(object) error) error {
-	for o, err := range w.store.bucket.list(w.ctx, w.prefix, w.deep) {
+func (w *walk) far(prefix string, deep bool, show func(object) error) error {
+	for o, err := range w.store.bucket.list(w.ctx, prefix, deep) {
 		if err != nil {
 			w.store.said(err)
 			return err
@@ -541,7 +569,7 @@ func (w *walk) bucket() error {
 		}
 		from = next
 	}
-	return w.far(func(o object) error {
+	return w.far(w.prefix, w.deep, func(o object) error {
 		if strings.HasSuffix(o.key, "/") {
 			return w.directory(o.key)
 		}

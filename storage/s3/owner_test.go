@@ -1,0 +1,227 @@
+package s3
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/caddy-registry/mirror/internal/regtest/s3double"
+	"github.com/caddy-registry/mirror/storage"
+)
+
+// A clock moves when it is told to.
+type clock struct {
+	mu  sync.Mutex
+	now time.Time
+}
+
+func (c *clock) time() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.now
+}
+
+func (c *clock) pass(d time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.now = c.now.Add(d)
+}
+
+// still opens a store whose marks are left by the test, by a clock of the test.
+func still(t *testing.T, d *double, dir string, c *clock) *store {
+	t.Helper()
+	config, err := d.backend(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := newBucket(t.Context(), config.settings)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := openWith(t.Context(), config.near, b, config.settings, c.time,
+		func(time.Duration) (<-chan time.Time, func()) { return nil, func() {} })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func beat(t *testing.T, stores ...*store) {
+	t.Helper()
+	for _, s := range stores {
+		if err := s.beatOnce(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func wantShared(t *testing.T, when string, s *store, want bool) {
+	t.Helper()
+	if s.Shared() != want {
+		t.Errorf("%s: shared is %v", when, !want)
+	}
+}
+
+func TestOwners(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	c := &clock{now: time.Now()}
+	a := still(t, d, t.TempDir(), c)
+	if err := a.Listed(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	key, data := blobOf("blob", 1000)
+	mustPut(t, a, key, data, storage.Durable)
+	mustPut(t, a, linkOf("a"), []byte("sha256:1"), storage.Durable)
+	wantShared(t, "alone", a, false)
+
+	b := still(t, d, t.TempDir(), c)
+	wantShared(t, "the second, at once", b, true)
+	wantShared(t, "the first, before its next beat", a, false)
+	beat(t, a)
+	wantShared(t, "the first", a, true)
+
+	// What is new elsewhere is seen after two seconds, and asked for once in them.
+	wantValue(t, b, linkOf("a"), []byte("sha256:1"))
+	wantNothing(t, b, linkOf("b"))
+	mustPut(t, a, linkOf("a"), []byte("sha256:2"), storage.Durable)
+	mustPut(t, a, linkOf("b"), []byte("sha256:3"), storage.Durable)
+	d.Forget()
+	wantValue(t, b, linkOf("a"), []byte("sha256:1"))
+	wantNothing(t, b, linkOf("b"))
+	if calls := contentCalls(d); len(calls) > 0 {
+		t.Errorf("within two seconds S3 was asked for %q", calls)
+	}
+	c.pass(anew)
+	wantValue(t, b, linkOf("a"), []byte("sha256:2"))
+	wantValue(t, b, linkOf("b"), []byte("sha256:3"))
+	if err := a.Delete(t.Context(), linkOf("b")); err != nil {
+		t.Fatal(err)
+	}
+	c.pass(anew)
+	wantNothing(t, b, linkOf("b"))
+
+	// A blob that has been seen stays what it is.
+	wantValue(t, b, key, data)
+	b.Drop(key)
+	c.pass(anew)
+	d.Forget()
+	if _, err := b.Stat(t.Context(), key); err != nil {
+		t.Error(err)
+	}
+	mustPut(t, b, key, data, storage.Durable)
+	if calls := contentCalls(d); len(calls) > 0 {
+		t.Errorf("for a blob that was seen S3 was asked for %q", calls)
+	}
+
+	// A mark that was overwritten is not gone.
+	m, err := a.readMarks(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	delete(m.Owners, a.owner.node)
+	if err := a.writeMarks(t.Context(), m); err != nil {
+		t.Fatal(err)
+	}
+	beat(t, b)
+	wantShared(t, "without a mark", b, true)
+	beat(t, a, b)
+	wantShared(t, "with it again", b, true)
+
+	// One that died is there until its beat has not changed for half a minute.
+	mustPut(t, a, linkOf("last"), []byte("sha256:4"), storage.Durable)
+	wantNothing(t, b, linkOf("other"))
+	abandon(t, a)
+	for range 5 {
+		c.pass(beatEvery)
+		beat(t, b)
+		wantShared(t, "not dead yet", b, true)
+	}
+	c.pass(beatEvery)
+	beat(t, b)
+	wantShared(t, "dead", b, false)
+	if err := b.Listed(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	d.Forget()
+	wantValue(t, b, linkOf("last"), []byte("sha256:4"))
+	wantNothing(t, b, linkOf("other"))
+	wantNothing(t, b, linkOf("b"))
+	if calls := contentCalls(d, s3double.HeadObject); len(calls) > 0 {
+		t.Errorf("alone, S3 was asked for %q", calls)
+	}
+
+	// One that is closed takes its mark away.
+	dir := t.TempDir()
+	e := still(t, d, dir, c)
+	beat(t, b)
+	wantShared(t, "another", b, true)
+	closed(t, e)
+	for range missedRead - 1 {
+		beat(t, b)
+		wantShared(t, "closed lately", b, true)
+	}
+	beat(t, b)
+	wantShared(t, "closed", b, false)
+	if m, err := b.readMarks(t.Context()); err != nil || len(m.Owners) != 1 {
+		t.Errorf("the marks are %+v, %v", m, err)
+	}
+	closed(t, b)
+}
+
+// TestCopiedDirectory: two with one name are two.
+func TestCopiedDirectory(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	c := &clock{now: time.Now()}
+	first := t.TempDir()
+	a := still(t, d, first, c)
+	second := t.TempDir()
+	node := filepath.FromSlash(ownDir + "/node")
+	name, err := os.ReadFile(filepath.Join(first, node))
+	if err != nil {
+		t.Fatal(err)
+	}
+	os.MkdirAll(filepath.Join(second, filepath.FromSlash(ownDir)), 0o700)
+	if err := os.WriteFile(filepath.Join(second, node), name, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	b := still(t, d, second, c)
+	beat(t, a, b)
+	wantShared(t, "the first", a, true)
+	wantShared(t, "the second", b, true)
+	closed(t, a)
+	closed(t, b)
+}
+
+// TestUnreachableOwner: one who could not look at the marks when it was opened looks
+// as soon as it can.
+func TestUnreachableOwner(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	c := &clock{now: time.Now()}
+	dir := t.TempDir()
+	a := still(t, d, dir, c)
+	if err := a.Listed(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	mustPut(t, a, linkOf("a"), []byte("sha256:1"), storage.Durable)
+	closed(t, a)
+
+	d.Write(linkOf("a"), []byte("sha256:2"))
+	d.Write(linkOf("b"), []byte("sha256:2"))
+	d.Write(ownerKey, []byte(`{"owners":{},"last":"another"}`))
+	d.Down()
+	a = still(t, d, dir, c)
+	wantValue(t, a, linkOf("a"), []byte("sha256:1")) // for all that it can know
+	wantNothing(t, a, linkOf("b"))
+	d.Up(t)
+	eventually(t, "a beat", func() error { return a.beatOnce(context.Background()) })
+	wantValue(t, a, linkOf("a"), []byte("sha256:2"))
+	wantValue(t, a, linkOf("b"), []byte("sha256:2"))
+	if err := a.Listed(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantValue(t, a, linkOf("b"), []byte("sha256:2"))
+	closed(t, a)
+}
