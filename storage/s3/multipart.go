@@ -57,6 +57,7 @@ func (b *bucket) putFile(ctx context.Context, key, path string, size int64, sum 
 	if stat, err := f.Stat(); err != nil || stat.Size() != size {
 		return fmt.Errorf("s3: storing %s: the local file has not its %d bytes", key, size)
 	}
+	p = p.clone()
 	limits := b.remote.Load().settings.limits()
 	part, count, err := partPlan(size, limits)
 	if err != nil {
