@@ -55,7 +55,8 @@ import (
 // tell without it, the error wraps [ErrUnavailable].
 //
 // What belongs to one machine. Keys below [Local] tell of this process's use of
-// the store. A store that several processes may use at once keeps them apart.
+// the store. A store that several processes may use at once keeps them apart. A
+// listing that begins above Local or [Uploads] may leave out what is below them.
 type Store interface {
 	// Open returns the length bytes of a value from offset, or all of them
 	// from there when length is negative, and what Stat would say of the

@@ -183,6 +183,9 @@ func (b *bucket) fault(r *remote, o operation, key string, err error) *fault {
 		f.is, f.again = storage.ErrUnavailable, true
 		return say("%s", told)
 	case f.status == http.StatusNotImplemented || f.status == http.StatusMethodNotAllowed:
+		if o == opList && !r.settings.ListV1 {
+			told += "; if it does not know version 2 of listing, write list v1"
+		}
 		return say("%s does not know how to: %s", b.host(), told)
 	case f.status >= 500 || f.status == http.StatusTooManyRequests || f.status == http.StatusRequestTimeout:
 		f.is, f.again, f.after = storage.ErrUnavailable, true, retryAfter(f.header)

@@ -21,7 +21,14 @@ type double struct {
 }
 
 func newDouble(t *testing.T, opts s3double.Options, change func(*S3)) *double {
-	return &double{s3double.New(t, opts), "", change}
+	d := &double{s3double.New(t, opts), "", change}
+	t.Cleanup(func() {
+		// What servers say of parts cannot be relied upon.
+		if n := d.Count(s3double.ListParts); n > 0 {
+			t.Errorf("the store has listed parts %d times", n)
+		}
+	})
+	return d
 }
 
 // backend is a configuration of a store whose near tier is in dir.

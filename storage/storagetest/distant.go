@@ -37,6 +37,9 @@ type Place struct {
 	// Down makes the place unreachable until Up.
 	Down, Up func()
 
+	// Brief leaves out what takes long by its nature.
+	Brief bool
+
 	// What follows may be nil where it cannot be had; what needs it is left out then.
 
 	// Hold lets nothing that is written be answered until release is called. held
@@ -78,6 +81,7 @@ func TestDistant(t *testing.T, place func(t *testing.T) Place) {
 		{"TwoMachines", testTwoMachines},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel() // most of it waits
 			d := &distant{T: t, Place: place(t), dir: filepath.Join(t.TempDir(), "near")}
 			c.run(d)
 			d.close()
