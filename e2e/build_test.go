@@ -31,7 +31,7 @@ require github.com/caddyserver/xcaddy v0.4.5
 		"--with", "github.com/caddy-registry/mirror@v0.0.0-00010101000000-000000000000="+checkout)
 
 	modules := strings.Fields(run(t, bare(dir), dir+"/caddy", "list-modules"))
-	for _, want := range []string{"registry", "registry.storage.disk", "http.handlers.registry_mirror", "admin.api.registry"} {
+	for _, want := range []string{"registry", "registry.storage.disk", "registry.storage.s3", "http.handlers.registry_mirror", "admin.api.registry"} {
 		found := false
 		for _, module := range modules {
 			found = found || module == want

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/caddy-registry/mirror/storage"
 	"github.com/caddy-registry/mirror/storage/disk/disktest"
 )
@@ -200,4 +202,20 @@ func (f *far) join(t *testing.T) *host {
 	h.start()
 	t.Cleanup(h.stop)
 	return h
+}
+
+// near opens the host's store.
+func (h *host) near() storage.Store {
+	near := disktest.Open(h.t, h.dir)
+	if h.far == nil {
+		return near
+	}
+	return &node{Store: near, far: h.far}
+}
+
+func (h *host) logger() *zap.Logger {
+	if h.logs == nil {
+		return zap.NewNop()
+	}
+	return h.logs
 }

@@ -298,9 +298,10 @@ func (h *Registry) sweepSessions(ctx context.Context) error {
 		if h.now().Sub(at) < uploadLife {
 			continue
 		}
-		if swept++; swept > maxSweeps {
+		if swept == maxSweeps {
 			break
 		}
+		swept++
 		if err := h.sweepSession(ctx, id); err != nil {
 			return err
 		}

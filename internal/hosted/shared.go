@@ -368,17 +368,12 @@ func (u *Upload) putPiece(ctx context.Context) error {
 		return err
 	}
 	next := session{state: s, Version: version, Pieces: append(sh.acked.Pieces[:len(sh.acked.Pieces):len(sh.acked.Pieces)], p)}
-	set, err := u.registry.reserve(ctx, p.Size)
-	if err != nil {
-		return err
-	}
-	defer set.Release()
 	failpoint.Hit("upload.written")
-	name, err := u.section(offset, p.Size)
+	name, remove, err := u.section(ctx, offset, p.Size)
 	if err != nil {
 		return fmt.Errorf("putting away what is uploaded: %w", full(err))
 	}
-	defer os.Remove(name)
+	defer remove()
 	if len(sh.strays) < maxStrays {
 		sh.strays = append(sh.strays, p.Name)
 	}
@@ -423,28 +418,38 @@ func (u *Upload) still(ctx context.Context, version string) error {
 }
 
 // section makes a file of a part of the upload's.
-func (u *Upload) section(offset, n int64) (name string, err error) {
+func (u *Upload) section(ctx context.Context, offset, n int64) (name string, remove func(), err error) {
 	name = u.path + ".piece"
 	os.Remove(name)
 	from, err := os.Open(u.path)
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
 	defer from.Close()
 	// The whole file may be that part, and nobody writes to it now.
 	if info, err := from.Stat(); err == nil && offset == 0 && info.Size() == n && os.Link(u.path, name) == nil {
-		return name, nil
+		return name, func() { os.Remove(name) }, nil
 	}
+	set, err := u.registry.reserve(ctx, n)
+	if err != nil {
+		return "", nil, err
+	}
+	piece := name
+	undo := func() {
+		os.Remove(piece)
+		set.Release()
+	}
+	defer func() {
+		if err != nil {
+			undo()
+		}
+	}()
 	to, err := os.OpenFile(name, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
 	if _, err = from.Seek(offset, io.SeekStart); err == nil {
 		_, err = io.CopyN(to, from, n)
 	}
-	if err = errors.Join(err, to.Close()); err != nil {
-		os.Remove(name)
-		return "", err
-	}
-	return name, nil
+	return piece, undo, errors.Join(err, to.Close())
 }

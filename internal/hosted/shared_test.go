@@ -8,6 +8,7 @@ import (
 	"io"
 	"iter"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -310,7 +311,7 @@ func TestSharedUploadForged(t *testing.T) {
 			a.append(u, body(data), int64(len(data)))
 			forge(f, u.ID(), other.ID())
 			core, logs := observer.New(zapcore.WarnLevel)
-			b := &host{t: t, dir: t.TempDir(), far: f, log: zap.New(core)}
+			b := &host{t: t, dir: t.TempDir(), far: f, logs: zap.New(core)}
 			b.start()
 			defer b.stop()
 			for range 3 {
@@ -399,6 +400,39 @@ var errDown = fmt.Errorf("%w: for a while", storage.ErrUnavailable)
 type refusing struct{ storage.Store }
 
 func (r *refusing) Sync(context.Context, ...string) error { return errDown }
+
+// TestSharedUploadNoPiece: what cannot be put away has not come, and takes no room.
+func TestSharedUploadNoPiece(t *testing.T) {
+	f := newFar(t)
+	h := f.join(t)
+	data := random(15, 100_000)
+	u := h.begin("")
+	h.append(u, body(data[:40_000]), 40_000)
+	in := h.spool(u.ID() + ".piece")
+	if err := os.MkdirAll(filepath.Join(in, "full"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if end, err := u.Append(t.Context(), body(data[40_000:])); err == nil || end != 40_000 {
+		t.Errorf("there is no place for a piece: %v, and it ends at %d", err, end)
+	}
+	if err := os.RemoveAll(in); err != nil {
+		t.Fatal(err)
+	}
+	h.store.most.Store(100_000) // for what comes, and not for a piece of it besides
+	if end, err := u.Append(t.Context(), body(data[40_000:])); !errors.Is(err, storage.ErrFull) || end != 40_000 {
+		t.Errorf("there is no room for a piece: %v, and it ends at %d", err, end)
+	}
+	if h.store.reserved.Load() != 0 || h.Partial() != 40_000 {
+		t.Errorf("%d bytes are set aside, and %d partial", h.store.reserved.Load(), h.Partial())
+	}
+	h.store.most.Store(0)
+	d := digest.FromBytes(data)
+	if _, err := u.Finish(t.Context(), d, body(data[40_000:])); err != nil {
+		t.Fatal(err)
+	}
+	h.has("apps/web", d, data)
+	nothing(t, f, h)
+}
 
 // TestSharedUploadExpires: what nobody has gone on with for a day is removed by any
 // process, whole or not, and nothing earlier.

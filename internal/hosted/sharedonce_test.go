@@ -18,6 +18,14 @@ import (
 	"github.com/caddy-registry/mirror/storage"
 )
 
+// TestSharedUploadTakenHere: within a process, requests take an upload over from each
+// other as they do where no other process can.
+func TestSharedUploadTakenHere(t *testing.T) {
+	join := func(t *testing.T) *host { return newFar(t).join(t) }
+	takenOver(t, join)
+	takenByMany(t, join)
+}
+
 // TestSharedUploadTakenOver: a request that hangs at one process does not keep a
 // client from going on at another, and cannot undo what came there.
 func TestSharedUploadTakenOver(t *testing.T) {
@@ -188,6 +196,7 @@ func TestSharedUploadAtOnce(t *testing.T) {
 // effect, the client is told so, can go on, and gets what it sent.
 func TestSharedUploadUnavailable(t *testing.T) {
 	data := random(11, 100_000)
+	const chunk = 40_000
 	d := digest.FromBytes(data)
 	for _, after := range []bool{false, true} {
 		var failed atomic.Bool
@@ -230,9 +239,9 @@ func TestSharedUploadUnavailable(t *testing.T) {
 				}
 				for at < 80_000 {
 					u := next()
-					_, err := u.Append(t.Context(), hosted.Body{Reader: bytes.NewReader(data[at : at+20_000]), At: at, Length: 20_000})
+					_, err := u.Append(t.Context(), hosted.Body{Reader: bytes.NewReader(data[at : at+chunk]), At: at, Length: chunk})
 					if ok(err) {
-						at += 20_000
+						at += chunk
 						continue
 					}
 					for u = next(); !ok(u.Look(t.Context())); {

@@ -25,7 +25,6 @@ import (
 	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/storage"
-	"github.com/caddy-registry/mirror/storage/disk/disktest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -40,7 +39,7 @@ type host struct {
 	open  bool
 	room  func(int64) bool // makes room; nil: nobody does
 	far   *far             // where its values are; nil: in dir
-	log   *zap.Logger      // nil: nothing is logged
+	logs  *zap.Logger      // nil: nothing is logged
 }
 
 // counted is a store that knows what is set aside, and may take no more.
@@ -86,16 +85,9 @@ func newHost(t *testing.T) *host {
 
 func (h *host) start() {
 	h.t.Helper()
-	near := disktest.Open(h.t, h.dir)
-	h.store = &counted{Store: near}
-	if h.far != nil {
-		h.store.Store = &node{Store: near, far: h.far}
-	}
-	if h.log == nil {
-		h.log = zap.NewNop()
-	}
+	h.store = &counted{Store: h.near()}
 	h.tree = tree.New(h.store, nil)
-	h.Registry = hosted.New(hosted.Parts{Store: h.store, Tree: h.tree, Log: h.log, Room: func(_ context.Context, n int64) bool {
+	h.Registry = hosted.New(hosted.Parts{Store: h.store, Tree: h.tree, Log: h.logger(), Room: func(_ context.Context, n int64) bool {
 		return h.room != nil && h.room(n)
 	}})
 	h.open = true
@@ -487,7 +479,9 @@ func (s *stuck) body(at, length int64) hosted.Body {
 
 // TestUploadTakenOver: a client that has lost its connection goes on though the
 // first one is still being read.
-func TestUploadTakenOver(t *testing.T) {
+func TestUploadTakenOver(t *testing.T) { takenOver(t, newHost) }
+
+func takenOver(t *testing.T, newHost func(*testing.T) *host) {
 	for _, came := range []int{0, 1, 70_000, 1_000_000, 2_500_000} {
 		t.Run(fmt.Sprint(came), func(t *testing.T) {
 			h := newHost(t)
@@ -519,7 +513,9 @@ func TestUploadTakenOver(t *testing.T) {
 
 // TestUploadTakenByMany: of many that write at once each finds the bytes of those
 // before it whole, and the blob is right in the end.
-func TestUploadTakenByMany(t *testing.T) {
+func TestUploadTakenByMany(t *testing.T) { takenByMany(t, newHost) }
+
+func takenByMany(t *testing.T, newHost func(*testing.T) *host) {
 	h := newHost(t)
 	data := random(5, 1<<20)
 	u := h.begin("")

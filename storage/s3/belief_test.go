@@ -176,4 +176,3 @@ func TestLossOfPower(t *testing.T) {
 	}
 	wantValue(t, s, bad, badData)
 }
-

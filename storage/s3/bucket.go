@@ -364,7 +364,7 @@ func (b *bucket) look(ctx context.Context, key string) (object, time.Duration, e
 func (b *bucket) put(ctx context.Context, key string, body io.ReadSeeker, size int64, sum string) error {
 	if sum == "" {
 		var err error
-		if sum, err = hashed(body); err != nil {
+		if sum, err = hashed(ctx, body); err != nil {
 			return fmt.Errorf("s3: storing %s: %w", key, err)
 		}
 	}
@@ -399,15 +399,28 @@ func (b *bucket) putBytes(ctx context.Context, key string, data []byte) error {
 }
 
 // hashed is the sha256 of a body, in hexadecimal.
-func hashed(body io.ReadSeeker) (string, error) {
+func hashed(ctx context.Context, body io.ReadSeeker) (string, error) {
 	if _, err := body.Seek(0, io.SeekStart); err != nil {
 		return "", err
 	}
 	hash := sha256.New()
-	if _, err := io.Copy(hash, body); err != nil {
+	if _, err := io.Copy(hash, &wanted{ctx, body}); err != nil {
 		return "", err
 	}
 	return hex.EncodeToString(hash.Sum(nil)), nil
+}
+
+// wanted is a reader while somebody waits for what is read.
+type wanted struct {
+	ctx context.Context
+	io.Reader
+}
+
+func (w *wanted) Read(p []byte) (int, error) {
+	if err := w.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return w.Reader.Read(p)
 }
 
 // delete removes an object. There need not be one.

@@ -289,6 +289,24 @@ func TestOtherAnswersAreNoFailures(t *testing.T) {
 	})
 }
 
+// TestConflictsAreNoFailures has a server answer that something else is going on where
+// it was asked for something.
+func TestConflictsAreNoFailures(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := scripted(t, func(n int, r *http.Request) (*http.Response, error) {
+			return sayError(r, 409, "OperationAborted")
+		})
+		for range 3 {
+			if _, err := b.head(context.Background(), "k"); !errors.Is(err, storage.ErrUnavailable) {
+				t.Error(err)
+			}
+		}
+		if b.breaker.open() {
+			t.Error("they open the breaker")
+		}
+	})
+}
+
 func TestContextEndsACall(t *testing.T) {
 	t.Run("while it waits", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {

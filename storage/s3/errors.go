@@ -32,9 +32,14 @@ type fault struct {
 	expired bool          // the credentials have
 }
 
-func (f *fault) Error() string     { return f.text }
-func (f *fault) Unwrap() error     { return f.is }
-func (f *fault) unavailable() bool { return f.is == storage.ErrUnavailable }
+func (f *fault) Error() string { return f.text }
+func (f *fault) Unwrap() error { return f.is }
+
+// unavailable reports whether it is the server that is, and not only what it was
+// asked for.
+func (f *fault) unavailable() bool {
+	return f.is == storage.ErrUnavailable && f.status != http.StatusConflict
+}
 
 func absent(err error) bool { return errors.Is(err, fs.ErrNotExist) }
 
@@ -156,7 +161,6 @@ func (b *bucket) fault(r *remote, o operation, key string, err error) *fault {
 	case "EntityTooSmall":
 		return say("%s; raise part_size", told)
 	case "XAmzContentSHA256Mismatch", "BadDigest":
-		f.unsure = false
 		return say("%s; the local file is damaged, or a proxy changes what passes", told)
 	case "RequestTimeTooSkewed":
 		f.is, f.again = storage.ErrUnavailable, true

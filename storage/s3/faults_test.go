@@ -164,20 +164,63 @@ func TestPartsAreKept(t *testing.T) {
 	}
 }
 
+// TestDownInMidUpload: whoever waits for an upload is told when S3 goes away, and the
+// parts that are there are not sent again when it is back.
+func TestDownInMidUpload(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	s := d.openedAt(t, t.TempDir())
+	key, data := noise("down", 31<<20) // 7 parts, of which 3 at once
+	hold := make(chan struct{})
+	defer close(hold)
+	end := d.Strike(s3double.Fault{Op: s3double.UploadPart, Spare: 3, Hold: hold})
+	done := make(chan error, 1)
+	go func() { done <- s.PutFile(t.Context(), key, spooled(t, s, data), storage.Durable) }()
+	d.Await(t, "parts that are held, and nothing else under way", func(calls []s3double.Call) bool {
+		held := 0
+		for _, call := range calls {
+			if call.Held {
+				held++
+			}
+		}
+		return held == 3
+	})
+	d.Down()
+	if err := <-done; !errors.Is(err, storage.ErrUnavailable) {
+		t.Errorf("PutFile: %v", err)
+	}
+	if got, err := s.Get(t.Context(), key, 64<<20); err == nil && !bytes.Equal(got, data) || err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("after a PutFile that failed, Get: %d bytes, %v", len(got), err)
+	}
+	end()
+	d.Forget()
+	d.Up(t)
+	syncs(t, s, key)
+	d.whole(t, key, data)
+	var sent []int
+	for _, call := range d.Calls() {
+		if call.Op == s3double.UploadPart {
+			sent = append(sent, call.Part)
+		}
+	}
+	if slices.Sort(sent); len(sent) != 4 || d.Count(s3double.CreateMultipartUpload) != 0 {
+		t.Errorf("parts %v were sent when it was back, and %d uploads begun", sent, d.Count(s3double.CreateMultipartUpload))
+	}
+}
+
 const (
-	childURL = "S3_TEST_URL"
-	childDir = "S3_TEST_DIR"
+	uploaderURL = "S3_UPLOADER_URL"
+	uploaderDir = "S3_UPLOADER_DIR"
 )
 
-// TestUploadingChild is a process that dies in the middle of an upload in parts. It
+// TestUploader is a process that dies in the middle of an upload in parts. It
 // does nothing when it is run as a test.
-func TestUploadingChild(t *testing.T) {
-	url := os.Getenv(childURL)
+func TestUploader(t *testing.T) {
+	url := os.Getenv(uploaderURL)
 	if url == "" {
 		return
 	}
 	d := &double{&s3double.Server{URL: url}, "", nil}
-	s, err := d.open(os.Getenv(childDir))
+	s, err := d.open(os.Getenv(uploaderDir))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -200,8 +243,8 @@ func TestUploadingChild(t *testing.T) {
 func TestKilledInMidUpload(t *testing.T) {
 	d := newDouble(t, s3double.Options{}, nil)
 	dir := filepath.Join(t.TempDir(), "near")
-	cmd := exec.Command(os.Args[0], "-test.run=^TestUploadingChild$")
-	cmd.Env = append(os.Environ(), childURL+"="+d.URL, childDir+"="+dir)
+	cmd := exec.Command(os.Args[0], "-test.run=^TestUploader$")
+	cmd.Env = append(os.Environ(), uploaderURL+"="+d.URL, uploaderDir+"="+dir)
 	out, err := cmd.CombinedOutput()
 	if err == nil || cmd.ProcessState.ExitCode() != -1 {
 		t.Fatalf("the child was not killed: %v\n%s", err, out)

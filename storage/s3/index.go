@@ -440,6 +440,7 @@ func (x *index) page(prefix string, from []byte, deep bool, limit int) (found []
 				continue
 			}
 			if e, err := decode(v); err == nil {
+				e.data = nil // a page of it may be much
 				found = append(found, named{string(k), e})
 			}
 			k, v = c.Next()
@@ -449,6 +450,7 @@ func (x *index) page(prefix string, from []byte, deep bool, limit int) (found []
 	return found, next, err
 }
 
+// A named entry is one of a page, without its value.
 type named struct {
 	key string
 	entry

@@ -260,6 +260,7 @@ func (s *store) forgetLocal(ctx context.Context) error {
 
 // lists lists the bucket whenever it should be, until Close.
 func (s *store) lists() {
+	s.tidyLedgers(s.ctx)
 	for {
 		select {
 		case <-s.ctx.Done():
@@ -269,7 +270,7 @@ func (s *store) lists() {
 		for wait := firstRetry; s.ctx.Err() == nil; wait = min(2*wait, longPause) {
 			err := s.Relist(s.ctx)
 			if err == nil {
-				s.tidyLedgers(s.ctx)
+				s.sweepUploads(s.ctx)
 				break
 			}
 			if s.ctx.Err() == nil {
@@ -285,13 +286,14 @@ func (s *store) lists() {
 	}
 }
 
-// tidyLedgers ends uploads in parts that will not be gone on with.
-func (s *store) tidyLedgers(ctx context.Context) {
+// tidyLedgers ends uploads in parts that will not be gone on with, and returns the
+// others.
+func (s *store) tidyLedgers(ctx context.Context) (claimed map[string]bool) {
 	files, err := os.ReadDir(s.ledgers())
 	if err != nil {
-		return
+		return nil
 	}
-	claimed := map[string]bool{}
+	claimed = map[string]bool{}
 	for _, file := range files {
 		path := filepath.Join(s.ledgers(), file.Name())
 		var page ledgerPage
@@ -312,10 +314,16 @@ func (s *store) tidyLedgers(ctx context.Context) {
 		}
 		claimed[page.Parts.Upload] = true
 	}
-	if s.owner.shared.Load() {
+	return claimed
+}
+
+// sweepUploads ends uploads in parts that somebody has begun and left.
+func (s *store) sweepUploads(ctx context.Context) {
+	claimed := s.tidyLedgers(ctx)
+	if claimed == nil || s.owner.shared.Load() {
 		return // they may be the other's
 	}
-	_, err = s.bucket.sweepUploads(ctx, sweepAge, func(_, upload string) bool { return claimed[upload] })
+	_, err := s.bucket.sweepUploads(ctx, sweepAge, func(_, upload string) bool { return claimed[upload] })
 	if err != nil && ctx.Err() == nil {
 		s.log.Info("uploads in parts that nobody goes on with could not be swept", zap.Error(err))
 	}
@@ -430,8 +438,12 @@ func (w *walk) near(prefix string, want func(kind) bool) error {
 		if err != nil {
 			return err
 		}
-		if k, err := kindOf(info.Key); err != nil || !want(k) {
+		k, err := kindOf(info.Key)
+		if err != nil || !want(k) {
 			continue
+		}
+		if info.Doubtful && k == blob && w.store.dispensable(info.Key) {
+			info.Doubtful = false // it is read from the bucket
 		}
 		if err := w.first(info); err != nil {
 			return err

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"testing"
 
 	"github.com/caddy-registry/mirror/internal/regtest/s3double"
@@ -253,5 +254,92 @@ func model(t *testing.T, seed uint64) {
 		}
 	}
 	uploaded(t, s)
+	closed(t, s)
+}
+
+// TestMany has several use one store, each with keys of its own, while it is listed
+// anew, and copies go.
+func TestMany(t *testing.T) {
+	d := newDouble(t, s3double.Options{Page: 50}, nil)
+	s := listedAt(t, d, t.TempDir())
+	ctx := context.Background()
+	d.Strike(s3double.Fault{Op: s3double.PutObject, Every: 11, Status: 503, Code: "SlowDown"})
+	stop := make(chan struct{})
+	var users, keeper sync.WaitGroup
+	for user := range 6 {
+		users.Go(func() {
+			random := rand.New(rand.NewPCG(uint64(user), 3))
+			key, data := blobOf(fmt.Sprint("blob", user), 5000)
+			link := linkOf(fmt.Sprint(user))
+			for i := range 60 {
+				value := fmt.Sprintf("sha256:%d", i)
+				if err := s.Put(ctx, key, data, storage.Lazy); err != nil {
+					t.Error(err)
+				}
+				if err := s.Put(ctx, link, []byte(value), storage.Lazy); err != nil {
+					t.Error(err)
+				}
+				wantValue(t, s, link, []byte(value))
+				if random.IntN(3) == 0 {
+					if err := s.Sync(ctx, link, key); err != nil {
+						t.Error(err)
+					}
+					if got, _ := d.Read(link); string(got) != value {
+						t.Errorf("the bucket has %q after Sync, want %q", got, value)
+					}
+				}
+				wantValue(t, s, key, data)
+				for _, key := range []string{key, link} {
+					if random.IntN(2) == 0 {
+						if err := s.Delete(ctx, key); err != nil {
+							t.Error(err)
+						}
+						wantNothing(t, s, key)
+					}
+				}
+			}
+		})
+	}
+	keeper.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			if err := s.Relist(ctx); err != nil {
+				t.Error(err)
+			}
+			s.evict(1 << 20)
+			for _, err := range s.List(ctx, "docker/", true) {
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		}
+	})
+	users.Wait()
+	close(stop)
+	keeper.Wait()
+	uploaded(t, s)
+	for i := range s.stripes {
+		if left := s.stripes[i].states; len(left) > 0 {
+			t.Errorf("states are left: %v", left)
+		}
+	}
+	if b := s.Backlog(); b.PendingBytes != 0 {
+		t.Errorf("%d bytes are pending of nothing", b.PendingBytes)
+	}
+	// What is counted is what is there.
+	var near int64
+	for info, err := range s.near.List(ctx, "docker/", true) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		near += occupied(info.Size)
+	}
+	if b := s.Backlog(); b.NearBytes != near {
+		t.Errorf("%d bytes are counted near, and there are %d", b.NearBytes, near)
+	}
 	closed(t, s)
 }

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
@@ -121,10 +122,15 @@ func (b *bucket) create(ctx context.Context, key string) (upload string, err err
 	return upload, err
 }
 
-// putParts sends the parts that are not there yet.
+// putParts sends the parts that are not there yet. When one fails, those under way are
+// not given up: what has come of them is worth keeping, and one of them may be the
+// trial by which the breaker finds out that S3 is back, while it refused the others.
 func (b *bucket) putParts(ctx context.Context, key string, f *os.File, size int64, p parts, saved func(parts) error) error {
-	var mu sync.Mutex
-	group, ctx := errgroup.WithContext(ctx)
+	var (
+		mu     sync.Mutex
+		group  errgroup.Group
+		failed atomic.Bool
+	)
 	group.SetLimit(partsAtOnce)
 	for i := range p.ETags {
 		mu.Lock()
@@ -133,19 +139,21 @@ func (b *bucket) putParts(ctx context.Context, key string, f *os.File, size int6
 		if there {
 			continue
 		}
-		if ctx.Err() != nil {
+		if failed.Load() {
 			break
 		}
 		group.Go(func() error {
 			offset := int64(i) * p.Size
 			etag, err := b.putPart(ctx, key, p.Upload, i+1, io.NewSectionReader(f, offset, min(p.Size, size-offset)))
 			if err != nil {
+				failed.Store(true)
 				return err
 			}
 			mu.Lock()
 			defer mu.Unlock()
 			p.ETags[i] = etag
 			if err := saved(p.clone()); err != nil {
+				failed.Store(true)
 				return fmt.Errorf("s3: storing %s: remembering where it stands: %w", key, err)
 			}
 			failpoint.Hit("s3.part")
@@ -156,7 +164,7 @@ func (b *bucket) putParts(ctx context.Context, key string, f *os.File, size int6
 }
 
 func (b *bucket) putPart(ctx context.Context, key, upload string, number int, section *io.SectionReader) (etag string, err error) {
-	sum, err := hashed(section)
+	sum, err := hashed(ctx, section)
 	if err != nil {
 		return "", fmt.Errorf("s3: storing %s: %w", key, err)
 	}

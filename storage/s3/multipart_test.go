@@ -231,7 +231,7 @@ func TestResume(t *testing.T) {
 		if err := os.WriteFile(other.path, other.data, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		other.sum, _ = hashed(bytes.NewReader(other.data))
+		other.sum, _ = hashed(ctx, bytes.NewReader(other.data))
 		other.ledger = f.ledger
 		if err := other.put(ctx, b); err != nil {
 			t.Fatal(err)
@@ -314,7 +314,7 @@ func TestComplete(t *testing.T) {
 				if err := os.WriteFile(other.path, older, 0o600); err != nil {
 					t.Fatal(err)
 				}
-				other.sum, _ = hashed(bytes.NewReader(older))
+				other.sum, _ = hashed(ctx, bytes.NewReader(older))
 				if err := other.put(ctx, b); err != nil {
 					t.Fatal(err)
 				}
@@ -458,6 +458,14 @@ func TestPartsNeedNoMemory(t *testing.T) {
 	runtime.ReadMemStats(&after)
 	if used := after.TotalAlloc - before.TotalAlloc; used > 16<<20 {
 		t.Errorf("%d bytes for 16 parts of 16 MiB", used)
+	}
+}
+
+func TestHashingEnds(t *testing.T) {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if _, err := hashed(ctx, bytes.NewReader(make([]byte, 100))); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
 	}
 }
 

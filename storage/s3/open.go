@@ -99,7 +99,7 @@ func openWith(ctx context.Context, near *disk.Disk, b *bucket, settings settings
 		s.stripes[i].states = map[string]*state{}
 	}
 	if s.near, err = near.Open(ctx); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("s3 storage: opening the cache: %w", err)
 	}
 	defer func() {
 		if err != nil {
@@ -193,11 +193,12 @@ func (s *store) Presign(ctx context.Context, method, key string, life time.Durat
 		return "", notThere("presign", key)
 	}
 	if k != upload {
-		_, f, version := s.look(key, k)
-		switch f {
-		case pending, missing:
+		e, f, version := s.look(key, k)
+		_, wrong := s.distrusted.Peek(key)
+		switch {
+		case f == pending, f == missing, wrong, e.is(distrusted):
 			return "", notThere("presign", key)
-		case unknown:
+		case f == unknown:
 			if _, err := s.ask(ctx, key, version); err != nil {
 				return "", err
 			}
@@ -225,13 +226,17 @@ func (s *store) said(err error) {
 		s.trouble.err, s.trouble.since = nil, time.Time{}
 		s.trouble.mu.Unlock()
 	case errors.Is(err, storage.ErrUnavailable):
-		s.trouble.mu.Lock()
-		if s.trouble.since.IsZero() {
-			s.trouble.since = s.now()
-		}
-		s.trouble.err = err
-		s.trouble.mu.Unlock()
+		s.trouble.met(err, s.now())
 	}
+}
+
+func (t *trouble) met(err error, now time.Time) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.since.IsZero() {
+		t.since = now
+	}
+	t.err = err
 }
 
 // Backlog implements storage.Backlogged.

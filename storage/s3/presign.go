@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
+	v4 "github.com/aws/aws-sdk-go-v2/aws/signer/v4"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
 )
 
@@ -17,20 +18,14 @@ func (b *bucket) presign(ctx context.Context, method, key string, life time.Dura
 	const longest = 7 * 24 * time.Hour
 	r := b.remote.Load()
 	signer := s3.NewPresignClient(r.client, s3.WithPresignExpires(min(max(life, time.Second), longest)))
-	// As whoever follows the redirect is not one to be shown a page.
-	kind := aws.String("application/octet-stream")
-	url, err := "", error(nil)
+	kind := aws.String("application/octet-stream") // no page to be shown, whatever put it there
+	var signed *v4.PresignedHTTPRequest
+	var err error
 	switch method {
 	case http.MethodGet:
-		signed, failed := signer.PresignGetObject(ctx, &s3.GetObjectInput{Bucket: &b.name, Key: b.full(key), ResponseContentType: kind})
-		if err = failed; err == nil {
-			url = signed.URL
-		}
+		signed, err = signer.PresignGetObject(ctx, &s3.GetObjectInput{Bucket: &b.name, Key: b.full(key), ResponseContentType: kind})
 	case http.MethodHead:
-		signed, failed := signer.PresignHeadObject(ctx, &s3.HeadObjectInput{Bucket: &b.name, Key: b.full(key), ResponseContentType: kind})
-		if err = failed; err == nil {
-			url = signed.URL
-		}
+		signed, err = signer.PresignHeadObject(ctx, &s3.HeadObjectInput{Bucket: &b.name, Key: b.full(key), ResponseContentType: kind})
 	default:
 		return "", fmt.Errorf("s3: no URL is made for %s", method)
 	}
@@ -40,5 +35,5 @@ func (b *bucket) presign(ctx context.Context, method, key string, life time.Dura
 		}
 		return "", b.fault(r, opGet, key, err)
 	}
-	return url, nil
+	return signed.URL, nil
 }

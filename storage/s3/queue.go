@@ -218,9 +218,10 @@ func (s *store) carry() {
 			timer.Stop()
 			continue
 		}
-		err := s.upload(s.ctx, key, true)
+		err := s.upload(key, true)
 		if s.ctx.Err() == nil {
-			if err != nil && !errors.Is(err, storage.ErrUnavailable) && !errors.Is(err, context.Canceled) && !errors.Is(err, errTaken) {
+			if err != nil && !errors.Is(err, storage.ErrUnavailable) && !errors.Is(err, errVoid) && !errors.Is(err, errTaken) {
+				s.trouble.met(err, s.now())
 				s.log.Warn("a value could not be brought to the bucket, and is tried again", zap.String("key", key), zap.Error(err))
 			}
 			s.queue.back(key, err, s.now())
@@ -236,10 +237,8 @@ var errDoubtful = errors.New("a loss of power may have damaged it, and nobody ha
 
 // upload brings a value to the bucket, if it is pending. behind says that nobody
 // waits for it.
-func (s *store) upload(ctx context.Context, key string, behind bool) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(s.ctx, cancel)()
+func (s *store) upload(key string, behind bool) error {
+	ctx := s.ctx
 	p := s.stripe(key)
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -258,13 +257,12 @@ func (s *store) upload(ctx context.Context, key string, behind bool) error {
 		return nil
 	}
 	gen, wasTried := st.gen, st.tried
-	st.cancel, st.tried = cancel, true
+	st.tried = true
 	p.mu.Unlock()
 	failpoint.Hit("s3.uploading")
 	e, began, err := s.send(ctx, key)
 	failpoint.Hit("s3.uploaded")
 	p.mu.Lock()
-	st.cancel = nil
 	if !began && !wasTried {
 		st.tried = false
 	}
@@ -343,6 +341,9 @@ func (s *store) send(ctx context.Context, key string) (e entry, began bool, err 
 		}
 	}
 	if there, err := s.thereAlready(ctx, key, info.Size); err != nil || there.size >= 0 {
+		if err == nil {
+			s.forgo(ctx, key) // what is left is swept
+		}
 		if there.modified.IsZero() {
 			there.modified = e.modified
 		}
@@ -403,6 +404,9 @@ func (s *store) sendFile(ctx context.Context, key, path string, size int64, hash
 	err := s.bucket.putFile(ctx, key, path, size, hash, l.read(), func(p parts) error {
 		err := l.write(p)
 		failpoint.Hit("s3.part")
+		if err == nil && s.void(key) {
+			err = errVoid
+		}
 		return err
 	})
 	s.said(err)
@@ -410,6 +414,20 @@ func (s *store) sendFile(ctx context.Context, key, path string, size int64, hash
 		l.remove()
 	}
 	return err
+}
+
+// errVoid is why an upload ends before its last step: the value is to be deleted.
+// Once S3 has been sent all of it, it is too late for that. Nor is a call ended in
+// which a value is sent whole: S3 may have it and store it after the deletion.
+var errVoid = errors.New("it is to be deleted")
+
+// void reports whether somebody waits for a key's slot to delete its value.
+func (s *store) void(key string) bool {
+	p := s.stripe(key)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	st := p.states[key]
+	return st != nil && st.deletes > 0
 }
 
 // A ledger is where an upload in parts stands: a file beside the near tier.
@@ -561,43 +579,31 @@ func (s *store) outstanding(key string) bool {
 	return true
 }
 
-// sync uploads what is pending under a key now.
+// sync uploads what is pending under a key now. The upload goes on when nobody waits
+// for it any more: one that is given up may still come to the bucket, after whatever
+// else has been done with the key since.
 func (s *store) sync(ctx context.Context, key string) error {
-	p := s.stripe(key)
-	p.mu.Lock()
-	st := p.states[key]
-	var gen uint64
-	if st != nil {
-		gen = st.gen
-	}
-	p.mu.Unlock()
 	select {
 	case s.uploads <- struct{}{}:
-		defer func() { <-s.uploads }()
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	for {
-		if err := s.upload(ctx, key, false); err != nil {
-			if ctx.Err() != nil {
-				return context.Cause(ctx)
-			}
-			if s.ctx.Err() != nil {
-				return fmt.Errorf("s3 storage: %w: the store is being closed", storage.ErrUnavailable)
-			}
-			if !errors.Is(err, context.Canceled) {
-				return err
-			}
-			// A deletion has ended it.
+	done := make(chan error, 1)
+	s.work.Go(func() {
+		defer func() { <-s.uploads }()
+		err := errVoid
+		for errors.Is(err, errVoid) { // the deletion may have failed
+			err = s.upload(key, false)
 		}
-		p.mu.Lock()
-		st := p.states[key]
-		done := st == nil || !st.pending || st.gen != gen
-		p.mu.Unlock()
-		// One that was put anew meanwhile came after this was asked for: what was
-		// there then is in the bucket, or has been replaced before it was.
-		if done {
-			return nil
+		if s.ctx.Err() != nil {
+			err = fmt.Errorf("%w: the store is being closed", storage.ErrUnavailable)
 		}
+		done <- err
+	})
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
 }

@@ -37,7 +37,9 @@ type S3 struct {
 	Bucket string `json:"bucket"`
 
 	// Where the object store is, as an http or https URL without the bucket:
-	// `https://minio.example.com:9000`. Default: AWS's address for the region.
+	// `https://minio.example.com:9000`. Its certificate must be one that the system
+	// trusts. Requests go through the proxy that HTTPS_PROXY, HTTP_PROXY and
+	// NO_PROXY in the environment name. Default: AWS's address for the region.
 	Endpoint string `json:"endpoint,omitempty"`
 
 	// The region that requests are signed for. Default: `us-east-1` with an

@@ -21,13 +21,12 @@ type stripe struct {
 
 // A state is what is going on with one key. The stripe's lock guards it.
 type state struct {
-	pending  bool
-	gen      uint64        // of the pending value; counts in the stripe's version
-	size     int64         // of the pending value
-	tried    bool          // S3 may have been sent it
-	slot     chan struct{} // closed when the slot is given back; nil: it is free
-	cancel   func()        // ends the upload that has the slot; nil: it is not an upload
-	deletion bool          // somebody waits for the slot to delete
+	pending bool
+	gen     uint64        // of the pending value; counts in the stripe's version
+	size    int64         // of the pending value
+	tried   bool          // S3 may have been sent it
+	slot    chan struct{} // closed when the slot is given back; nil: it is free
+	deletes int           // who waits for the slot to delete
 }
 
 func (s *store) stripe(key string) *stripe {
@@ -238,7 +237,7 @@ func (s *store) arrived(p *stripe, key string) {
 }
 
 // take waits for a key's slot and takes it. The caller holds the lock, and does when
-// it returns. A deletion cancels what has the slot.
+// it returns.
 func (s *store) take(ctx context.Context, p *stripe, key string, deletion bool) (*state, error) {
 	for {
 		st := p.state(key)
@@ -246,16 +245,19 @@ func (s *store) take(ctx context.Context, p *stripe, key string, deletion bool) 
 			st.slot = make(chan struct{})
 			return st, nil
 		}
-		if deletion && st.cancel != nil {
-			st.cancel()
-		}
 		slot := st.slot
+		if deletion {
+			st.deletes++
+		}
 		p.mu.Unlock()
 		select {
 		case <-slot:
 		case <-ctx.Done():
 		}
 		p.mu.Lock()
+		if deletion {
+			st.deletes--
+		}
 		if err := ctx.Err(); err != nil {
 			p.settle(key)
 			return nil, err
@@ -267,7 +269,6 @@ func (s *store) take(ctx context.Context, p *stripe, key string, deletion bool) 
 func (s *store) give(p *stripe, key string) {
 	st := p.states[key]
 	close(st.slot)
-	st.slot, st.cancel = nil, nil
+	st.slot = nil
 	p.settle(key)
 }
-

@@ -35,19 +35,22 @@ func TestFaults(t *testing.T) {
 	for _, c := range []struct {
 		name   string
 		quirks s3double.Quirks
-		fault  s3double.Fault
+		faults []s3double.Fault
 		change func(*S3)
 	}{
 		{name: "Listing", quirks: s3double.Quirks{V1Only: true, Unordered: true, LaggingList: true}, change: func(s *S3) { s.List = "v1" }},
 		{name: "Parts", quirks: s3double.Quirks{EqualParts: true, MaxParts: 2, NoListParts: true}, change: func(s *S3) { s.MaxParts = 2 }},
-		{name: "SlowDown", fault: s3double.Fault{Every: 13, Status: 503, Code: "SlowDown"}},
-		{name: "InternalError", fault: s3double.Fault{Every: 13, Status: 500, Code: "InternalError", Did: true}},
-		{name: "LostAnswers", fault: s3double.Fault{Every: 13, Cut: true, Did: true}},
+		{name: "Errors", faults: []s3double.Fault{
+			{Every: 23, Status: 503, Code: "SlowDown"},
+			{Spare: 7, Every: 29, Status: 500, Code: "InternalError", Did: true},
+			{Spare: 14, Every: 31, Cut: true, Did: true},
+			{Spare: 21, Every: 37, Cut: true},
+		}},
 	} {
 		double := func(t *testing.T) *double {
 			d := newDouble(t, s3double.Options{Quirks: c.quirks, Page: 10}, c.change)
-			if c.fault != (s3double.Fault{}) {
-				d.Strike(c.fault)
+			for _, fault := range c.faults {
+				d.Strike(fault)
 			}
 			return d
 		}

@@ -1,0 +1,183 @@
+package mirror
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"testing"
+	"time"
+
+	"github.com/caddy-registry/mirror/internal/layout"
+	"github.com/caddy-registry/mirror/internal/regtest"
+	"github.com/caddy-registry/mirror/internal/tree"
+	"github.com/caddy-registry/mirror/storage"
+	"github.com/caddy-registry/mirror/storage/disk/disktest"
+	"github.com/caddy-registry/mirror/storage/storagetest"
+)
+
+// distantBench is a bench on a store whose distant place is in memory.
+func distantBench(t *testing.T) (*bench, *storagetest.Double) {
+	t.Helper()
+	b := newBench(t, regtest.Options{}, func(u *Upstream) { u.Connections = 2 })
+	b.close()
+	store := storagetest.NewDouble(disktest.Open(t, b.dir))
+	b.store = store
+	b.start()
+	return b, store
+}
+
+// anew forgets what is in memory.
+func (b *bench) anew() {
+	b.mirror.Close()
+	b.tree.Close()
+	b.mirror = nil
+	b.start()
+}
+
+// within are the keys that are near below a prefix.
+func (b *bench) within(store *storagetest.Double, prefix string) (keys []string) {
+	b.t.Helper()
+	for info, err := range store.Store.List(b.t.Context(), prefix, true) {
+		if err != nil {
+			b.t.Fatal(err)
+		}
+		keys = append(keys, info.Key)
+	}
+	return keys
+}
+
+// TestStoreCannotSay: a mirrored image is served while nobody can say what the store
+// has, and nothing is put where something else may be. When the store is back it is
+// stored as ever.
+func TestStoreCannotSay(t *testing.T) {
+	b, store := distantBench(t)
+	store.Blank()
+	store.Down(true)
+	image := regtest.NewImage("app", regtest.Random("small", 1000), regtest.Random("large", 3<<20))
+	b.registry.Push("org/app", image, "v1")
+	pull := func() {
+		t.Helper()
+		b.wantStatus(http.StatusOK, "HEAD", "org/app/manifests/v1")
+		b.wantManifest("org/app/manifests/v1", image)
+		b.wantManifest("org/app/manifests/"+image.Digest.String(), image)
+		for _, blob := range image.Blobs {
+			path := "org/app/blobs/" + blob.Digest.String()
+			b.wantStatus(http.StatusOK, "HEAD", path)
+			if w := b.ask("GET", path); w.Code != http.StatusOK || !bytes.Equal(w.Body.Bytes(), blob.Data) {
+				t.Errorf("%s: %d, %d bytes", path, w.Code, w.Body.Len())
+			}
+		}
+		b.wantStatus(http.StatusOK, "GET", "org/app/tags/list")
+		b.wantStatus(http.StatusOK, "GET", "org/app/referrers/"+image.Digest.String())
+	}
+	pull()
+	b.mirror.Close()
+	b.tree.Close()
+	for _, prefix := range []string{layout.Repositories, layout.Records} {
+		if keys := b.within(store, prefix); len(keys) > 0 {
+			t.Errorf("there is %q", keys)
+		}
+	}
+	store.Down(false)
+	b.mirror = nil
+	b.start()
+	pull()
+	b.eventually("everything to be stored", func() bool {
+		for _, blob := range image.Blobs {
+			if store.Placed(layout.LayerLink("reg.example/org/app", blob.Digest)) == nil {
+				return false
+			}
+		}
+		return store.Placed(layout.TagLink("reg.example/org/app", "v1")) != nil
+	})
+}
+
+// TestStoreSaysLater: a repository of which nobody could say what it is turns out to be
+// hosted. What has been fetched for it meanwhile is not put into it.
+func TestStoreSaysLater(t *testing.T) {
+	b, store := distantBench(t)
+	store.Blank()
+	record, err := json.Marshal(tree.Record{Schema: 1, Class: tree.Hosted, Created: time.Unix(1, 0)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	store.Place(layout.Record("reg.example/org/app"), record)
+	store.Down(true)
+	layer := regtest.Random("layer", 3<<20)
+	image := regtest.NewImage("app", layer)
+	b.registry.Push("org/app", image, "v1")
+	b.wantManifest("org/app/manifests/v1", image)
+	// The bucket comes back while the blob is on its way.
+	until := make(chan struct{})
+	b.registry.FailSlowly("GET", "/blobs/"+layer.Digest.String(), until)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		b.ask("GET", "org/app/blobs/"+layer.Digest.String())
+	}()
+	b.eventually("the upstream to be asked", func() bool { return b.registry.Count("GET", layer.Digest.String()) > 0 })
+	store.Down(false)
+	b.registry.Heal()
+	close(until)
+	<-done
+	b.wantStatus(http.StatusNotFound, "GET", "org/app/manifests/v1")
+	b.mirror.Close()
+	if keys := b.within(store, layout.Repositories); len(keys) > 0 {
+		t.Errorf("there is %q", keys)
+	}
+	if err := b.mirror.link(t.Context(), "reg.example/org/app", layer.Digest, layer.Digest); err == nil || errors.Is(err, storage.ErrUnavailable) {
+		t.Errorf("it is linked: %v", err)
+	}
+	b.tree.Close()
+	b.mirror = nil
+	b.start()
+}
+
+// TestAheadFromStore: layers that will be asked for soon come from the store if it has
+// them.
+func TestAheadFromStore(t *testing.T) {
+	b, store := distantBench(t)
+	layers := []regtest.Content{regtest.Random("0", 2<<20), regtest.Random("1", 2<<20), regtest.Random("2", 2<<20), regtest.Random("3", 2<<20)}
+	first, second := regtest.NewImage("first", layers...), regtest.NewImage("second", layers...)
+	b.registry.Push("org/app", first, "v1")
+	b.registry.Push("org/app", second, "v2")
+	b.wantManifest("org/app/manifests/v1", first)
+	for _, blob := range first.Blobs {
+		b.wantStatus(http.StatusOK, "GET", "org/app/blobs/"+blob.Digest.String())
+		b.eventually("its link", func() bool { return store.Placed(layout.LayerLink("reg.example/org/app", blob.Digest)) != nil })
+	}
+	for _, layer := range layers {
+		if !store.Drop(layout.Blob(layer.Digest)) {
+			t.Fatal("it is not near")
+		}
+	}
+	b.anew()
+	b.registry.Forget()
+	b.wantManifest("org/app/manifests/v2", second)
+	b.wantStatus(http.StatusOK, "GET", "org/app/blobs/"+layers[0].Digest.String())
+	for _, layer := range layers[1:3] {
+		b.eventually("the next layers", func() bool { return len(store.Asks("get", layout.Blob(layer.Digest))) == 1 })
+	}
+	for i, layer := range layers {
+		if n := b.registry.Count("GET", layer.Digest.String()); n > 0 {
+			t.Errorf("the upstream was asked %d times for layer %d", n, i)
+		}
+	}
+}
+
+// TestStoreLength: what has another length at the distant place than its manifest says
+// is not asked for there.
+func TestStoreLength(t *testing.T) {
+	b, store := distantBench(t)
+	layer := regtest.Random("layer", 2<<20)
+	image := regtest.NewImage("app", layer)
+	b.registry.Push("org/app", image, "v1")
+	key := layout.Blob(layer.Digest)
+	store.Place(key, layer.Data[:1<<20])
+	b.wantManifest("org/app/manifests/v1", image)
+	if w := b.ask("GET", "org/app/blobs/"+layer.Digest.String()); w.Code != http.StatusOK || !bytes.Equal(w.Body.Bytes(), layer.Data) {
+		t.Errorf("%d, %d bytes", w.Code, w.Body.Len())
+	}
+	b.eventually("the bucket to be put right", func() bool { return bytes.Equal(store.Placed(key), layer.Data) })
+}
