@@ -15,6 +15,7 @@ import (
 	"github.com/caddy-registry/mirror/internal/catalog"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/tree"
+	"github.com/caddy-registry/mirror/storage"
 )
 
 const (
@@ -287,6 +288,8 @@ func (r *reconcile) links(ctx context.Context) error {
 				case ctx.Err() != nil:
 					return context.Cause(ctx)
 				case err == nil, errors.Is(err, fs.ErrNotExist): // removed meanwhile
+				case errors.Is(err, storage.ErrUnavailable):
+					return err
 				case !r.unlinkable:
 					// As on a full disk, where nothing could be evicted if this
 					// were the end.

@@ -107,7 +107,7 @@ func (k *Keeper) retention(dry bool) (Job, func(context.Context, *job) error) {
 // recorded reports whether a repository's record says that it is hosted.
 func (k *Keeper) recorded(ctx context.Context, repository string) bool {
 	record, err := k.tree.Record(ctx, repository)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) && ctx.Err() == nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && ctx.Err() == nil && !k.unreachable(err) {
 		k.log.Warn("nothing of a repository is removed whose record cannot be read", zap.String("repository", repository), zap.Error(err))
 	}
 	return err == nil && record.Class == tree.Hosted

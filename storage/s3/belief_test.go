@@ -176,3 +176,57 @@ func TestLossOfPower(t *testing.T) {
 	}
 	wantValue(t, s, bad, badData)
 }
+
+// TestOvertaken: a listing that was begun before the index was disbelieved does not
+// end that.
+func TestOvertaken(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	d.Write(linkOf("old"), []byte("sha256:x"))
+	let := make(chan struct{})
+	d.Strike(s3double.Fault{Op: s3double.ListObjectsV2, Count: 1, Hold: let})
+	st, err := d.open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := st.(*store)
+	defer closed(t, s)
+	d.Await(t, "a listing", func(calls []s3double.Call) bool { return calls[len(calls)-1].Held })
+	d.Write(linkOf("new"), []byte("sha256:y"))
+	if err := s.disbelieve(); err != nil {
+		t.Fatal(err)
+	}
+	close(let)
+	if err := s.Listed(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantValue(t, s, linkOf("new"), []byte("sha256:y"))
+	wantValue(t, s, linkOf("old"), []byte("sha256:x"))
+}
+
+// TestOneThatFails: a blob that S3 does not take does not hold up others.
+func TestOneThatFails(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	s := listedAt(t, d, t.TempDir())
+	defer closed(t, s)
+	bad, data := blobOf("bad", 1000)
+	let := make(chan struct{})
+	d.Strike(s3double.Fault{Op: s3double.PutObject, Key: bad, Count: 1, Hold: let, Status: 400, Code: "InvalidRequest"})
+	end := d.Strike(s3double.Fault{Op: s3double.PutObject, Key: bad, Status: 400, Code: "InvalidRequest"})
+	mustPut(t, s, bad, data, storage.Lazy)
+	mustPut(t, s, linkOf("a"), []byte("sha256:x"), storage.Lazy)
+	close(let)
+	eventually(t, "the link", func() error {
+		if _, ok := d.Read(linkOf("a")); !ok {
+			return errors.New("it is not there")
+		}
+		return nil
+	})
+	if b := s.Backlog(); b.Pending != 1 {
+		t.Errorf("%d values are pending", b.Pending)
+	}
+	wantValue(t, s, bad, data)
+	end()
+	if err := s.Sync(t.Context(), bad); err != nil {
+		t.Error(err)
+	}
+}

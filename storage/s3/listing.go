@@ -581,7 +581,7 @@ func (w *walk) bucket() error {
 		}
 		from = next
 	}
-	return w.far(w.prefix, w.deep, func(o object) error {
+	return w.lately(func(o object) error {
 		if strings.HasSuffix(o.key, "/") {
 			return w.directory(o.key)
 		}
@@ -603,6 +603,46 @@ func (w *walk) bucket() error {
 		}
 		return w.show(o.info())
 	})
+}
+
+// A memo is what S3 has listed below a prefix, while the bucket is shared. What has
+// been done here since is known besides.
+type memo struct {
+	at      time.Time
+	objects []object
+}
+
+const (
+	maxMemos = 64
+	maxMemo  = 1000 // objects of one
+)
+
+// lately yields what the bucket has, or had less than two seconds ago.
+func (w *walk) lately(show func(object) error) error {
+	s := w.store
+	if !s.owner.shared.Load() {
+		return w.far(w.prefix, w.deep, show)
+	}
+	key := fmt.Sprint(w.deep, w.prefix)
+	if m, ok := s.memos.Get(key); ok && s.now().Sub(m.at) < anew {
+		for _, o := range m.objects {
+			if err := show(o); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	m := memo{at: s.now()}
+	err := w.far(w.prefix, w.deep, func(o object) error {
+		if len(m.objects) <= maxMemo {
+			m.objects = append(m.objects, o)
+		}
+		return show(o)
+	})
+	if err == nil && len(m.objects) <= maxMemo {
+		s.memos.Add(key, m)
+	}
+	return err
 }
 
 // directory shows a directory that S3 tells of. What is in it may all have been

@@ -93,6 +93,7 @@ func openWith(ctx context.Context, near *disk.Disk, b *bucket, settings settings
 	s.budget.limit, s.budget.over = settings.CacheSize, make(chan struct{}, 1)
 	s.listing = listing{slot: make(chan struct{}, 1), want: make(chan struct{}, 1), changed: make(chan struct{})}
 	s.asked, _ = lru.New[string, time.Time](maxAsked) // it fails only for a size below 1
+	s.memos, _ = lru.New[string, memo](maxMemos)
 	s.traces, _ = lru.New[string, trace](maxAsked)
 	s.distrusted, _ = lru.New[string, struct{}](maxWrong)
 	for i := range s.stripes {

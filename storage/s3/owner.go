@@ -215,6 +215,7 @@ func (s *store) share(other string) {
 		// Whoever keeps the store is loud about it.
 		s.log.Info("another mirror is using the bucket", zap.String("other", other))
 		s.asked.Purge()
+		s.memos.Purge()
 		s.owner.shared.Store(true)
 		s.index.setComplete(false)
 		s.listing.change()

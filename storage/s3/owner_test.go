@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -224,4 +225,73 @@ func TestUnreachableOwner(t *testing.T) {
 	}
 	wantValue(t, a, linkOf("b"), []byte("sha256:2"))
 	closed(t, a)
+}
+
+// TestSharedListing: while the bucket is shared it is listed each time, and what the
+// store has done itself is seen whatever the listing lags.
+func TestSharedListing(t *testing.T) {
+	d := newDouble(t, s3double.Options{Page: 2}, nil)
+	c := &clock{now: time.Now()}
+	a, b := still(t, d, t.TempDir(), c), still(t, d, t.TempDir(), c)
+	beat(t, a)
+	wantShared(t, "the first", a, true)
+	const links = "docker/registry/v2/repositories/some/where/_layers/sha256/"
+	lists := func(when string, s *store, want ...string) {
+		t.Helper()
+		var deep, shallow, wantDeep, wantShallow []string
+		for info, err := range s.List(t.Context(), links, true) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			deep = append(deep, info.Key)
+		}
+		for info, err := range s.List(t.Context(), links, false) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			shallow = append(shallow, info.Key)
+		}
+		for _, name := range want {
+			wantDeep = append(wantDeep, linkOf(name))
+			wantShallow = append(wantShallow, links+name+"/")
+		}
+		slices.Sort(deep)
+		slices.Sort(shallow)
+		if !slices.Equal(deep, wantDeep) || !slices.Equal(shallow, wantShallow) {
+			t.Errorf("%s: %q and %q, want %q", when, deep, shallow, want)
+		}
+	}
+	for _, name := range []string{"1", "2", "3"} {
+		mustPut(t, a, linkOf(name), []byte("sha256:x"), storage.Durable)
+	}
+	d.Forget()
+	lists("the first", a, "1", "2", "3")
+	lists("the first again", a, "1", "2", "3")
+	if n := d.Count(s3double.ListObjectsV2); n > 6 { // two listings, in pages of two
+		t.Errorf("S3 was asked for %d pages", n)
+	}
+	lists("the second", b, "1", "2", "3")
+	d.Set(func(q *s3double.Quirks) { q.LaggingList = true })
+	if err := a.Delete(t.Context(), linkOf("1")); err != nil {
+		t.Fatal(err)
+	}
+	mustPut(t, a, linkOf("4"), []byte("sha256:x"), storage.Durable)
+	lists("lagging", a, "2", "3", "4")
+	// What the other has put back is there.
+	mustPut(t, b, linkOf("1"), []byte("sha256:y"), storage.Durable)
+	mustPut(t, b, linkOf("0"), []byte("sha256:y"), storage.Durable)
+	d.CatchUp()
+	lists("put back lately", a, "2", "3", "4")
+	c.pass(anew)
+	lists("put back", a, "0", "1", "2", "3", "4")
+	let := make(chan struct{})
+	d.Strike(s3double.Fault{Op: s3double.PutObject, Hold: let, Key: links})
+	mustPut(t, a, linkOf("5"), []byte("sha256:x"), storage.Lazy)
+	mustPut(t, a, linkOf("2"), []byte("sha256:z"), storage.Lazy)
+	lists("pending", a, "0", "1", "2", "3", "4", "5")
+	close(let)
+	uploaded(t, a)
+	lists("uploaded", a, "0", "1", "2", "3", "4", "5")
+	closed(t, a)
+	closed(t, b)
 }

@@ -33,6 +33,7 @@ type queue struct {
 	seq    uint64
 	pause  time.Duration // how long it stands still after the next failure
 	until  time.Time     // it stands still
+	heard  uint64        // counts the answers of S3
 	wake   chan struct{}
 }
 
@@ -42,6 +43,7 @@ type job struct {
 	blob  bool
 	seq   uint64
 	taken bool
+	heard uint64    // the queue's, when it was taken
 	after time.Time // not before
 	since time.Time // it is pending, in this process
 }
@@ -148,7 +150,7 @@ func (q *queue) next(now time.Time) (key string, wait time.Duration, ok bool) {
 				wait = min(wait, d)
 				continue
 			}
-			j.taken = true
+			j.taken, j.heard = true, q.heard
 			key = j.key
 			return true
 		}
@@ -164,8 +166,8 @@ func (q *queue) next(now time.Time) (key string, wait time.Duration, ok bool) {
 	return key, wait, scan(q.others, first)
 }
 
-// back gives back what was taken. A value that failed, though S3 answers, goes to the
-// end.
+// back gives back what was taken. A value that failed, though S3 has answered others
+// meanwhile, goes to the end: it must not hold up those that wait for it.
 func (q *queue) back(key string, err error, now time.Time) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -182,7 +184,7 @@ func (q *queue) back(key string, err error, now time.Time) {
 		if e != nil {
 			e.Value.(*job).after = now.Add(retryTaken)
 		}
-	case errors.Is(err, storage.ErrUnavailable):
+	case errors.Is(err, storage.ErrUnavailable) && (e == nil || e.Value.(*job).heard == q.heard):
 		q.pause = min(max(2*q.pause, shortPause), longPause)
 		q.until = now.Add(q.pause)
 	case e != nil:
@@ -198,6 +200,7 @@ func (q *queue) back(key string, err error, now time.Time) {
 func (q *queue) answered() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	q.heard++
 	if q.pause > 0 {
 		q.pause, q.until = 0, time.Time{}
 		q.rouse()

@@ -51,6 +51,7 @@ type store struct {
 	distrusted *lru.Cache[string, struct{}]
 	// asked is when S3 was last asked for a key, while the bucket is shared.
 	asked *lru.Cache[string, time.Time]
+	memos *lru.Cache[string, memo]
 	// traces are of uploads that a listing may not show yet.
 	traces *lru.Cache[string, trace]
 
