@@ -242,7 +242,9 @@ func (t *tap) goOn() bool {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if !t.span.steady || !f.extend(t.span, f.ahead, t.asked) {
+	// What is half there is finished when everybody has left: see wanted.
+	finish := f.ahead || len(f.readers) == 0 && f.got >= f.size/2
+	if !t.span.steady || !f.extend(t.span, finish, t.asked) {
 		return false
 	}
 	t.end = min(t.span.end*f.segment, f.size)

@@ -265,6 +265,63 @@ func TestStoredWrong(t *testing.T) {
 	}
 }
 
+// TestStoredNearWrong: the distant bytes are not blamed for near ones that are wrong.
+func TestStoredNearWrong(t *testing.T) {
+	for _, size := range []int{1000, 3 * mib} {
+		data, d := random(size)
+		key := layout.Blob(d)
+		x, store := newDistantTable(t)
+		store.Place(key, data)
+		bad := bytes.Clone(data)
+		bad[size/2] ^= 1
+		if err := store.Store.Put(t.Context(), key, bad, storage.Lazy); err != nil {
+			t.Fatal(err)
+		}
+		// By another digest nobody looks what is near before.
+		other := digest.SHA512.FromBytes(data)
+		for attempt := 0; ; attempt++ {
+			f := x.join(t, other, size, "r", x.Stored(key, true))
+			got, err := read(t, f, 0, size, true)
+			f.Release()
+			if err == nil && bytes.Equal(got, data) {
+				break
+			}
+			if !errors.Is(err, fill.ErrDigest) || attempt == 1 {
+				t.Fatalf("%d bytes, %v", len(got), err)
+			}
+		}
+		if store.Distrusted(key) {
+			t.Error("the distant bytes are blamed")
+		}
+	}
+}
+
+// TestStoredSteady: a slow store is not asked by several requests.
+func TestStoredSteady(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newModel(t, t.TempDir(), 1)
+		m.store.m, m.store.room, m.healthy = m, 1<<40, true
+		m.content = bytes.Repeat([]byte("0123456789abcdef"), 500)
+		m.digest = digest.FromBytes(m.content)
+		m.open()
+		defer m.table.Close()
+		fill.Tune(m.table, 16, 16, 64, 64, 64)
+		m.distant = &modelDistant{modelSource: &modelSource{m: m, data: m.content, spans: true, slow: true}}
+		f, err := m.table.Join(fill.Want{
+			Digest: m.digest, Size: int64(len(m.content)), Repository: "r", Connections: 4,
+			Sources: []fill.Source{m.table.Stored(layout.Blob(m.digest), false), &modelSource{m: m, data: m.content, spans: true}},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		whole(t, f, m.content)
+		f.Release()
+		if m.distant.wholes != 1 || m.distant.parts != 0 {
+			t.Errorf("asked %d times from the beginning and %d times from further on", m.distant.wholes, m.distant.parts)
+		}
+	})
+}
+
 // TestStoredLeft: a fill goes on though everybody who asked has left, if half of it is
 // there, and otherwise stops asking.
 func TestStoredLeft(t *testing.T) {

@@ -2,13 +2,19 @@ package mirror
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"io"
 	"net/http"
+	"net/http/httptest"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/caddy-registry/mirror/internal/layout"
+	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/regtest"
 	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/storage"
@@ -110,17 +116,17 @@ func TestStoreSaysLater(t *testing.T) {
 	b.wantManifest("org/app/manifests/v1", image)
 	// The bucket comes back while the blob is on its way.
 	until := make(chan struct{})
-	b.registry.FailSlowly("GET", "/blobs/"+layer.Digest.String(), until)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		b.ask("GET", "org/app/blobs/"+layer.Digest.String())
-	}()
-	b.eventually("the upstream to be asked", func() bool { return b.registry.Count("GET", layer.Digest.String()) > 0 })
+	b.registry.Fail(regtest.Fault{Method: "GET", Path: layer.Digest.String(), Hold: until, At: 1})
+	done := make(chan *httptest.ResponseRecorder)
+	go func() { done <- b.ask("GET", "org/app/blobs/"+layer.Digest.String()) }()
+	b.eventually("the upstream to be asked", func() bool { return b.registry.Sent(layer.Digest) > 1 })
 	store.Down(false)
 	b.registry.Heal()
 	close(until)
-	<-done
+	if w := <-done; w.Code != http.StatusOK || !bytes.Equal(w.Body.Bytes(), layer.Data) {
+		t.Errorf("%d, %d bytes: %.300q", w.Code, w.Body.Len(), w.Body)
+	}
+	b.eventually("the blob to be stored", func() bool { return store.Placed(layout.Blob(layer.Digest)) != nil })
 	b.wantStatus(http.StatusNotFound, "GET", "org/app/manifests/v1")
 	b.mirror.Close()
 	if keys := b.within(store, layout.Repositories); len(keys) > 0 {
@@ -180,4 +186,71 @@ func TestStoreLength(t *testing.T) {
 		t.Errorf("%d, %d bytes", w.Code, w.Body.Len())
 	}
 	b.eventually("the bucket to be put right", func() bool { return bytes.Equal(store.Placed(key), layer.Data) })
+}
+
+// TestHostedAway: what is hosted, and only at a distant place that does not answer, is a
+// 503; and what is wrong there is not found.
+func TestHostedAway(t *testing.T) {
+	b, store := distantBench(t)
+	b.mirror.patience = time.Second / 10
+	layer := regtest.Random("layer", 2<<20)
+	wrong := bytes.Clone(layer.Data[:1000])
+	small := regtest.Random("small", 1000)
+	site := Target{Name: "apps/web", Repository: "apps/web"}
+	for _, blob := range []regtest.Content{layer, small} {
+		store.Place(layout.LayerLink("apps/web", blob.Digest), []byte(blob.Digest))
+	}
+	store.Place(layout.Blob(layer.Digest), layer.Data)
+	store.Place(layout.Blob(small.Digest), wrong)
+	get := func(blob regtest.Content) (*oci.Error, []byte) {
+		t.Helper()
+		ctx, cancel := context.WithTimeoutCause(t.Context(), b.mirror.patience, errNoAnswer)
+		defer cancel()
+		content, _, err := b.mirror.blob(ctx, site, blob.Digest)
+		if err == nil {
+			defer content.Close()
+			err = content.prepare(ctx, t.Context(), []oci.Span{{Length: content.size()}}, true)
+			err = b.mirror.lost(site, blob.Digest, err)
+		}
+		if err != nil {
+			return refusal(err, oci.KindBlob, b.agent, ""), nil
+		}
+		r, err := content.reader(0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		data, err := io.ReadAll(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return nil, data
+	}
+	store.Trouble(func(a storagetest.Asked) error {
+		if a.Key == layout.Blob(layer.Digest) {
+			return fmt.Errorf("%w: down", storage.ErrUnavailable)
+		}
+		return nil
+	})
+	if e, _ := get(layer); e == nil || e.Status != http.StatusServiceUnavailable || strings.Contains(e.Message, "upstream") {
+		t.Errorf("%+v", e)
+	}
+	b.agent = "containers/5.36"
+	if e, _ := get(layer); e == nil || e.Status != http.StatusTooManyRequests || e.RetryAfter == 0 {
+		t.Errorf("%+v", e)
+	}
+	store.Down(false)
+	b.mirror.patience = time.Minute
+	if e, data := get(layer); e != nil || !bytes.Equal(data, layer.Data) {
+		t.Errorf("%+v, %d bytes", e, len(data))
+	}
+	if e, _ := get(small); e == nil || e.Status != http.StatusNotFound || !strings.Contains(e.Message, "damaged") {
+		t.Errorf("%+v", e)
+	}
+	// The fill of what is hosted links nothing: it may have been deleted meanwhile.
+	b.eventually("it to be near", func() bool {
+		return len(b.within(store, layout.Blob(layer.Digest)[:len(layout.Blob(layer.Digest))-len("data")])) > 0
+	})
+	if keys := b.within(store, layout.Repositories); len(keys) > 0 {
+		t.Errorf("there is %q", keys)
+	}
 }

@@ -302,8 +302,10 @@ func (m *Mirror) claim(ctx context.Context, t Target) error {
 		Created:  m.now().UTC(),
 	})
 	if err == nil {
-		m.unclaimed.Remove(t.Repository)
-		return conflict(t, record)
+		if err = conflict(t, record); err == nil {
+			m.unclaimed.Remove(t.Repository)
+		}
+		return err
 	}
 	if m.away(t, err) {
 		m.unclaimed.Add(t.Repository, t)
