@@ -300,8 +300,6 @@ func (r *body) Read(p []byte) (int, error) {
 	case err == nil:
 	case r.left == 0:
 		err = io.EOF
-	case err == io.EOF:
-		err = r.failed(io.ErrUnexpectedEOF)
 	default:
 		err = r.failed(err)
 	}
