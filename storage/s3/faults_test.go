@@ -473,6 +473,55 @@ func TestListingFails(t *testing.T) {
 	}
 }
 
+// TestSecondListing: what others put there shortly before a listing that lags is not
+// missed for long.
+func TestSecondListing(t *testing.T) {
+	d := newDouble(t, s3double.Options{Quirks: s3double.Quirks{LaggingList: true}}, nil)
+	key, data := noise("missed", 1000)
+	d.Write(key, data)
+	config, err := d.backend(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := newBucket(t.Context(), config.settings)
+	if err != nil {
+		t.Fatal(err)
+	}
+	waiting := make(chan chan time.Time, 10)
+	s, err := openWith(t.Context(), config.near, b, config.settings, time.Now, func(every time.Duration) (<-chan time.Time, func()) {
+		tick := make(chan time.Time)
+		if every == settle {
+			waiting <- tick
+		}
+		return tick, func() {}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closed(t, s)
+	var tick chan time.Time
+	select {
+	case tick = <-waiting:
+	case <-time.After(time.Minute):
+		t.Fatal("no second listing is waited for")
+	}
+	if err := s.Listed(t.Context()); err != nil {
+		t.Error(err)
+	}
+	d.CatchUp()
+	tick <- time.Now()
+	eventually(t, "what the first listing missed", func() error {
+		_, err := s.Stat(t.Context(), key)
+		return err
+	})
+	if got, err := s.Get(t.Context(), key, 1<<20); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("Get: %d bytes, %v", len(got), err)
+	}
+	if len(waiting) > 0 {
+		t.Error("it goes on listing")
+	}
+}
+
 // TestTwoHundredParts: where uploads have at most 200 parts, and a listing of parts
 // that ends there without a word, a layer of more fails with a registry that goes on
 // where the listing says, and does not with a store that has max_parts 200.

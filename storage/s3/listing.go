@@ -258,19 +258,32 @@ func (s *store) forgetLocal(ctx context.Context) error {
 	return s.near.Sync(ctx, keys...)
 }
 
-// lists lists the bucket whenever it should be, until Close.
+// lists lists the bucket whenever it should be, until Close. Since a listing may lag
+// behind what others have put there shortly before, it lists a second time when what
+// the first may have missed must have turned up.
 func (s *store) lists() {
 	s.tidyLedgers(s.ctx)
+	var second <-chan time.Time
+	stop := func() {}
+	defer func() { stop() }()
 	for {
+		first := true
 		select {
 		case <-s.ctx.Done():
 			return
 		case <-s.listing.want:
+		case <-second:
+			first = false
 		}
+		stop()
+		second, stop = nil, func() {}
 		for wait := firstRetry; s.ctx.Err() == nil; wait = min(2*wait, longPause) {
 			err := s.Relist(s.ctx)
 			if err == nil {
 				s.sweepUploads(s.ctx)
+				if first {
+					second, stop = s.ticker(settle)
+				}
 				break
 			}
 			if s.ctx.Err() == nil {

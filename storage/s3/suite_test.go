@@ -48,7 +48,7 @@ func TestFaults(t *testing.T) {
 		}},
 	} {
 		double := func(t *testing.T) *double {
-			d := newDouble(t, s3double.Options{Quirks: c.quirks, Page: 10}, c.change)
+			d := newDouble(t, s3double.Options{Quirks: c.quirks, Page: 2}, c.change)
 			for _, fault := range c.faults {
 				d.Strike(fault)
 			}

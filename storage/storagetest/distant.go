@@ -447,6 +447,9 @@ func testPutFileTakesThere(d *distant) {
 			if durability == storage.Lazy {
 				d.sync(key)
 			}
+			if size := d.Size(key); size != int64(n) {
+				d.Errorf("after PutFile the place has %d bytes, want %d", size, n)
+			}
 			d.there("after PutFile", key, data)
 			d.drop(key)
 			d.has("after PutFile", key, data)
