@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -580,107 +579,4 @@ func BenchmarkOpenNear(b *testing.B) {
 			f.Close()
 		}
 	})
-}
-
-// TestLateAnswers: an answer that S3 gave before a deletion, and that comes after it,
-// is not believed.
-func TestLateAnswers(t *testing.T) {
-	d := newDouble(t, s3double.Options{}, nil)
-	let := make(chan struct{})
-	// The index is not complete, so that S3 is asked.
-	end := d.Strike(s3double.Fault{Op: s3double.ListObjectsV2, Hold: let})
-	key, data := blobOf("blob", 1000)
-	d.Write(linkOf("a"), []byte("sha256:x"))
-	d.Write(key, data)
-	st, err := d.open(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := st.(*store)
-	late := make(chan struct{})
-	endLate := d.Strike(s3double.Fault{Op: s3double.GetObject, Key: "docker/", Hold: late})
-	var readers sync.WaitGroup
-	for _, key := range []string{linkOf("a"), key} {
-		readers.Go(func() {
-			if _, err := s.Get(t.Context(), key, 1<<20); err != nil {
-				t.Errorf("Get: %v", err)
-			}
-		})
-	}
-	d.Await(t, "two answers that are held", func(calls []s3double.Call) bool {
-		held := 0
-		for _, call := range calls {
-			if call.Op == s3double.GetObject && call.Held {
-				held++
-			}
-		}
-		return held == 2
-	})
-	for _, key := range []string{linkOf("a"), key} {
-		if err := s.Delete(t.Context(), key); err != nil {
-			t.Fatal(err)
-		}
-	}
-	endLate()
-	close(late)
-	readers.Wait()
-	for _, key := range []string{linkOf("a"), key} {
-		wantNothing(t, s, key)
-		if isThere := func() bool { _, err := s.near.Stat(t.Context(), key); return err == nil }(); isThere {
-			t.Errorf("%s is near after its deletion", key)
-		}
-	}
-	end()
-	close(let)
-	if err := s.Listed(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	for _, key := range []string{linkOf("a"), key} {
-		wantNothing(t, s, key)
-	}
-	closed(t, s)
-}
-
-// TestDeletionWaits: an upload that S3 has been sent is not followed by the value.
-func TestDeletionWaits(t *testing.T) {
-	d := newDouble(t, s3double.Options{}, nil)
-	s := listedAt(t, d, t.TempDir())
-	defer closed(t, s)
-	key, data := blobOf("blob", 1000)
-	let := make(chan struct{})
-	end := d.Strike(s3double.Fault{Op: s3double.PutObject, Hold: let, Key: "docker/"})
-	mustPut(t, s, key, data, storage.Lazy)
-	d.Await(t, "an upload", func(calls []s3double.Call) bool {
-		return slices.ContainsFunc(calls, func(c s3double.Call) bool { return c.Held })
-	})
-	// Who waits for it gives up, and so does who deletes.
-	gone, cancel := context.WithCancel(t.Context())
-	cancel()
-	if err := s.Sync(gone, key); !errors.Is(err, context.Canceled) {
-		t.Errorf("Sync: %v", err)
-	}
-	if err := s.Delete(gone, key); !errors.Is(err, context.Canceled) {
-		t.Errorf("Delete: %v", err)
-	}
-	wantValue(t, s, key, data)
-	deleted := make(chan error, 1)
-	go func() { deleted <- s.Delete(context.Background(), key) }()
-	eventually(t, "a deletion that waits", func() error {
-		if !s.void(key) {
-			return errors.New("it does not")
-		}
-		return nil
-	})
-	end()
-	close(let)
-	if err := <-deleted; err != nil {
-		t.Error(err)
-	}
-	wantNothing(t, s, key)
-	if calls := contentCalls(d); !slices.Equal(calls[len(calls)-2:], []string{"PutObject " + key, "DeleteObject " + key}) {
-		t.Errorf("S3 was asked for %q", calls)
-	}
-	if _, ok := d.Read(key); ok {
-		t.Error("the bucket has it")
-	}
 }
