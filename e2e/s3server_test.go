@@ -99,9 +99,10 @@ func (s *s3Server) client() *awss3.Client {
 	})
 }
 
-// store is a storage line for the bucket, with a cache at a directory.
+// store is a storage line for the bucket, with a cache at a directory. What scrub
+// reads is not counted: there is none.
 func (s *s3Server) store(cache string, more ...string) string {
-	return fmt.Sprintf("storage s3 %s {\n endpoint http://%s\n region %s\n credentials %s %s\n cache %s 10GiB\n %s\n}",
+	return fmt.Sprintf("storage s3 %s {\n endpoint http://%s\n region %s\n credentials %s %s\n cache %s 10GiB\n %s\n}\nscrub off",
 		s3Bucket, s.calls.addr, s3Region, s3Key, s3Secret, cache, strings.Join(more, "\n "))
 }
 

@@ -24,6 +24,7 @@ import (
 // store says.
 func TestS3Store(t *testing.T) {
 	bothServers(t, func(t *testing.T, kind string) {
+		t.Parallel() // they wait most of the time
 		server := startS3(t, kind)
 		var places atomic.Int64
 		place := func(t *testing.T) storagetest.Place { return server.place(t, fmt.Sprintf("place-%d", places.Add(1))) }

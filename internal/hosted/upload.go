@@ -87,6 +87,10 @@ type Upload struct {
 	noted int64 // where the upload ended when that was last written down
 	loose int64 // bytes in the file that no reservation covers
 
+	// stored are the digests of what lies in the store already, since its link could
+	// not be put where it has to be: nothing can be added, and to finish is to link.
+	stored []digest.Digest
+
 	shared *shared // nil: only this process and those after it can go on with it
 
 	allowed int64    // bytes that the quota has been asked for, by who writes

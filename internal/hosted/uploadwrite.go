@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -133,7 +135,7 @@ func (u *Upload) save(ctx context.Context) error {
 	if u.shared != nil {
 		return u.share(ctx)
 	}
-	if u.gone || u.Offset() == u.noted {
+	if u.gone || u.stored != nil || u.Offset() == u.noted {
 		return nil
 	}
 	failpoint.Hit("upload.written")
@@ -148,6 +150,9 @@ func (u *Upload) save(ctx context.Context) error {
 // commit stores the blob. The caller is the one who writes.
 func (u *Upload) commit(ctx context.Context, d digest.Digest) error {
 	size := u.Offset()
+	if u.stored != nil {
+		return u.link(ctx, d)
+	}
 	if size == 0 { // then there may be no file
 		f, err := os.OpenFile(u.path, os.O_CREATE|os.O_WRONLY, 0o600)
 		if err != nil {
@@ -176,12 +181,45 @@ func (u *Upload) commit(ctx context.Context, d digest.Digest) error {
 	defer u.mu.Unlock()
 	if err != nil {
 		if _, lost := os.Lstat(u.path); errors.Is(lost, os.ErrNotExist) && u.shared == nil {
-			u.drop() // it is stored, and was not linked
+			// It is stored, and was not linked.
+			if u.once || !errors.Is(err, storage.ErrUnavailable) {
+				u.drop()
+			} else {
+				u.keep(names)
+			}
 		}
 		return fmt.Errorf("storing a blob of %d bytes: %w", size, full(err))
 	}
 	u.drop()
 	return nil
+}
+
+// keep has an upload be finished later whose bytes have left it. u.mu is held.
+func (u *Upload) keep(names []digest.Digest) {
+	u.stored = names
+	u.loosen(-u.loose)
+	// What another process could not go on with.
+	if err := os.Remove(u.path + stateSuffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		u.registry.log.Warn("removing the state of an upload; the next start does", zap.Error(err))
+	}
+}
+
+// link is commit for what is stored.
+func (u *Upload) link(ctx context.Context, d digest.Digest) error {
+	err := ErrNoUpload
+	if slices.Contains(u.stored, d) {
+		err = u.registry.tree.LinkBlob(ctx, u.repository, d, u.stored[0])
+	}
+	if errors.Is(err, storage.ErrUnavailable) {
+		return fmt.Errorf("linking a blob of %d bytes: %w", u.Offset(), err)
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.drop()
+	if errors.Is(err, fs.ErrNotExist) {
+		err = ErrNoUpload
+	}
+	return err
 }
 
 // take reads a body to its end. What it could not read to the end stays, as far
@@ -340,6 +378,9 @@ func (w *writer) write(run []byte) error {
 		return nil
 	}
 	u := w.upload
+	if u.stored != nil {
+		return ErrNoUpload
+	}
 	if w.file == nil {
 		var err error
 		if w.file, err = os.OpenFile(u.path, os.O_CREATE|os.O_WRONLY, 0o600); err != nil {
