@@ -13,6 +13,7 @@ import (
 	"github.com/caddy-registry/mirror/internal/failpoint"
 	"github.com/caddy-registry/mirror/internal/layout"
 	"github.com/caddy-registry/mirror/internal/oci"
+	"github.com/caddy-registry/mirror/storage"
 )
 
 // ErrMirrored is wrapped by the error of whoever pushes to or deletes from a
@@ -61,11 +62,9 @@ func (t *Tree) PutBlob(ctx context.Context, repository string, names []digest.Di
 	w := t.write(ctx, repository)
 	defer w.end()
 	key := layout.Blob(names[0])
-	put := func() error {
-		// Bytes that are there already may be wrong: pushing them again is how
-		// they are put right.
-		_, err := t.store.Stat(ctx, key)
-		if err = t.store.PutFile(ctx, key, path, over(err)); err == nil {
+	put := func(d storage.Durability) error {
+		err := t.store.PutFile(ctx, key, path, d)
+		if err == nil {
 			t.note(Change{Kind: Hashed, Canonical: names[0], Size: size, At: t.now()})
 		}
 		failpoint.Hit("push.stored")
@@ -76,7 +75,12 @@ func (t *Tree) PutBlob(ctx context.Context, repository string, names []digest.Di
 	// which may take long, since it is done under no lock. At a distant place they
 	// can be synced there only, where they are to be in the end: so they are stored
 	// first, and kept from being collected until they are linked, since they are new.
-	store := put
+	store := func() error {
+		// Bytes that are there already may be wrong: pushing them again is how
+		// they are put right.
+		_, err := t.store.Stat(ctx, key)
+		return put(over(err))
+	}
 	if t.store.Distant() == nil {
 		if err := syncFile(path); err != nil {
 			return err
@@ -84,11 +88,7 @@ func (t *Tree) PutBlob(ctx context.Context, repository string, names []digest.Di
 	} else {
 		w.touch(key)
 		t.note(Change{Kind: Stored, Canonical: names[0], Size: size, At: t.now()})
-		err := put()
-		if err == nil {
-			err = t.store.Sync(ctx, key)
-		}
-		if err != nil {
+		if err := put(storage.Durable); err != nil {
 			return err
 		}
 		store = func() error {
