@@ -75,7 +75,8 @@ type App struct {
 
 	// How much of the store is read again in a second, to find what the disk
 	// has damaged: a number of bytes (`10MiB`), or `off`; no more than 50
-	// blobs in any case. Default: 4MiB.
+	// blobs in any case. Of a store in a bucket the copies in its cache are read,
+	// and what is in the bucket only if this option is given. Default: 4MiB.
 	Scrub string `json:"scrub,omitempty"`
 
 	// Networks, in CIDR notation, that upstreams may send the mirror into by a
@@ -179,6 +180,7 @@ func (a *App) Provision(ctx caddy.Context) error {
 	if a.keep.Scrub, err = parseSize("scrub", a.Scrub, 4<<20); err != nil {
 		return err
 	}
+	a.keep.ScrubDistant = a.Scrub != ""
 	if err := a.provisionHosted(); err != nil {
 		return err
 	}

@@ -99,8 +99,18 @@ func (*bucket) Presign(context.Context, string, string, time.Duration) (string, 
 	return "", fs.ErrNotExist
 }
 
-func (b *bucket) OpenNear(context.Context, string) (io.ReadCloser, storage.Info, error) {
-	return nil, storage.Info{}, storage.ErrDistant
+func (b *bucket) OpenNear(ctx context.Context, key string) (io.ReadCloser, storage.Info, error) {
+	info, err := b.Store.Stat(ctx, key)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	near, ok := b.near[key]
+	if err == nil && !ok {
+		err = storage.ErrDistant
+	}
+	if err != nil {
+		return nil, info, err
+	}
+	return io.NopCloser(bytes.NewReader(near)), info, nil
 }
 
 func (b *bucket) Backlog() storage.Backlog {
@@ -418,6 +428,39 @@ func TestScrubNear(t *testing.T) {
 	b.clock.pass(time.Hour)
 	if j := b.done(b.ScrubNow()); j.Removed != 0 || len(j.Found) != 0 {
 		t.Errorf("the next scrub: %+v", j)
+	}
+}
+
+// TestScrubOnlyNear: unless it is asked for, the scrub reads nothing but what is near
+// of a store at a distance, where each byte may cost money; and all of that.
+func TestScrubOnlyNear(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		distant bool
+		opened  int
+	}{{false, 0}, {true, 1}} {
+		b, afar := keepAfar(t)
+		b.ready()
+		b.repository("docker.io/a", "docker.io")
+		b.pull("docker.io/a", "v1", content(1, 5000))
+		b.flush()
+		blob := digest.FromBytes(content(1, 5000))
+		afar.change(func() { afar.opened = nil })
+		b.settings.Scrub, b.settings.ScrubDistant = 1<<30, c.distant
+		b.Set(b.settings)
+		eventually(t, "all to be read", until(func() bool { return !b.damage.lastScrub().IsZero() }))
+		afar.change(func() {
+			if n := len(afar.opened); n < c.opened || c.opened == 0 && n > 0 {
+				t.Errorf("with ScrubDistant %t: %d openings there", c.distant, n)
+			}
+			afar.near[layout.Blob(blob)] = bytes.Repeat([]byte("x"), 5000)
+		})
+		b.clock.pass(scrubAgain + time.Hour)
+		b.damage.rouse()
+		eventually(t, "the wrong near copy to be dropped", until(func() (dropped bool) {
+			afar.change(func() { dropped = afar.near[layout.Blob(blob)] == nil })
+			return dropped
+		}))
 	}
 }
 

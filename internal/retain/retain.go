@@ -98,8 +98,11 @@ type Settings struct {
 	// to is deleted; nil: when somebody asks for it. Grace is how old that must be.
 	GC    cron.Schedule
 	Grace time.Duration
-	// Scrub is how many bytes are read again in a second; 0: none.
-	Scrub int64
+	// Scrub is how many bytes are read again in a second; 0: none. Of a store whose
+	// values are at a distance, only what is near is read unless ScrubDistant:
+	// elsewhere each byte read may cost money.
+	Scrub        int64
+	ScrubDistant bool
 	// Emit is told what an operator may want to act on; nil: nobody is.
 	Emit func(event string, data map[string]any)
 }

@@ -43,7 +43,7 @@ func (k *Keeper) scrub(ctx context.Context) {
 	defer heals.Wait()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	s := &scrubber{Keeper: k, heals: &heals}
+	s := &scrubber{Keeper: k, heals: &heals, near: func() bool { return !k.settings().ScrubDistant }}
 	s.wait = s.paced
 	for {
 		timer.Reset(s.some(ctx))
@@ -63,6 +63,8 @@ type scrubber struct {
 	heals *sync.WaitGroup
 	// wait is called after n bytes have been read.
 	wait func(ctx context.Context, n int64) error
+	// near reports whether only what is near is read.
+	near func() bool
 	due  time.Time
 }
 
@@ -98,7 +100,7 @@ func (s *scrubber) some(ctx context.Context) time.Duration {
 		return scrubSoon
 	}
 	on := s.settings().Scrub > 0
-	suspects := &scrubber{Keeper: s.Keeper, heals: s.heals, wait: unpaced}
+	suspects := &scrubber{Keeper: s.Keeper, heals: s.heals, wait: unpaced, near: everything}
 	for {
 		d, ok := s.damage.suspect()
 		if !ok {
@@ -142,6 +144,8 @@ func (s *scrubber) failed(ctx context.Context, err error) time.Duration {
 
 func unpaced(ctx context.Context, _ int64) error { return ctx.Err() }
 
+func everything() (near bool) { return false }
+
 // ScrubNow begins to read every blob again, as fast as the disk gives them.
 func (k *Keeper) ScrubNow() (Job, error) {
 	return k.start(Job{Kind: kindScrub, Unit: "bytes"}, func(ctx context.Context, j *job) error {
@@ -157,7 +161,7 @@ func (k *Keeper) ScrubNow() (Job, error) {
 		defer k.damage.rouse()
 		var heals sync.WaitGroup
 		defer heals.Wait()
-		s := &scrubber{Keeper: k, job: j, heals: &heals, wait: unpaced}
+		s := &scrubber{Keeper: k, job: j, heals: &heals, wait: unpaced, near: everything}
 		s.retry(ctx)
 		for before := k.now(); ; {
 			n, err := s.batch(ctx, c, before, func() bool { return false })
@@ -239,6 +243,9 @@ func (s *scrubber) look(ctx context.Context, c *catalog.Catalog, blob catalog.Bl
 		return context.Cause(ctx)
 	case errors.Is(err, errScrubOff), errors.Is(err, storage.ErrUnavailable):
 		return err
+	case errors.Is(err, storage.ErrDistant): // its turn is over all the same
+		s.Note(tree.Change{Kind: tree.Hashed, Canonical: blob.Digest, Size: blob.Size, At: at})
+		return nil
 	case errors.Is(err, fs.ErrNotExist):
 		s.damage.right(blob.Digest)
 		return s.tree.TellBlob(ctx, blob.Digest)
@@ -262,9 +269,17 @@ func (s *scrubber) look(ctx context.Context, c *catalog.Catalog, blob catalog.Bl
 	return nil
 }
 
-// hash reads a blob, and says whether it is what its digest says.
+// hash reads a blob, and says whether it is what its digest says. The error of one
+// that is not to be read, since it is not near, wraps [storage.ErrDistant].
 func (s *scrubber) hash(ctx context.Context, blob catalog.Blob) (storage.Info, bool, error) {
-	r, info, err := s.store.Open(ctx, layout.Blob(blob.Digest), 0, -1)
+	var r io.ReadCloser
+	var info storage.Info
+	var err error
+	if s.afar.distant != nil && s.near() {
+		r, info, err = s.afar.distant.OpenNear(ctx, layout.Blob(blob.Digest))
+	} else {
+		r, info, err = s.store.Open(ctx, layout.Blob(blob.Digest), 0, -1)
+	}
 	if err != nil {
 		return info, false, err
 	}
