@@ -59,11 +59,12 @@ test: ## check the format, vet, and run the tests that need Go only
 	go vet -tags bench ./bench
 	go test $(TESTFLAGS) ./...
 
-# The race detector needs the C compiler that install.sh installs.
+# The race detector needs the C compiler that install.sh installs. Tests wait for
+# disks and timers more than they compute, so the longest begin first, beside others.
 e2e: ## as root on Debian 12: install real clients and servers, and test with them
 	e2e/install.sh
 	status=0; \
-	CGO_ENABLED=1 go test -race -timeout 20m $(TESTFLAGS) ./... || status=1; \
+	CGO_ENABLED=1 go test -race -p 3 -timeout 20m $(TESTFLAGS) ./module ./storage/s3 ./internal/retain ./... || status=1; \
 	go test -tags e2e -count=1 -timeout 20m $(TESTFLAGS) ./e2e || status=1; \
 	exit $$status
 
