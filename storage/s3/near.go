@@ -177,8 +177,12 @@ func (s *store) Reserve(n int64) (storage.Reservation, error) {
 			return &reservation{budget: &s.budget, near: r, left: n}, nil
 		}
 		s.budget.release(n)
-		if !errors.Is(err, storage.ErrFull) || s.evict(n) == 0 {
+		if !errors.Is(err, storage.ErrFull) {
 			return nil, err
+		}
+		if s.evict(n) == 0 {
+			return nil, fmt.Errorf("s3 storage: %w for %s: a tenth of the disk that has the cache %s stays free, and there is nothing left to drop; free some space there, or let cache name a directory on another disk",
+				storage.ErrFull, humanize.IBytes(uint64(n)), s.root)
 		}
 	}
 }

@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddyserver/caddy/v2"
+
 	"github.com/caddy-registry/mirror/internal/layout"
 	"github.com/caddy-registry/mirror/internal/regtest/s3double"
 	"github.com/caddy-registry/mirror/storage"
@@ -300,6 +302,27 @@ func TestEviction(t *testing.T) {
 		t.Errorf("Reserve of more than there is: %v", err)
 	}
 	r.Release()
+}
+
+// TestFullDisk: whoever finds the disk of the cache full is told of options there are.
+func TestFullDisk(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	backend, err := d.backend(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	backend.near.MinFree = "99.99%"
+	if err := backend.near.Provision(caddy.Context{}); err != nil {
+		t.Fatal(err)
+	}
+	s, err := backend.Open(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closed(t, s)
+	if _, err := s.Reserve(1); !errors.Is(err, storage.ErrFull) || !strings.Contains(err.Error(), "cache") || strings.Contains(err.Error(), "min_free") {
+		t.Errorf("Reserve where the disk is full: %v", err)
+	}
 }
 
 // TestColdestGoFirst has a clock.
