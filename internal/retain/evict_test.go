@@ -474,15 +474,23 @@ func TestPullsGoOn(t *testing.T) {
 	b.Set(Settings{MaxSize: 50_000})
 	<-g.deleting
 	b.Set(Settings{MaxSize: 5_000_000})
+	// Locks are fewer than digests: one in a thousand waits for another's.
+	var pulls sync.WaitGroup
+	var done atomic.Int64
 	for i := range 20 {
-		d := b.pull("docker.io/a", fmt.Sprint("v", i), content(2+i, 1000))
-		b.askManifest("docker.io/a", d)
-		b.read("docker.io/a", fmt.Sprint("v", i))
+		pulls.Go(func() {
+			d := b.pull("docker.io/a", fmt.Sprint("v", i), content(2+i, 1000))
+			b.askManifest("docker.io/a", d)
+			b.read("docker.io/a", fmt.Sprint("v", i))
+			done.Add(1)
+		})
 	}
+	eventually(t, "most pulls to end while a blob is being deleted", until(func() bool { return done.Load() >= 15 }))
 	if err := b.Flush(t.Context()); err != nil {
 		t.Error(err)
 	}
 	close(g.proceed)
+	pulls.Wait()
 	b.relieved()
 	if b.holds(content(1, 100_000)) {
 		t.Error("the old one is still there")
