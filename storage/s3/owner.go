@@ -294,8 +294,12 @@ func hopeless(err error) error {
 	if !ok || f.again {
 		return nil
 	}
-	if f.code == "NoSuchBucket" || f.status == 401 || f.status == 403 {
-		return fmt.Errorf("s3 storage: %w", err)
+	switch f.code {
+	case "NoSuchBucket", "XAdminUserNotFound", "PermanentRedirect", "AuthorizationHeaderMalformed":
+	default:
+		if f.status != 401 && f.status != 403 {
+			return nil
+		}
 	}
-	return nil
+	return fmt.Errorf("s3 storage: %w", err)
 }

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -297,6 +298,31 @@ func TestPutAgain(t *testing.T) {
 	wantValue(t, b, key, data)
 	closed(t, b)
 	closed(t, a)
+}
+
+// TestHopeless: what does not change by itself fails the start, and says what to do.
+func TestHopeless(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	for _, c := range []struct {
+		status     int
+		code, says string
+	}{
+		{404, "NoSuchBucket", "correct its name"},
+		{404, "XAdminUserNotFound", "check the credentials"},
+		{403, "SignatureDoesNotMatch", "check the credentials"},
+		{400, "AuthorizationHeaderMalformed", "correct the endpoint or the region"},
+		{301, "PermanentRedirect", "correct the endpoint or the region"},
+	} {
+		end := d.Strike(s3double.Fault{Status: c.status, Code: c.code})
+		s, err := d.open(t.TempDir())
+		if err == nil {
+			s.Close()
+		}
+		if err == nil || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: %v, want something of %q", c.code, err, c.says)
+		}
+		end()
+	}
 }
 
 // TestSharedListing: while the bucket is shared it is listed each time, and what the
