@@ -87,6 +87,7 @@ func TestRetries(t *testing.T) {
 		{"no bucket", func(r *http.Request) (*http.Response, error) { return sayError(r, 404, "NoSuchBucket") }, 1, storage.ErrUnavailable, "https://s3.test has no bucket bucket: make it, or correct its name"},
 		{"denied", func(r *http.Request) (*http.Response, error) { return sayError(r, 403, "AccessDenied") }, 1, storage.ErrUnavailable, "check the credentials"},
 		{"signature", func(r *http.Request) (*http.Response, error) { return sayError(r, 403, "SignatureDoesNotMatch") }, 1, storage.ErrUnavailable, "check the credentials"},
+		{"unknown to versitygw", func(r *http.Request) (*http.Response, error) { return sayError(r, 404, "XAdminUserNotFound") }, 1, storage.ErrUnavailable, "check the credentials"},
 		{"region", func(r *http.Request) (*http.Response, error) {
 			return sayError(r, 400, "AuthorizationHeaderMalformed")
 		}, 1, storage.ErrUnavailable, "correct the endpoint or the region"},

@@ -16,7 +16,8 @@
 //	unproven   a near blob of which it is not known whether the bucket has it
 //
 // Put and PutFile make pending of everything, but that a blob that the index has with
-// that size becomes both, and a value that the index has byte for byte stays as it is.
+// that size becomes both, and a value that the index has byte for byte stays as it is,
+// while nobody else uses the bucket.
 // An upload makes both of a pending blob, and far of any other pending value: small
 // ones lie in the index itself from then on. Eviction and Drop make far of both.
 // Reading makes both of far, if the one who reads puts what it has read; Get does so

@@ -54,8 +54,9 @@ type owner struct {
 	node   string     // names the cache directory
 	host   string
 	beat   uint64
-	sure   bool // the last beat is what was written last
-	met    bool // the marks have been read once
+	sure   bool        // the last beat is what was written last
+	met    atomic.Bool // the marks have been read once
+	last   string      // who has written last, as we know it
 	others map[string]*sighting
 }
 
@@ -118,14 +119,20 @@ func (s *store) beatOnce(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if !o.met {
+	switch {
+	case !o.met.Load():
 		if m.Last != o.node {
 			if err := s.disbelieve(); err != nil {
 				return err
 			}
 		}
-		o.met = true
+		o.met.Store(true)
+	case m.Last != o.node && m.Last != o.last && o.others[m.Last] == nil:
+		// Somebody has come and gone while we could not look. It counts as if it had
+		// gone just now.
+		o.others[m.Last] = &sighting{changed: s.now()}
 	}
+	o.last = m.Last
 	if mine, ok := m.Owners[o.node]; ok && o.sure && mine.Beat != o.beat {
 		// Somebody has copied the cache directory, and the name with it.
 		o.others[theCopy] = &sighting{changed: s.now()}
@@ -141,7 +148,9 @@ func (s *store) beatOnce(ctx context.Context) error {
 	m.Owners[o.node] = ownerMark{Beat: o.beat, Host: o.host}
 	m.Last = o.node
 	err = s.writeMarks(ctx, m)
-	o.sure = err == nil
+	if o.sure = err == nil; o.sure {
+		o.last = o.node
+	}
 	return err
 }
 
@@ -285,8 +294,12 @@ func hopeless(err error) error {
 	if !ok || f.again {
 		return nil
 	}
-	if f.code == "NoSuchBucket" || f.status == 401 || f.status == 403 {
-		return fmt.Errorf("s3 storage: %w", err)
+	switch f.code {
+	case "NoSuchBucket", "XAdminUserNotFound", "PermanentRedirect", "AuthorizationHeaderMalformed":
+	default:
+		if f.status != 401 && f.status != 403 {
+			return nil
+		}
 	}
-	return nil
+	return fmt.Errorf("s3 storage: %w", err)
 }

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -225,6 +226,103 @@ func TestUnreachableOwner(t *testing.T) {
 	}
 	wantValue(t, a, linkOf("b"), []byte("sha256:2"))
 	closed(t, a)
+}
+
+// TestOwnerMeanwhile: of one who comes and goes while the store cannot look, it hears
+// as of any other.
+func TestOwnerMeanwhile(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	c := &clock{now: time.Now()}
+	a := still(t, d, t.TempDir(), c)
+	if err := a.Listed(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	mustPut(t, a, linkOf("moved"), []byte("sha256:1"), storage.Durable)
+	mustPut(t, a, linkOf("deleted"), []byte("sha256:1"), storage.Durable)
+
+	// Here a's beats come to nothing, for longer than it takes to be held for dead.
+	b := still(t, d, t.TempDir(), c)
+	for range 7 {
+		c.pass(beatEvery)
+		beat(t, b)
+	}
+	wantShared(t, "the second, when the first is silent", b, false)
+	mustPut(t, b, linkOf("moved"), []byte("sha256:2"), storage.Durable)
+	if err := b.Delete(t.Context(), linkOf("deleted")); err != nil {
+		t.Fatal(err)
+	}
+	closed(t, b)
+
+	beat(t, a)
+	wantShared(t, "after the second has gone", a, true)
+	wantValue(t, a, linkOf("moved"), []byte("sha256:2"))
+	wantNothing(t, a, linkOf("deleted"))
+	for range missedRead {
+		beat(t, a)
+	}
+	wantShared(t, "later", a, false)
+	if err := a.Listed(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantValue(t, a, linkOf("moved"), []byte("sha256:2"))
+	wantNothing(t, a, linkOf("deleted"))
+	closed(t, a)
+}
+
+// TestPutAgain: that a value is in the bucket already is not taken from the index
+// while another may have taken it away.
+func TestPutAgain(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	c := &clock{now: time.Now()}
+	a := still(t, d, t.TempDir(), c)
+	if err := a.Listed(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	key, data := linkOf("a"), []byte("sha256:1")
+	mustPut(t, a, key, data, storage.Durable)
+	d.Forget()
+	mustPut(t, a, key, data, storage.Durable)
+	if calls := contentCalls(d); len(calls) > 0 {
+		t.Errorf("alone, S3 was asked for %q", calls)
+	}
+
+	b := still(t, d, t.TempDir(), c)
+	beat(t, a)
+	mustPut(t, a, key, data, storage.Durable)
+	if err := b.Delete(t.Context(), key); err != nil {
+		t.Fatal(err)
+	}
+	mustPut(t, a, key, data, storage.Durable)
+	c.pass(anew)
+	wantValue(t, a, key, data)
+	wantValue(t, b, key, data)
+	closed(t, b)
+	closed(t, a)
+}
+
+// TestHopeless: what does not change by itself fails the start, and says what to do.
+func TestHopeless(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	for _, c := range []struct {
+		status     int
+		code, says string
+	}{
+		{404, "NoSuchBucket", "correct its name"},
+		{404, "XAdminUserNotFound", "check the credentials"},
+		{403, "SignatureDoesNotMatch", "check the credentials"},
+		{400, "AuthorizationHeaderMalformed", "correct the endpoint or the region"},
+		{301, "PermanentRedirect", "correct the endpoint or the region"},
+	} {
+		end := d.Strike(s3double.Fault{Status: c.status, Code: c.code})
+		s, err := d.open(t.TempDir())
+		if err == nil {
+			s.Close()
+		}
+		if err == nil || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: %v, want something of %q", c.code, err, c.says)
+		}
+		end()
+	}
 }
 
 // TestSharedListing: while the bucket is shared it is listed each time, and what the

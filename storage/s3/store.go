@@ -418,6 +418,10 @@ func (s *store) PutFile(ctx context.Context, key, path string, d storage.Durabil
 	return s.put(ctx, key, k, stat.Size(), nil, d, func() error { return s.near.PutFile(ctx, key, path, storage.Lazy) })
 }
 
+// alone reports whether nobody else can have changed what the index says. As long as S3
+// has not been asked who there is, that is not known.
+func (s *store) alone() bool { return s.owner.met.Load() && !s.owner.shared.Load() }
+
 func hashFile(path string) (string, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -446,7 +450,7 @@ func (s *store) put(ctx context.Context, key string, k kind, size int64, data []
 			err := s.write(ctx, key, size, write)
 			s.index.note(key, size, s.now())
 			return err
-		case data != nil && e.is(held) && bytes.Equal(e.data, data):
+		case data != nil && e.is(held) && bytes.Equal(e.data, data) && s.alone():
 			e.modified = s.now().UTC()
 			err := s.index.set(key, e)
 			p.mu.Unlock()
