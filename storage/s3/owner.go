@@ -24,6 +24,7 @@ const ownerKey = "mirror/owner.json"
 
 const (
 	beatEvery  = 5 * time.Second
+	lookEvery  = 1500 * time.Millisecond // for newcomers, in between: what they delete is not served for long
 	deadAfter  = 30 * time.Second // since an owner's last beat, by our own clock
 	missedRead = 3                // reads in which an owner's mark is missing until it has gone
 	maxOwners  = 1000
@@ -260,14 +261,40 @@ func (s *store) disbelieve() error {
 func (s *store) beats() {
 	tick, stop := s.ticker(beatEvery)
 	defer stop()
+	glance, end := s.ticker(lookEvery)
+	defer end()
 	for {
 		select {
 		case <-s.ctx.Done():
 			return
 		case <-tick:
 			s.beatOnce(s.ctx) // what is wrong with S3 is told elsewhere
+		case <-glance:
+			if s.newcomer(s.ctx) {
+				s.beatOnce(s.ctx)
+			}
 		}
 	}
+}
+
+// newcomer looks for an owner whom the last beat has not seen, if there was none.
+func (s *store) newcomer(ctx context.Context) bool {
+	o := &s.owner
+	if o.shared.Load() || !o.met.Load() {
+		return false
+	}
+	m, err := s.readMarks(ctx)
+	if err != nil {
+		return false
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for id := range m.Owners {
+		if id != o.node && o.others[id] == nil {
+			return true
+		}
+	}
+	return m.Last != o.node && m.Last != o.last
 }
 
 // leave takes our mark away. If it cannot be, others take us for dead in a while.

@@ -393,3 +393,30 @@ func TestSharedListing(t *testing.T) {
 	closed(t, a)
 	closed(t, b)
 }
+
+// TestNewcomer: another owner is seen between two beats, and looking for one leaves no
+// mark.
+func TestNewcomer(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	c := &clock{now: time.Now()}
+	a := still(t, d, t.TempDir(), c)
+	defer closed(t, a)
+	beat(t, a)
+	was, _ := d.Read(ownerKey)
+	if a.newcomer(t.Context()) {
+		t.Error("somebody is seen who is not there")
+	}
+	if is, _ := d.Read(ownerKey); string(is) != string(was) {
+		t.Errorf("looking has changed the marks: %s, %s", was, is)
+	}
+	b := still(t, d, t.TempDir(), c)
+	beat(t, b)
+	if !a.newcomer(t.Context()) {
+		t.Error("a newcomer is not seen")
+	}
+	beat(t, a)
+	if a.newcomer(t.Context()) || !a.Shared() {
+		t.Error("a newcomer stays one")
+	}
+	closed(t, b)
+}
