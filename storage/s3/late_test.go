@@ -145,3 +145,35 @@ func TestPutDuringDeletion(t *testing.T) {
 		}
 	}
 }
+
+// TestDeletionGoesOn: a deletion that S3 has been asked for does not end with who
+// wanted it, or it could come behind a later Put.
+func TestDeletionGoesOn(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	s := listedAt(t, d, t.TempDir())
+	defer closed(t, s)
+	key, data := blobOf("blob", 1000)
+	mustPut(t, s, key, data, storage.Durable)
+	let := make(chan struct{})
+	end := d.Strike(s3double.Fault{Op: s3double.DeleteObject, Key: key, Hold: let})
+	ctx, cancel := context.WithCancel(t.Context())
+	deleted := make(chan error, 1)
+	go func() { deleted <- s.Delete(ctx, key) }()
+	d.Await(t, "a deletion", func(calls []s3double.Call) bool {
+		return slices.ContainsFunc(calls, func(c s3double.Call) bool { return c.Held && c.Key == key })
+	})
+	cancel()
+	put := make(chan error, 1)
+	go func() { put <- s.Put(t.Context(), key, data, storage.Durable) }()
+	end()
+	close(let)
+	if err := <-deleted; err != nil {
+		t.Errorf("the deletion ended early: %v", err)
+	}
+	if err := <-put; err != nil {
+		t.Error(err)
+	}
+	if _, there := d.Read(key); !there {
+		t.Error("what was put afterwards is gone")
+	}
+}

@@ -520,9 +520,11 @@ func (s *store) Delete(ctx context.Context, key string) error {
 		}
 		p.mu.Unlock()
 		failpoint.Hit("s3.deleting")
-		err := s.forgo(ctx, key)
+		// Who asks for it does not end it: what S3 has been sent could delete what is
+		// put there later.
+		err := s.forgo(s.ctx, key)
 		if err == nil {
-			err = s.bucket.delete(ctx, key)
+			err = s.bucket.delete(s.ctx, key)
 			s.said(err)
 		}
 		failpoint.Hit("s3.deleted")
