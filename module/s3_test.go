@@ -229,6 +229,9 @@ func TestS3Down(t *testing.T) {
 	if a, err := b.try(http.MethodPost, p.path("blobs", "uploads")+"/?digest="+other.Digest.String(), other.Data); err != nil || a.StatusCode != http.StatusServiceUnavailable {
 		t.Errorf("a push: %+v, %v", a, err)
 	}
+	if disk, far := len(b.logs.with("disk trouble")), len(b.logs.with("the store cannot be reached")); disk > 0 || far == 0 {
+		t.Errorf("%d lines blame the disk, and %d the bucket", disk, far)
+	}
 	b.Server.Up(t)
 	eventually(t, "the bucket to be back", func() bool {
 		a, err := b.try(http.MethodPost, p.path("blobs", "uploads")+"/?digest="+other.Digest.String(), other.Data)

@@ -25,7 +25,9 @@ const (
 	storageFull    = "storage_full"
 	digestMismatch = "digest_mismatch"
 
-	diskFailed = "" // is logged only
+	// These are logged only.
+	diskFailed   = "disk trouble"
+	storeMissing = "the store cannot be reached"
 )
 
 // tellEvery is how often one trouble is told of.
@@ -83,11 +85,15 @@ func (m *Mirror) tell(t Target, about string, err error, held bool) {
 	m.event(kind, map[string]any{"upstream": t.Upstream.Name, "reference": about, "error": err.Error()})
 }
 
-// diskTrouble logs that something could not be stored. The client need not
-// suffer from our disk, nor the log.
+// diskTrouble logs that something could not be stored, or asked of the store. The
+// client need not suffer from our disk, nor the log.
 func (m *Mirror) diskTrouble(doing, about string, err error) {
-	if m.due(trouble{diskFailed, ""}) {
-		m.log.Error("disk trouble", zap.String("while", doing), zap.String("reference", about), zap.Error(err))
+	what := diskFailed
+	if errors.Is(err, storage.ErrUnavailable) {
+		what = storeMissing
+	}
+	if m.due(trouble{what, ""}) {
+		m.log.Error(what, zap.String("while", doing), zap.String("reference", about), zap.Error(err))
 	}
 	if (errors.Is(err, storage.ErrFull) || errors.Is(err, syscall.ENOSPC)) && m.due(trouble{storageFull, ""}) {
 		m.event(storageFull, map[string]any{"reference": about, "error": err.Error()})
