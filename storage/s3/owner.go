@@ -25,8 +25,8 @@ const ownerKey = "mirror/owner.json"
 const (
 	beatEvery  = 5 * time.Second
 	lookEvery  = 1500 * time.Millisecond // for newcomers, in between: what they delete is not served for long
-	deadAfter  = 30 * time.Second // since an owner's last beat, by our own clock
-	missedRead = 3                // reads in which an owner's mark is missing until it has gone
+	deadAfter  = 30 * time.Second        // since an owner's last beat, by our own clock
+	missedRead = 3                       // reads in which an owner's mark is missing until it has gone
 	maxOwners  = 1000
 	maxMarks   = 1 << 20 // bytes
 	farewell   = 3 * time.Second
