@@ -196,6 +196,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		err = fail("NoSuchBucket", "there is no such bucket")
 	}
 	if err != nil {
+		io.Copy(io.Discard, r.Body)
 		s.send(w, r, call, refusal(err, r), nil)
 		return
 	}
@@ -207,6 +208,10 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case fault.Did || fault.answers():
 		a = s.do(r, call, sum, quirks)
+		// A client that is refused in the middle of its body may not see why.
+		if a.status >= 400 && fault.Tick == nil {
+			io.Copy(io.Discard, r.Body)
+		}
 	case fault.Cut:
 		io.CopyN(io.Discard, r.Body, fault.At)
 	default:
