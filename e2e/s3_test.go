@@ -117,7 +117,11 @@ func TestS3Clients(t *testing.T) {
 						want = img.all()
 					}
 					for _, digest := range want {
-						if calls := s.calls.ofKey(blobKey(digest)); calls["GetObject"] != 1 || len(calls) != 1 {
+						calls := s.calls.ofKey(blobKey(digest))
+						if calls["HeadObject"] == 1 { // before the bucket has been listed
+							delete(calls, "HeadObject")
+						}
+						if calls["GetObject"] != 1 || len(calls) != 1 {
 							t.Errorf("for reading blob %s of %d bytes S3 was asked %v", digest, img.blobs[digest], calls)
 						}
 					}
@@ -283,7 +287,11 @@ func TestS3Parts(t *testing.T) {
 	if n, err := io.Copy(h, resp.Body); err != nil || n != size || fmt.Sprintf("sha256:%x", h.Sum(nil)) != digest {
 		t.Errorf("%d bytes came, with the digest sha256:%x: %v", n, h.Sum(nil), err)
 	}
-	if calls := s.calls.ofKey(blobKey(digest)); calls["GetObject"] != 1 || len(calls) != 1 {
+	calls = s.calls.ofKey(blobKey(digest))
+	if calls["HeadObject"] == 1 { // before the bucket has been listed
+		delete(calls, "HeadObject")
+	}
+	if calls["GetObject"] != 1 || len(calls) != 1 {
 		t.Errorf("for reading the blob S3 was asked %v", calls)
 	}
 	m.stop(t)
@@ -326,7 +334,7 @@ func TestS3Together(t *testing.T) {
 		}
 		u.close(digest).wants(t, http.StatusCreated, http.MethodPut, at[0].addr, nil, nil)
 		for _, m := range []*mirror{one, two} {
-			eventually(t, 10*time.Second, "both mirrors to have the blob", func() bool {
+			eventually(t, time.Minute, "both mirrors to have the blob", func() bool {
 				resp := must(http.Head("http://" + m.addr + "/v2/apps/pushed/blobs/" + digest))
 				resp.Body.Close()
 				return resp.StatusCode == http.StatusOK
@@ -349,7 +357,7 @@ func TestS3Together(t *testing.T) {
 			t.Helper()
 			pushIndex(t, m.addr+"/apps/web:1", img)
 			began := time.Now()
-			eventually(t, 20*time.Second, "a moved tag to be seen at the other mirror", means(other, img.digest))
+			eventually(t, time.Minute, "a moved tag to be seen at the other mirror", means(other, img.digest))
 			t.Logf("the moved tag was seen after %v", time.Since(began).Round(time.Millisecond))
 			(&shop{addr: other.addr}).holds(t, "apps/web", "1", img.digest)
 		}
@@ -357,7 +365,7 @@ func TestS3Together(t *testing.T) {
 		moved(two, one, second)
 		moved(one, two, first)
 		(&shop{addr: two.addr}).answers(t, http.StatusAccepted, http.MethodDelete, "/v2/apps/web/manifests/1")
-		eventually(t, 20*time.Second, "a deleted tag to be gone at the other mirror", func() bool {
+		eventually(t, time.Minute, "a deleted tag to be gone at the other mirror", func() bool {
 			resp := (&shop{addr: one.addr}).ask(t, http.MethodHead, "/v2/apps/web/manifests/1")
 			resp.Body.Close()
 			return resp.StatusCode == http.StatusNotFound

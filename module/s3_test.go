@@ -3,8 +3,10 @@ package module_test
 import (
 	"bytes"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 
@@ -38,7 +40,8 @@ func startS3(t *testing.T, app, site string) *bucketed {
 	return b
 }
 
-// uploaded waits until blobs are in the bucket.
+// uploaded waits until blobs are in the bucket, and what speaks of them: the cache has
+// no file any more of what is small and has been uploaded.
 func (b *bucketed) uploaded(blobs ...regtest.Content) {
 	b.t.Helper()
 	b.Await(b.t, "uploads", func([]s3double.Call) bool {
@@ -48,6 +51,18 @@ func (b *bucketed) uploaded(blobs ...regtest.Content) {
 			}
 		}
 		return true
+	})
+	eventually(b.t, "links and records to be uploaded", func() bool {
+		files := 0
+		for _, dir := range []string{"/docker/registry/v2/repositories", "/mirror/records"} {
+			filepath.WalkDir(b.dir+dir, func(_ string, entry fs.DirEntry, err error) error {
+				if err == nil && entry.Type().IsRegular() {
+					files++
+				}
+				return nil
+			})
+		}
+		return files == 0
 	})
 }
 

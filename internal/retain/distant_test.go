@@ -253,9 +253,11 @@ func TestSharedStore(t *testing.T) {
 	}
 	b.Set(Settings{Grace: day, Emit: b.settings.Emit})
 	b.done(b.Reindex()) // which deletes nothing
-	if afar.relisted != 1 {
-		t.Errorf("a reindex has listed the store %d times", afar.relisted)
-	}
+	afar.change(func() {
+		if afar.relisted != 1 {
+			t.Errorf("a reindex has listed the store %d times", afar.relisted)
+		}
+	})
 
 	// The other process pushes an image of what nobody needed.
 	other := tree.New(afar, nil)
@@ -416,12 +418,14 @@ func TestScrubNear(t *testing.T) {
 	if j.Removed != 1 || j.Healed != 1 || !slices.Equal(j.Found, []string{mirrored.String()}) {
 		t.Errorf("job: %+v", j)
 	}
-	if len(afar.near) > 0 {
-		t.Error("a wrong near copy is still there")
-	}
-	if !slices.Equal(afar.distrusts, []string{layout.Blob(mirrored)}) {
-		t.Errorf("distrusted: %q", afar.distrusts)
-	}
+	afar.change(func() {
+		if len(afar.near) > 0 {
+			t.Error("a wrong near copy is still there")
+		}
+		if !slices.Equal(afar.distrusts, []string{layout.Blob(mirrored)}) {
+			t.Errorf("distrusted: %q", afar.distrusts)
+		}
+	})
 	if !b.holds(content(2, 100)) || b.event("damaged") != nil || len(b.damage.list()) > 0 {
 		t.Error("not as it should be:", b.damage.list())
 	}
@@ -477,9 +481,11 @@ func TestScrubCut(t *testing.T) {
 	if j.Removed != 0 || len(j.Found) != 0 || len(b.damage.since(time.Time{})) > 0 {
 		t.Errorf("job: %+v, bad: %v", j, b.damage.since(time.Time{}))
 	}
-	if !slices.Contains(afar.opened, 2000) || !slices.Contains(afar.opened, 4000) {
-		t.Errorf("opened at %v", afar.opened)
-	}
+	afar.change(func() {
+		if !slices.Contains(afar.opened, 2000) || !slices.Contains(afar.opened, 4000) {
+			t.Errorf("opened at %v", afar.opened)
+		}
+	})
 }
 
 // TestNearFull: where there is no room near a store nothing is evicted from it, and

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/caddy-registry/mirror/internal/layout"
 	"github.com/caddy-registry/mirror/internal/regtest/s3double"
 	"github.com/caddy-registry/mirror/storage"
@@ -112,6 +114,8 @@ func TestLossOfPower(t *testing.T) {
 	mustPut(t, s, good, goodData, storage.Lazy)
 	mustPut(t, s, bad, badData, storage.Lazy)
 	mustPut(t, s, linkOf("pending"), []byte("sha256:y"), storage.Lazy)
+	whole := layout.TagLink("apps/web", "whole")
+	mustPut(t, s, whole, []byte(digest.FromString("whole")), storage.Lazy)
 	closed(t, s)
 	d.Up(t)
 
@@ -149,8 +153,10 @@ func TestLossOfPower(t *testing.T) {
 	}
 	// What has come through is uploaded; what has not is not.
 	eventually(t, "the upload", func() error {
-		if _, ok := d.Read(good); !ok {
-			return errors.New("it is not there")
+		for _, key := range []string{good, whole} {
+			if _, ok := d.Read(key); !ok {
+				return fmt.Errorf("%s is not there", key)
+			}
 		}
 		return nil
 	})

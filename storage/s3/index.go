@@ -624,7 +624,7 @@ func (x *index) flush() error {
 	if len(accessed) == 0 {
 		return nil
 	}
-	return x.update(func(tx *bolt.Tx) error {
+	err := x.update(func(tx *bolt.Tx) error {
 		near := tx.Bucket(nearName)
 		for key, a := range accessed {
 			if a.size < 0 {
@@ -640,6 +640,16 @@ func (x *index) flush() error {
 		}
 		return nil
 	})
+	if err != nil { // a file that nobody knows of would never go
+		x.accessMu.Lock()
+		defer x.accessMu.Unlock()
+		for key, a := range accessed {
+			if _, newer := x.accessed[key]; !newer {
+				x.accessed[key] = a
+			}
+		}
+	}
+	return err
 }
 
 // knows reports whether an access to a near file has been written down.

@@ -167,10 +167,13 @@ func (s *store) Reserve(n int64) (storage.Reservation, error) {
 	}
 	for {
 		if lacking := s.budget.set(n); lacking > 0 {
-			if s.evict(lacking) == 0 {
+			// Somebody else may have made room while this waited to.
+			if s.evict(lacking) > 0 {
+				continue
+			}
+			if s.budget.set(n) > 0 {
 				return nil, s.noRoom(n)
 			}
-			continue
 		}
 		r, err := s.near.Reserve(n)
 		if err == nil {

@@ -10,9 +10,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/failpoint"
@@ -275,7 +277,10 @@ func (s *store) upload(key string, behind bool) error {
 		if st.gen == gen {
 			s.arrived(p, key)
 		}
-		return nil
+		if behind {
+			return nil
+		}
+		return err
 	case errors.Is(err, errDoubtful):
 		if behind {
 			return err
@@ -305,6 +310,26 @@ func (s *store) upload(key string, behind bool) error {
 	return nil
 }
 
+// vouch vouches for a link or a record that a loss of power may have damaged, if it says
+// what one says: damage leaves something that is cut, or nothing.
+func (s *store) vouch(ctx context.Context, key string, info storage.Info) error {
+	if info.Size > maxInline {
+		return errDoubtful
+	}
+	data, err := s.near.Get(ctx, key, maxInline)
+	if err != nil {
+		return err
+	}
+	_, isLink := layout.DigestOf(key)
+	switch d := digest.Digest(data); {
+	case (isLink || strings.HasSuffix(key, "/current/link")) && d.Validate() == nil:
+	case strings.HasSuffix(key, ".json") && json.Valid(data):
+	default:
+		return errDoubtful
+	}
+	return s.near.Vouch(ctx, key)
+}
+
 // errVanished is why a pending value is not uploaded of which there is no near file.
 var errVanished = errors.New("it has vanished from the cache directory")
 
@@ -323,7 +348,9 @@ func (s *store) send(ctx context.Context, key string) (e entry, began bool, err 
 	d, ok := layout.BlobOf(key)
 	if !ok {
 		if info.Doubtful {
-			return e, false, errDoubtful
+			if err := s.vouch(ctx, key, info); err != nil {
+				return e, false, err
+			}
 		}
 		return s.sendOther(ctx, key, path, e)
 	}
