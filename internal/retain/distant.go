@@ -140,13 +140,16 @@ func (k *Keeper) happened(event string, data map[string]any) {
 	k.wg.Go(func() { k.emit(event, data) })
 }
 
-// unreachable reports whether an error says that the store cannot be reached, and
-// tells of that, once: whatever has met it is tried again later.
+// unreachable reports whether an error says that the store cannot be reached: whatever
+// has met it is tried again later. It tells of that, once, unless the store knows
+// better: one answer that was cut is no outage.
 func (k *Keeper) unreachable(err error) bool {
 	if !errors.Is(err, storage.ErrUnavailable) {
 		return false
 	}
-	k.outage(err.Error())
+	if _, ok := k.store.(storage.Backlogged); !ok {
+		k.outage(err.Error())
+	}
 	return true
 }
 
