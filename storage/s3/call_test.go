@@ -232,7 +232,7 @@ func TestBreaker(t *testing.T) {
 		}
 		// The pauses are 1, 2, 4, 8, 16 and then 30 s, each with one trial.
 		for range 10 * 60 {
-			time.Sleep(time.Second)
+			<-time.After(time.Second) // of the bubble's clock
 			for range 3 {
 				if took, err := ask(); !errors.Is(err, storage.ErrUnavailable) || took != 0 {
 					t.Fatalf("while it is down: %v after %v", err, took)
@@ -243,7 +243,7 @@ func TestBreaker(t *testing.T) {
 			t.Errorf("%d trials in 10 minutes", tries)
 		}
 		up = true
-		time.Sleep(longestPause)
+		<-time.After(longestPause)
 		for range 3 {
 			if took, err := ask(); err != nil || took != 0 {
 				t.Errorf("when it is up again: %v after %v", err, took)
@@ -499,7 +499,7 @@ func TestSlowBodies(t *testing.T) {
 			t.Fatal(err)
 		}
 		for range 3 {
-			time.Sleep(time.Hour) // of a reader who takes his time
+			<-time.After(time.Hour) // of a reader who takes his time, by the bubble's clock
 			if _, err := io.ReadFull(r, make([]byte, 10)); err != nil {
 				t.Errorf("a slow reader: %v", err)
 			}
