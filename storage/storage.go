@@ -9,8 +9,11 @@ import (
 	"io"
 	"io/fs"
 	"iter"
+	"math"
 	"strings"
 	"time"
+
+	"github.com/dustin/go-humanize"
 )
 
 // A Store maps keys to bytes. It is the only truth about content: whatever
@@ -298,6 +301,19 @@ type Backend interface {
 type Limits struct {
 	MaxSize     int64 // of everything in it
 	MaxBlobSize int64 // of one blob
+}
+
+// ParseLimit reads one of the Limits as a configuration says it: a number of bytes
+// (`500GiB`), or "off", which "" means as well. The error names the option.
+func ParseLimit(option, s string) (int64, error) {
+	if s == "" || s == "off" {
+		return 0, nil
+	}
+	bytes, err := humanize.ParseBytes(s)
+	if err != nil || bytes == 0 || bytes > math.MaxInt64 {
+		return 0, fmt.Errorf("%s: %q is neither a size such as 500GiB nor off", option, s)
+	}
+	return int64(bytes), nil
 }
 
 // CheckKey reports what is wrong with a key: it must be a relative path of

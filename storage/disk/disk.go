@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"math"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -110,10 +109,10 @@ func (d *Disk) Provision(caddy.Context) error {
 	if d.settings.minFree, err = parseMinFree(d.MinFree); err != nil {
 		return err
 	}
-	if d.limits.MaxSize, err = parseLimit("max_size", d.MaxSize); err != nil {
+	if d.limits.MaxSize, err = storage.ParseLimit("max_size", d.MaxSize); err != nil {
 		return err
 	}
-	if d.limits.MaxBlobSize, err = parseLimit("max_blob_size", d.MaxBlobSize); err != nil {
+	if d.limits.MaxBlobSize, err = storage.ParseLimit("max_blob_size", d.MaxBlobSize); err != nil {
 		return err
 	}
 	if d.settings.fileMode, err = parseMode("file_mode", d.FileMode, 0o640); err != nil {
@@ -167,18 +166,6 @@ func parseMinFree(s string) (minFree, error) {
 		return minFree{}, fmt.Errorf("min_free: %q is neither a size (20GiB) nor a percentage (10%%)", s)
 	}
 	return minFree{text: s, bytes: bytes}, nil
-}
-
-// parseLimit reads a size, or none.
-func parseLimit(option, s string) (int64, error) {
-	if s == "" || s == "off" {
-		return 0, nil
-	}
-	bytes, err := humanize.ParseBytes(s)
-	if err != nil || bytes == 0 || bytes > math.MaxInt64 {
-		return 0, fmt.Errorf("%s: %q is neither a size such as 500GiB nor off", option, s)
-	}
-	return int64(bytes), nil
 }
 
 func parseMode(option, s string, byDefault fs.FileMode) (fs.FileMode, error) {
@@ -256,7 +243,7 @@ func unmarshalLimit(tok *caddyfile.Dispenser, into *string) error {
 	if *into == "" {
 		return tok.Errf(`%s: "" is neither a size such as 500GiB nor off`, option)
 	}
-	if _, err := parseLimit(option, *into); err != nil {
+	if _, err := storage.ParseLimit(option, *into); err != nil {
 		return tok.WrapErr(err)
 	}
 	return nil

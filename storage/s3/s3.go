@@ -175,8 +175,8 @@ func (s *S3) Provision(ctx caddy.Context) error {
 	s.settings.PutLimit, _ = parseSize("put_limit", s.PutLimit, defaultPutLimit, smallestPart, largestPart)
 	s.settings.PartSize, _ = parseSize("part_size", s.PartSize, defaultPartSize, smallestPart, largestPart)
 	s.settings.CacheSize, _ = parseSize("cache", s.CacheSize, defaultCache, smallestCache, math.MaxInt64)
-	s.limits.MaxSize, _ = parseLimit("max_size", s.MaxSize)
-	s.limits.MaxBlobSize, _ = parseLimit("max_blob_size", s.MaxBlobSize)
+	s.limits.MaxSize, _ = storage.ParseLimit("max_size", s.MaxSize)
+	s.limits.MaxBlobSize, _ = storage.ParseLimit("max_blob_size", s.MaxBlobSize)
 
 	// What is secret does not take the place of its placeholder, since the
 	// configuration can be read.
@@ -268,8 +268,8 @@ func (s *S3) check() error {
 	_, put := parseSize("put_limit", s.PutLimit, defaultPutLimit, smallestPart, largestPart)
 	_, part := parseSize("part_size", s.PartSize, defaultPartSize, smallestPart, largestPart)
 	_, cache := parseSize("cache", s.CacheSize, defaultCache, smallestCache, math.MaxInt64)
-	_, most := parseLimit("max_size", s.MaxSize)
-	_, blob := parseLimit("max_blob_size", s.MaxBlobSize)
+	_, most := storage.ParseLimit("max_size", s.MaxSize)
+	_, blob := storage.ParseLimit("max_blob_size", s.MaxBlobSize)
 	for _, err := range []error{put, part, cache, most, blob} {
 		if err != nil {
 			return err
@@ -299,18 +299,6 @@ func parseSize(option, s string, byDefault, least, most int64) (int64, error) {
 // spaceless is a size as it is written in a Caddyfile.
 func spaceless(bytes int64) string {
 	return strings.NewReplacer(".0 ", "", " ", "").Replace(humanize.IBytes(uint64(bytes)))
-}
-
-// parseLimit reads a size, or none.
-func parseLimit(option, s string) (int64, error) {
-	if s == "" || s == "off" {
-		return 0, nil
-	}
-	bytes, err := humanize.ParseBytes(s)
-	if err != nil || bytes == 0 || bytes > math.MaxInt64 {
-		return 0, fmt.Errorf("%s: %q is neither a size such as 500GiB nor off", option, s)
-	}
-	return int64(bytes), nil
 }
 
 // UnmarshalCaddyfile sets up the store from Caddyfile tokens:
