@@ -177,20 +177,26 @@ func (k *Keeper) begin(as Job, work func(context.Context, *job) error) (*job, er
 		}
 		cancel(nil)
 		j.err = err
-		j.update(func(now *Job) {
-			now.Ended = k.now().UTC()
-			if err != nil {
-				now.Error = err.Error()
-			}
-		})
-		k.logJob(j.snapshot(), err)
-		js.mu.Lock()
-		defer js.mu.Unlock()
-		js.running = slices.DeleteFunc(js.running, func(other *job) bool { return other == j })
-		js.ended = slices.Insert(js.ended, 0, j)
-		js.ended = js.ended[:min(len(js.ended), maxEnded)]
+		k.logJob(js.end(j, k.now().UTC(), err), err)
 	})
 	return j, nil
+}
+
+// end moves a job to those that have ended, in one step: whoever has seen that it has
+// can begin another.
+func (js *jobs) end(j *job, at time.Time, err error) Job {
+	js.mu.Lock()
+	defer js.mu.Unlock()
+	j.update(func(now *Job) {
+		now.Ended = at
+		if err != nil {
+			now.Error = err.Error()
+		}
+	})
+	js.running = slices.DeleteFunc(js.running, func(other *job) bool { return other == j })
+	js.ended = slices.Insert(js.ended, 0, j)
+	js.ended = js.ended[:min(len(js.ended), maxEnded)]
+	return j.snapshot()
 }
 
 func (k *Keeper) logJob(j Job, err error) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"testing"
 
@@ -77,6 +78,25 @@ func TestJobs(t *testing.T) {
 	last, _ := b.waiting("last")
 	if got := ids(); len(got) != 101 || got[0] != last.ID || slices.Contains(got, first.ID) {
 		t.Errorf("%d jobs", len(got))
+	}
+}
+
+// Whoever has seen that a job has ended, and begins one that does the same, is not
+// told of the one that has ended.
+func TestJobBegunAfterOneThatEnded(t *testing.T) {
+	t.Parallel()
+	b := keep(t)
+	for i := range 200 {
+		j, end := b.waiting("a")
+		close(end)
+		for now, _ := b.Job(j.ID); now.Ended.IsZero(); now, _ = b.Job(j.ID) {
+			runtime.Gosched()
+		}
+		if next, err := b.begun("a", end); err != nil || next.ID == j.ID {
+			t.Fatalf("%d: %q, %v", i, next.ID, err)
+		} else {
+			b.done(next, nil)
+		}
 	}
 }
 
