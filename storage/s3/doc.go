@@ -23,7 +23,8 @@
 // Reading makes both of far, if the one who reads puts what it has read; Get does so
 // itself for blobs. Delete makes absent of everything. Opening without an index that
 // can be believed makes pending of every near value but blobs, and unproven of those;
-// the end of the listing makes both or pending of them. Sync makes pending of an
+// the end of the listing makes both or pending of them. Until then nothing but blobs is
+// uploaded, unless somebody waits for it. Sync makes pending of an
 // unproven blob at once.
 //
 // Nothing is written down of which near values are pending: it is found out at each

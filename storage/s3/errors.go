@@ -43,6 +43,15 @@ func (f *fault) unavailable() bool {
 
 func absent(err error) bool { return errors.Is(err, fs.ErrNotExist) }
 
+// outage reports whether an error is that S3 does not answer now, and not that it
+// refuses.
+func outage(err error) bool {
+	if f, ok := errors.AsType[*fault](err); ok && f.status != 0 {
+		return f.again
+	}
+	return errors.Is(err, storage.ErrUnavailable)
+}
+
 // coded reports whether S3 gave one of these codes.
 func coded(err error, codes ...string) bool {
 	f, ok := errors.AsType[*fault](err)

@@ -181,6 +181,7 @@ func (s *store) sweepIndex(ctx context.Context, epoch uint64) error {
 }
 
 // prove finds out which near blobs the bucket lacks, now that it is known what it has.
+// If that is not known, they are asked for one by one before they are uploaded.
 func (s *store) prove(ctx context.Context) error {
 	for info, err := range s.near.List(ctx, "docker/registry/v2/blobs/", true) {
 		if err != nil {
@@ -190,21 +191,23 @@ func (s *store) prove(ctx context.Context) error {
 			s.compare(ctx, info, true)
 		}
 	}
+	s.queue.release()
 	return nil
 }
 
 // compare finds out what a near blob is. listed says that the bucket has been listed
-// before.
-func (s *store) compare(ctx context.Context, info storage.Info, listed bool) {
+// before. If it has not, the blob may remain unproven.
+func (s *store) compare(ctx context.Context, info storage.Info, listed bool) (unproven bool) {
 	p := s.stripe(info.Key)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if st := p.states[info.Key]; st != nil { // somebody is at it
-		return
+		return false
 	}
 	e, f := s.believe(info.Key, blob)
 	switch {
 	case f == unknown && !e.is(unsure) && !listed:
+		return true
 	case f == present && e.size == info.Size:
 		if !s.index.knows(info.Key) {
 			s.index.note(info.Key, info.Size, info.ModTime)
@@ -216,10 +219,14 @@ func (s *store) compare(ctx context.Context, info storage.Info, listed bool) {
 			s.await(p, info.Key, blob, now.Size).tried = true
 		}
 	}
+	return false
 }
 
-// survey looks at all that is near, when the store is opened.
+// survey looks at all that is near, when the store is opened. As long as it is not
+// known which blobs the bucket lacks, nothing that may speak of them is uploaded unless
+// somebody waits for it: a loss of this disk would leave links to nothing.
 func (s *store) survey(ctx context.Context) error {
+	unproven := false
 	for info, err := range s.near.List(ctx, "", true) {
 		if err != nil {
 			return err
@@ -230,13 +237,16 @@ func (s *store) survey(ctx context.Context) error {
 		}
 		s.budget.holds(occupied(info.Size))
 		if k == blob {
-			s.compare(ctx, info, false)
+			unproven = s.compare(ctx, info, false) || unproven
 			continue
 		}
 		p := s.stripe(info.Key)
 		p.mu.Lock()
 		s.await(p, info.Key, k, info.Size).tried = true
 		p.mu.Unlock()
+	}
+	if !unproven {
+		s.queue.release()
 	}
 	return nil
 }
@@ -287,6 +297,9 @@ func (s *store) lists() {
 				break
 			}
 			if s.ctx.Err() == nil {
+				if !outage(err) && s.queue.holds() {
+					s.prove(s.ctx) // it may never succeed
+				}
 				s.log.Warn("listing the bucket has failed, and is tried again", zap.Error(err))
 			}
 			timer := time.NewTimer(wait)

@@ -23,7 +23,8 @@ import (
 )
 
 // A queue is the order in which pending values are uploaded: as they came, but that
-// what is no blob waits for the blobs that came before it, which it may speak of.
+// what is no blob waits for the blobs that came before it, which it may speak of. At
+// first it also waits until it is known of every near blob whether the bucket has it.
 //
 // While S3 does not answer it stands still, longer each time, and goes on as soon as
 // anybody has had an answer.
@@ -36,6 +37,7 @@ type queue struct {
 	pause  time.Duration // how long it stands still after the next failure
 	until  time.Time     // it stands still
 	heard  uint64        // counts the answers of S3
+	held   bool          // what is no blob is not taken, until release
 	wake   chan struct{}
 }
 
@@ -61,7 +63,7 @@ const (
 )
 
 func newQueue() *queue {
-	return &queue{blobs: list.New(), others: list.New(), jobs: map[string]*list.Element{}, wake: make(chan struct{}, workers)}
+	return &queue{blobs: list.New(), others: list.New(), jobs: map[string]*list.Element{}, held: true, wake: make(chan struct{}, workers)}
 }
 
 func (q *queue) list(blob bool) *list.List {
@@ -79,6 +81,28 @@ func (q *queue) rouse() {
 			return
 		}
 	}
+}
+
+// release lets go what is no blob, behind the blobs there are by now.
+func (q *queue) release() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if !q.held {
+		return
+	}
+	q.held = false
+	for e := q.others.Front(); e != nil; e = e.Next() {
+		q.seq++
+		e.Value.(*job).seq = q.seq
+	}
+	q.rouse()
+}
+
+// holds reports whether what is no blob is not taken yet.
+func (q *queue) holds() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.held
 }
 
 // add puts a value at the end. One that is in the queue stays where it is, and is
@@ -160,6 +184,9 @@ func (q *queue) next(now time.Time) (key string, wait time.Duration, ok bool) {
 	}
 	if scan(q.blobs, ^uint64(0)) {
 		return key, 0, true
+	}
+	if q.held {
+		return "", wait, false
 	}
 	first := ^uint64(0)
 	if e := q.blobs.Front(); e != nil {
