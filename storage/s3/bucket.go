@@ -208,7 +208,7 @@ func (b *bucket) get(ctx context.Context, key string, offset, length int64) (io.
 		return nil, object{}, fmt.Errorf("s3: reading %s: there is nothing at %d", key, offset)
 	}
 	if length == 0 {
-		o, err := b.head(ctx, key)
+		o, err := b.find(ctx, key)
 		if err == nil && offset > o.size {
 			err = outside(key, offset, length, o.size)
 		}
@@ -336,6 +336,22 @@ func (b *bucket) read(ctx context.Context, key string, limit int64) ([]byte, obj
 func (b *bucket) head(ctx context.Context, key string) (object, error) {
 	o, _, err := b.look(ctx, key)
 	return o, err
+}
+
+// find is head for who relies upon there being nothing. What stands before a server that
+// is gone says 404, too, as do some servers to an unknown key: only an answer with a body
+// can tell that from an object that is not there.
+func (b *bucket) find(ctx context.Context, key string) (object, error) {
+	o, err := b.head(ctx, key)
+	if !absent(err) {
+		return o, err
+	}
+	r, o, err := b.get(ctx, key, 0, 1)
+	if err != nil {
+		return object{}, err
+	}
+	r.Close()
+	return o, nil
 }
 
 // look is head, and how long ago the object was written by the clock of the server.

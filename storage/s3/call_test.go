@@ -83,7 +83,11 @@ func TestRetries(t *testing.T) {
 		{"reset", lost, 5, storage.ErrUnavailable, "does not answer: read tcp: connection reset"},
 		{"clock", func(r *http.Request) (*http.Response, error) { return sayError(r, 403, "RequestTimeTooSkewed") }, 5, storage.ErrUnavailable, "set the clock"},
 		{"no key", func(r *http.Request) (*http.Response, error) { return sayError(r, 404, "NoSuchKey") }, 1, fs.ErrNotExist, "reading k"},
-		{"404", func(r *http.Request) (*http.Response, error) { return says(r, 404, "") }, 1, fs.ErrNotExist, "reading k"},
+		{"no key, otherwise", func(r *http.Request) (*http.Response, error) { return sayError(r, 404, "NotFound") }, 1, fs.ErrNotExist, "reading k"},
+		{"404", func(r *http.Request) (*http.Response, error) { return says(r, 404, "") }, 5, storage.ErrUnavailable, "check the endpoint"},
+		{"404 of a proxy", func(r *http.Request) (*http.Response, error) {
+			return says(r, 404, "<html>default backend", "Content-Type", "text/html")
+		}, 5, storage.ErrUnavailable, "check the endpoint"},
 		{"no bucket", func(r *http.Request) (*http.Response, error) { return sayError(r, 404, "NoSuchBucket") }, 1, storage.ErrUnavailable, "https://s3.test has no bucket bucket: make it, or correct its name"},
 		{"denied", func(r *http.Request) (*http.Response, error) { return sayError(r, 403, "AccessDenied") }, 1, storage.ErrUnavailable, "check the credentials"},
 		{"signature", func(r *http.Request) (*http.Response, error) { return sayError(r, 403, "SignatureDoesNotMatch") }, 1, storage.ErrUnavailable, "check the credentials"},

@@ -190,8 +190,14 @@ func (b *bucket) fault(r *remote, o operation, key string, err error) *fault {
 
 	switch {
 	case f.status == http.StatusNotFound && (o == opGet || o == opHead || o == opDelete):
-		f.is = fs.ErrNotExist
-		return say("%v", fs.ErrNotExist)
+		// An answer to HEAD has no body that would say more; see find.
+		if o == opHead || f.code == "NoSuchKey" || f.code == "NotFound" && message != http.StatusText(f.status) {
+			f.is = fs.ErrNotExist
+			return say("%v", fs.ErrNotExist)
+		}
+		// A proxy whose server is gone says so, or one that is no S3 at all.
+		f.is, f.again = storage.ErrUnavailable, true
+		return say("%s says %s, and not as S3 says it of an object that is not there; check the endpoint, and what stands before it", b.host(), told)
 	case f.status == http.StatusUnauthorized || f.status == http.StatusForbidden:
 		f.is = storage.ErrUnavailable
 		return say("%s; check the credentials and what they allow: to get, put, delete and list", told)

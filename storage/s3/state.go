@@ -200,7 +200,7 @@ func (s *store) learn(key string, version uint64, o object, data []byte, err err
 
 // ask asks S3 for a key.
 func (s *store) ask(ctx context.Context, key string, version uint64) (entry, error) {
-	o, err := s.bucket.head(ctx, key)
+	o, err := s.bucket.find(ctx, key)
 	s.said(err)
 	if err != nil && !absent(err) {
 		return entry{}, err

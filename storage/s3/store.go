@@ -76,7 +76,7 @@ func (s *store) Stat(ctx context.Context, key string) (storage.Info, error) {
 	case local:
 		return s.near.Stat(ctx, key)
 	case upload:
-		o, err := s.bucket.head(ctx, key)
+		o, err := s.bucket.find(ctx, key)
 		s.said(err)
 		return storage.Info{Key: key, Size: o.size, ModTime: o.modified}, err
 	case blob:
