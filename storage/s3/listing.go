@@ -104,7 +104,7 @@ func (s *store) relist(ctx context.Context) error {
 		if s.index.epoch.Load() != epoch {
 			return errOvertaken
 		}
-		if s.owner.shared.Load() {
+		if s.owner.shared.Load() && !s.owner.suspect.Load() {
 			return nil
 		}
 		defer s.listing.change()
@@ -448,7 +448,7 @@ func (w *walk) run() error {
 			return err
 		}
 	}
-	if s.index.complete.Load() && !s.owner.shared.Load() {
+	if s.index.complete.Load() && !s.contested() {
 		return w.index()
 	}
 	return w.bucket()

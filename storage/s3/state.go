@@ -146,8 +146,7 @@ func (s *store) look(key string, k kind) (e entry, f finding, version uint64) {
 // believe is what the index says of a key that is not pending.
 func (s *store) believe(key string, k kind) (entry, finding) {
 	e, ok := s.index.get(key)
-	shared := s.owner.shared.Load()
-	if shared && (!ok || k != blob) {
+	if s.contested() && (!ok || k != blob) {
 		if at, known := s.asked.Get(key); !known || s.now().Sub(at) >= anew {
 			return e, unknown
 		}

@@ -100,6 +100,9 @@ func (s *store) Stat(ctx context.Context, key string) (storage.Info, error) {
 			return e.info(key), nil
 		}
 		e, err := s.ask(ctx, key, version)
+		if s.resort(key, k, err) {
+			continue
+		}
 		return e.info(key), err
 	}
 	return storage.Info{}, restless(key)
@@ -206,6 +209,9 @@ func (s *store) open(ctx context.Context, key string, offset, length int64, near
 				if err == nil && data != nil {
 					return openBytes(key, data, e, offset, length)
 				}
+				if s.resort(key, k, err) {
+					continue
+				}
 				if err != nil && !errors.Is(err, storage.ErrTooLarge) {
 					return nil, storage.Info{}, err
 				}
@@ -296,6 +302,9 @@ func (s *store) Get(ctx context.Context, key string, limit int64) ([]byte, error
 			}
 		}
 		data, _, err := s.fetchSmall(ctx, key, version, limit)
+		if f == unknown && s.resort(key, k, err) {
+			continue
+		}
 		return data, err
 	}
 	return nil, restless(key)
