@@ -47,8 +47,9 @@
 // uploaded again. Two who sync one key share an upload that way: the second waits for
 // the slot and finds nothing left to do.
 //
-// A deletion waits for the upload that has the slot; one in parts ends before its next
-// part. It never cuts an upload off, which might come to the bucket after it. It marks
+// A deletion waits for the upload that has the slot; one in parts gives way at once. It
+// never cuts a call off in which a value is sent whole, or its parts are made one: that
+// might come to the bucket after it. It marks
 // the entry unsure, deletes the object, removes the entry, and then the near file, unless the
 // value has been put anew meanwhile. An object is deleted without asking unless the
 // index is sure that there is none, and no upload was ever begun.

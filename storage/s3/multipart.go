@@ -45,11 +45,12 @@ const partsAtOnce = 3
 // putFile stores a local file: in one call up to put_limit, else in equal parts. p
 // is where the upload stands: it goes on from there, and saved is called with what
 // it has come to, one call at a time, so that another process can go on after this.
-// The upload is over, and p worth nothing, when putFile returns nil.
+// The upload is over, and p worth nothing, when putFile returns nil. When wanted ends,
+// parts that are on their way are given up, and the error is errVoid.
 //
 // sum is the sha256 of the file in hexadecimal. It is what another file under the
 // same key is told from; in parts, nobody checks the whole against it.
-func (b *bucket) putFile(ctx context.Context, key, path string, size int64, sum string, p parts, saved func(parts) error) error {
+func (b *bucket) putFile(ctx, wanted context.Context, key, path string, size int64, sum string, p parts, saved func(parts) error) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return fmt.Errorf("s3: storing %s: %w", key, err)
@@ -73,6 +74,9 @@ func (b *bucket) putFile(ctx context.Context, key, path string, size int64, sum 
 		return b.put(ctx, key, io.NewSectionReader(f, 0, size), size, sum)
 	}
 	for {
+		if wanted.Err() != nil {
+			return errVoid
+		}
 		if !goesOn {
 			p = parts{Sum: sum, Size: part, ETags: make([]string, count)}
 			if p.Upload, err = b.create(ctx, key); err != nil {
@@ -83,7 +87,10 @@ func (b *bucket) putFile(ctx context.Context, key, path string, size int64, sum 
 			}
 			failpoint.Hit("s3.created")
 		}
-		err := b.putParts(ctx, key, f, size, p, saved)
+		err := b.putParts(wanted, key, f, size, p, saved)
+		if wanted.Err() != nil && ctx.Err() == nil {
+			return errVoid
+		}
 		if err == nil {
 			err = b.complete(ctx, key, size, p)
 		}

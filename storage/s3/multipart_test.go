@@ -64,7 +64,7 @@ func (f *file) save(p parts) error {
 }
 
 func (f *file) put(ctx context.Context, b *bucket) error {
-	return b.putFile(ctx, "k", f.path, int64(len(f.data)), f.sum, f.ledger, f.save)
+	return b.putFile(ctx, ctx, "k", f.path, int64(len(f.data)), f.sum, f.ledger, f.save)
 }
 
 func (f *file) arrived(double *s3double.Server) {
@@ -158,7 +158,7 @@ func TestResume(t *testing.T) {
 		double, b, f := parted(t, s3double.Options{})
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
-		err := b.putFile(ctx, "k", f.path, partedSize, f.sum, parts{}, func(p parts) error {
+		err := b.putFile(ctx, ctx, "k", f.path, partedSize, f.sum, parts{}, func(p parts) error {
 			f.save(p)
 			if f.saved == 2 {
 				cancel()
@@ -267,7 +267,7 @@ func TestResume(t *testing.T) {
 func TestSavingFails(t *testing.T) {
 	double, b, f := parted(t, s3double.Options{})
 	full := errors.New("disk full")
-	err := b.putFile(context.Background(), "k", f.path, partedSize, f.sum, parts{}, func(p parts) error {
+	err := b.putFile(context.Background(), context.Background(), "k", f.path, partedSize, f.sum, parts{}, func(p parts) error {
 		if p.ETags[0] != "" {
 			return full
 		}
@@ -452,7 +452,7 @@ func TestPartsNeedNoMemory(t *testing.T) {
 	}
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
-	if err := b.putFile(context.Background(), "k", path, 256<<20, "sum", parts{}, func(parts) error { return nil }); err != nil {
+	if err := b.putFile(context.Background(), context.Background(), "k", path, 256<<20, "sum", parts{}, func(parts) error { return nil }); err != nil {
 		t.Fatal(err)
 	}
 	runtime.ReadMemStats(&after)

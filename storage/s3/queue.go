@@ -209,7 +209,7 @@ func (q *queue) back(key string, err error, now time.Time) {
 		if e != nil { // put anew meanwhile
 			q.rouse()
 		}
-	case errors.Is(err, errTaken):
+	case errors.Is(err, errTaken), errors.Is(err, errVoid):
 		if e != nil {
 			e.Value.(*job).after = now.Add(retryTaken)
 		}
@@ -290,9 +290,14 @@ func (s *store) upload(key string, behind bool) error {
 	}
 	gen, wasTried := st.gen, st.tried
 	st.tried = true
+	wanted, yield := context.WithCancel(ctx)
+	defer yield()
+	if st.yield = yield; st.deletes > 0 {
+		yield()
+	}
 	p.mu.Unlock()
 	failpoint.Hit("s3.uploading")
-	e, began, err := s.send(ctx, key)
+	e, began, err := s.send(ctx, wanted, key)
 	failpoint.Hit("s3.uploaded")
 	p.mu.Lock()
 	if !began && !wasTried {
@@ -361,8 +366,9 @@ func (s *store) vouch(ctx context.Context, key string, info storage.Info) error 
 var errVanished = errors.New("it has vanished from the cache directory")
 
 // send sends the near file of a key, and returns the entry for it. began says that the
-// bucket may have it, or a part of it, though it failed.
-func (s *store) send(ctx context.Context, key string) (e entry, began bool, err error) {
+// bucket may have it, or a part of it, though it failed. wanted ends when the value is to
+// be deleted.
+func (s *store) send(ctx, wanted context.Context, key string) (e entry, began bool, err error) {
 	info, err := s.near.Stat(ctx, key)
 	if absent(err) {
 		return e, false, errVanished
@@ -379,7 +385,7 @@ func (s *store) send(ctx context.Context, key string) (e entry, began bool, err 
 				return e, false, err
 			}
 		}
-		return s.sendOther(ctx, key, path, e)
+		return s.sendOther(ctx, wanted, key, path, e)
 	}
 	hash := d.Encoded()
 	if d.Algorithm() != "sha256" || info.Doubtful {
@@ -406,7 +412,7 @@ func (s *store) send(ctx context.Context, key string) (e entry, began bool, err 
 		}
 		return there, false, err
 	}
-	return e, true, s.sendFile(ctx, key, path, info.Size, hash)
+	return e, true, s.sendFile(ctx, wanted, key, path, info.Size, hash)
 }
 
 // thereAlready asks for a blob of which it is not known whether the bucket has it. The
@@ -433,13 +439,13 @@ func (s *store) thereAlready(ctx context.Context, key string, size int64) (entry
 	return entry{size: o.size, etag: o.etag, modified: o.modified}, err
 }
 
-func (s *store) sendOther(ctx context.Context, key, path string, e entry) (entry, bool, error) {
+func (s *store) sendOther(ctx, wanted context.Context, key, path string, e entry) (entry, bool, error) {
 	if e.size > maxInline {
 		hash, err := hashFile(path)
 		if err != nil {
 			return e, false, err
 		}
-		return e, true, s.sendFile(ctx, key, path, e.size, hash)
+		return e, true, s.sendFile(ctx, wanted, key, path, e.size, hash)
 	}
 	data, err := s.near.Get(ctx, key, maxInline)
 	if err != nil {
@@ -456,14 +462,11 @@ func (s *store) sendOther(ctx context.Context, key, path string, e entry) (entry
 }
 
 // sendFile sends a file, going on where an earlier try has ended.
-func (s *store) sendFile(ctx context.Context, key, path string, size int64, hash string) error {
+func (s *store) sendFile(ctx, wanted context.Context, key, path string, size int64, hash string) error {
 	l := s.ledger(key)
-	err := s.bucket.putFile(ctx, key, path, size, hash, l.read(), func(p parts) error {
+	err := s.bucket.putFile(ctx, wanted, key, path, size, hash, l.read(), func(p parts) error {
 		err := l.write(p)
 		failpoint.Hit("s3.part")
-		if err == nil && s.void(key) {
-			err = errVoid
-		}
 		return err
 	})
 	s.said(err)
@@ -473,19 +476,11 @@ func (s *store) sendFile(ctx context.Context, key, path string, size int64, hash
 	return err
 }
 
-// errVoid is why an upload ends before its last step: the value is to be deleted.
-// Once S3 has been sent all of it, it is too late for that. Nor is a call ended in
-// which a value is sent whole: S3 may have it and store it after the deletion.
+// errVoid is why an upload in parts ends before its last step: the value is to be
+// deleted. Parts that S3 gets later are those of an upload that is given up. Once it has
+// been asked to make them one it is too late for that. Nor is a call ended in which a
+// value is sent whole: S3 may have it and store it after the deletion.
 var errVoid = errors.New("it is to be deleted")
-
-// void reports whether somebody waits for a key's slot to delete its value.
-func (s *store) void(key string) bool {
-	p := s.stripe(key)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	st := p.states[key]
-	return st != nil && st.deletes > 0
-}
 
 // A ledger is where an upload in parts stands: a file beside the near tier.
 type ledger struct {

@@ -27,6 +27,7 @@ type state struct {
 	tried   bool          // S3 may have been sent it
 	slot    chan struct{} // closed when the slot is given back; nil: it is free
 	deletes int           // who waits for the slot to delete
+	yield   func()        // of the upload that has the slot: ends it, if it is not too late
 }
 
 func (s *store) stripe(key string) *stripe {
@@ -247,6 +248,9 @@ func (s *store) take(ctx context.Context, p *stripe, key string, deletion bool) 
 		slot := st.slot
 		if deletion {
 			st.deletes++
+			if st.yield != nil {
+				st.yield()
+			}
 		}
 		p.mu.Unlock()
 		select {
@@ -268,6 +272,6 @@ func (s *store) take(ctx context.Context, p *stripe, key string, deletion bool) 
 func (s *store) give(p *stripe, key string) {
 	st := p.states[key]
 	close(st.slot)
-	st.slot = nil
+	st.slot, st.yield = nil, nil
 	p.settle(key)
 }

@@ -416,7 +416,7 @@ func (s *store) PutFile(ctx context.Context, key, path string, d storage.Durabil
 		if err != nil {
 			return err
 		}
-		err = s.bucket.putFile(ctx, key, path, stat.Size(), hash, parts{}, func(parts) error { return nil })
+		err = s.bucket.putFile(ctx, ctx, key, path, stat.Size(), hash, parts{}, func(parts) error { return nil })
 		s.said(err)
 		if err != nil {
 			return err
