@@ -365,21 +365,29 @@ func (b *bucket) look(ctx context.Context, key string) (object, time.Duration, e
 		return object{}, 0, err
 	}
 	o := object{key: key, size: aws.ToInt64(out.ContentLength), etag: aws.ToString(out.ETag), modified: aws.ToTime(out.LastModified)}
-	served, ok := middleware.GetServerTime(out.ResultMetadata)
-	if !ok {
-		served = time.Now()
-	}
-	return o, served.Sub(o.modified), nil
+	return o, serverTime(out.ResultMetadata).Sub(o.modified), nil
 }
+
+// serverTime is when an answer was given, by the clock of the server if it says so.
+func serverTime(of smithy.Metadata) time.Time {
+	if served, ok := middleware.GetServerTime(of); ok {
+		return served
+	}
+	return time.Now()
+}
+
+// clockSlack is by how much times of one server may differ: they are in seconds, and
+// its machines have a clock each.
+const clockSlack = 2 * time.Second
 
 // put stores size bytes under a key, in one call. sum is their sha256 in
 // hexadecimal; it is what is signed, so the bytes are not read for that. If it is
-// empty they are.
-func (b *bucket) put(ctx context.Context, key string, body io.ReadSeeker, size int64, sum string) error {
+// empty they are. It returns the ETag, if the server has told it.
+func (b *bucket) put(ctx context.Context, key string, body io.ReadSeeker, size int64, sum string) (etag string, err error) {
 	if sum == "" {
 		var err error
 		if sum, err = hashed(ctx, body); err != nil {
-			return fmt.Errorf("s3: storing %s: %w", key, err)
+			return "", fmt.Errorf("s3: storing %s: %w", key, err)
 		}
 	}
 	began := time.Now()
@@ -389,27 +397,32 @@ func (b *bucket) put(ctx context.Context, key string, body io.ReadSeeker, size i
 	if size >= worthAsking {
 		landed = func(ctx context.Context) bool {
 			o, age, err := b.look(ctx, key)
-			return err == nil && o.size == size && age <= time.Since(began)+2*time.Second
+			return err == nil && o.size == size && age <= time.Since(began)+clockSlack
 		}
 	}
-	return b.call(ctx, opPut, key, func(ctx context.Context, c *s3.Client) error {
+	err = b.call(ctx, opPut, key, func(ctx context.Context, c *s3.Client) error {
 		if _, err := body.Seek(0, io.SeekStart); err != nil {
 			return err
 		}
-		_, err := c.PutObject(ctx, &s3.PutObjectInput{
+		out, err := c.PutObject(ctx, &s3.PutObjectInput{
 			Bucket:        &b.name,
 			Key:           b.full(key),
 			Body:          body,
 			ContentLength: &size,
 			ContentType:   aws.String("application/octet-stream"),
 		}, signedAs(sum))
+		if err == nil {
+			etag = aws.ToString(out.ETag)
+		}
 		return err
 	}, landed)
+	return etag, err
 }
 
 // putBytes is put for bytes.
 func (b *bucket) putBytes(ctx context.Context, key string, data []byte) error {
-	return b.put(ctx, key, bytes.NewReader(data), int64(len(data)), "")
+	_, err := b.put(ctx, key, bytes.NewReader(data), int64(len(data)), "")
+	return err
 }
 
 // hashed is the sha256 of a body, in hexadecimal.

@@ -69,7 +69,7 @@ func TestObjects(t *testing.T) {
 			b := connect(t, s)
 			data, sum := content(10_000)
 			const key = "docker/registry/v2/some+odd key%41/ä"
-			if err := b.put(ctx, key, bytes.NewReader(data), int64(len(data)), sum); err != nil {
+			if _, err := b.put(ctx, key, bytes.NewReader(data), int64(len(data)), sum); err != nil {
 				t.Fatal(err)
 			}
 			if got, _ := double.Read(strings.TrimPrefix(prefix+"/"+key, "/")); !bytes.Equal(got, data) {
@@ -142,7 +142,7 @@ func TestCalls(t *testing.T) {
 	double := s3double.New(t, s3double.Options{})
 	b := connect(t, settingsOf(double))
 	data, sum := content(9 << 20) // enough to be asked for before it is sent
-	if err := b.put(ctx, "k", bytes.NewReader(data), int64(len(data)), sum); err != nil {
+	if _, err := b.put(ctx, "k", bytes.NewReader(data), int64(len(data)), sum); err != nil {
 		t.Fatal(err)
 	}
 	readAll(t, b, "k", 0, -1)

@@ -390,12 +390,12 @@ func TestSlowServer(t *testing.T) {
 			}
 			return says(r, 200, "")
 		})
-		if err := b.put(context.Background(), "k", bytes.NewReader(data), 100, sum); err != nil {
+		if _, err := b.put(context.Background(), "k", bytes.NewReader(data), 100, sum); err != nil {
 			t.Errorf("a slow server: %v", err)
 		}
 		pause += 2 * time.Second
 		began := time.Now()
-		err := b.put(context.Background(), "k", bytes.NewReader(data), 100, sum)
+		_, err := b.put(context.Background(), "k", bytes.NewReader(data), 100, sum)
 		if !errors.Is(err, storage.ErrUnavailable) || !strings.Contains(err.Error(), "nothing came for too long") {
 			t.Errorf("a server that stands still: %v", err)
 		}
@@ -591,7 +591,7 @@ func TestLostAnswerOfPut(t *testing.T) {
 					}
 					return says(r, 400, "")
 				})
-				if err := b.put(context.Background(), "k", bytes.NewReader(data), int64(c.size), sum); err != nil {
+				if _, err := b.put(context.Background(), "k", bytes.NewReader(data), int64(c.size), sum); err != nil {
 					t.Fatal(err)
 				}
 				if puts != c.puts || heads != c.head {

@@ -200,8 +200,13 @@ func (s *store) Presign(ctx context.Context, method, key string, life time.Durat
 		case f == pending, f == missing, wrong, e.is(distrusted):
 			return "", notThere("presign", key)
 		case f == unknown:
-			if _, err := s.ask(ctx, key, version); err != nil {
+			e, err := s.ask(ctx, key, version)
+			if err != nil {
 				return "", err
+			}
+			// What is near is what is asked for, and is on its way if that differs.
+			if info, err := s.near.Stat(ctx, key); err == nil && !info.Doubtful && info.Size != e.size {
+				return "", notThere("presign", key)
 			}
 		}
 	}

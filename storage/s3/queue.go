@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"container/list"
 	"context"
-	"crypto/md5"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -453,10 +452,8 @@ func (s *store) sendOther(ctx, wanted context.Context, key, path string, e entry
 	}
 	e.data, e.size = data, int64(len(data))
 	e.flags |= held
-	// What most give as the ETag of what came in one piece. If it is not, the value
-	// is read once more when it has been listed.
-	e.etag = fmt.Sprintf("%x", md5.Sum(data))
-	err = s.bucket.put(ctx, key, bytes.NewReader(data), e.size, sum(data))
+	// If it is not told, the value is read once more when it has been listed.
+	e.etag, err = s.bucket.put(ctx, key, bytes.NewReader(data), e.size, sum(data))
 	s.said(err)
 	return e, true, err
 }

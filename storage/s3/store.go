@@ -388,7 +388,7 @@ func (s *store) Put(ctx context.Context, key string, data []byte, d storage.Dura
 	case local:
 		return s.near.Put(ctx, key, data, d)
 	case upload:
-		err := s.bucket.put(ctx, key, bytes.NewReader(data), int64(len(data)), sum(data))
+		_, err := s.bucket.put(ctx, key, bytes.NewReader(data), int64(len(data)), sum(data))
 		s.said(err)
 		if err == nil {
 			s.trace(key, int64(len(data)))

@@ -2,10 +2,12 @@ package s3
 
 import (
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/caddy-registry/mirror/internal/regtest/s3double"
 	"github.com/caddy-registry/mirror/storage"
@@ -112,4 +114,50 @@ func TestNearWithoutIndex(t *testing.T) {
 		t.Errorf("of what is only in the bucket: %v", err)
 	}
 	d.Up(t)
+}
+
+// TestPresignUnproven: no URL is made of an object that is not what is near.
+func TestPresignUnproven(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	dir := t.TempDir()
+	s := listedAt(t, d, dir)
+	good, data := blobOf("good", 10_000)
+	short, more := blobOf("short", 10_000)
+	mustPut(t, s, good, data, storage.Durable)
+	mustPut(t, s, short, more, storage.Durable)
+	closed(t, s)
+	d.Write(short, more[:9000])
+	loseIndex(t, dir)
+	let := make(chan struct{})
+	defer close(let)
+	end := d.Strike(s3double.Fault{Op: s3double.ListObjectsV2, Hold: let})
+	defer end()
+	st, err := d.open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s = st.(*store)
+	defer closed(t, s)
+	if _, err := s.Presign(t.Context(), "GET", good, time.Minute); err != nil {
+		t.Errorf("Presign: %v", err)
+	}
+	if _, err := s.Presign(t.Context(), "GET", short, time.Minute); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("Presign of an object that was cut short: %v", err)
+	}
+}
+
+// TestOddETags: what was put here is not read again because its ETag is no MD5 sum.
+func TestOddETags(t *testing.T) {
+	d := newDouble(t, s3double.Options{Quirks: s3double.Quirks{OddETags: true}}, nil)
+	s := listedAt(t, d, t.TempDir())
+	defer closed(t, s)
+	mustPut(t, s, linkOf("a"), []byte("sha256:x"), storage.Durable)
+	if err := s.Relist(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	d.Forget()
+	wantValue(t, s, linkOf("a"), []byte("sha256:x"))
+	if calls := contentCalls(d); len(calls) > 0 {
+		t.Errorf("S3 was asked for %q", calls)
+	}
 }

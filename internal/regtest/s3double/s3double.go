@@ -417,7 +417,7 @@ func (s *Server) dispatch(r *http.Request, call *Call, sum string, quirks Quirks
 	case GetObject, HeadObject:
 		return s.getObject(r, call)
 	case PutObject:
-		return s.putObject(r, call, sum)
+		return s.putObject(r, call, sum, quirks)
 	case DeleteObject:
 		s.remove(call.Bucket, call.Key)
 		return answer{status: http.StatusNoContent}, nil
