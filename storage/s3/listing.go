@@ -2,7 +2,6 @@ package s3
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -312,6 +311,19 @@ func (s *store) lists() {
 	}
 }
 
+// sweepLedgers removes what is no ledger, before there are others than those that an
+// earlier process has left.
+func (s *store) sweepLedgers() error {
+	files, err := os.ReadDir(s.ledgers())
+	for _, file := range files {
+		path := filepath.Join(s.ledgers(), file.Name())
+		if _, err := readLedger(path); err != nil {
+			os.Remove(path)
+		}
+	}
+	return err
+}
+
 // tidyLedgers ends uploads in parts that will not be gone on with, and returns the
 // others.
 func (s *store) tidyLedgers(ctx context.Context) (claimed map[string]bool) {
@@ -321,26 +333,37 @@ func (s *store) tidyLedgers(ctx context.Context) (claimed map[string]bool) {
 	}
 	claimed = map[string]bool{}
 	for _, file := range files {
-		path := filepath.Join(s.ledgers(), file.Name())
-		var page ledgerPage
-		data, err := os.ReadFile(path)
-		if err == nil {
-			err = json.Unmarshal(data, &page)
-		}
+		page, err := readLedger(filepath.Join(s.ledgers(), file.Name()))
 		if err != nil {
-			os.Remove(path)
-			continue
+			continue // it is being written, or has just gone
 		}
-		p := s.stripe(page.Key)
-		p.mu.Lock()
-		st := p.states[page.Key]
-		p.mu.Unlock()
-		if st == nil && s.forgo(ctx, page.Key) == nil {
-			continue
+		if !s.endIdle(ctx, page.Key) {
+			claimed[page.Parts.Upload] = true
 		}
-		claimed[page.Parts.Upload] = true
 	}
 	return claimed
+}
+
+// endIdle ends what was begun in parts under a key, if nothing is going on with it. It
+// takes the slot, so that it does not end what is begun meanwhile.
+func (s *store) endIdle(ctx context.Context, key string) (ended bool) {
+	p := s.stripe(key)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.states[key] != nil {
+		return false
+	}
+	if _, err := s.near.Stat(ctx, key); !absent(err) && !s.spare(p, key) {
+		return false // it may turn out that it has to be uploaded
+	}
+	if _, err := s.take(ctx, p, key, false); err != nil {
+		return false
+	}
+	defer s.give(p, key)
+	p.mu.Unlock()
+	err := s.forgo(ctx, key)
+	p.mu.Lock()
+	return err == nil
 }
 
 // sweepUploads ends uploads in parts that somebody has begun and left.

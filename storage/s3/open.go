@@ -112,6 +112,9 @@ func openWith(ctx context.Context, near *disk.Disk, b *bucket, settings settings
 	if err := os.MkdirAll(s.ledgers(), 0o750); err != nil {
 		return nil, fmt.Errorf("s3 storage: %w", err)
 	}
+	if err := s.sweepLedgers(); err != nil {
+		return nil, fmt.Errorf("s3 storage: %w", err)
+	}
 	if s.owner.node, err = nodeName(own); err != nil {
 		return nil, fmt.Errorf("s3 storage: naming the cache directory: %w", err)
 	}

@@ -499,12 +499,19 @@ func (s *store) ledger(key string) ledger {
 // read is what the ledger says. One that cannot be read says nothing; what it was
 // about is swept.
 func (l ledger) read() parts {
-	var page ledgerPage
-	data, err := os.ReadFile(l.path)
-	if err != nil || json.Unmarshal(data, &page) != nil || page.Key != l.key {
+	page, err := readLedger(l.path)
+	if err != nil || page.Key != l.key {
 		return parts{}
 	}
 	return page.Parts
+}
+
+func readLedger(path string) (page ledgerPage, err error) {
+	data, err := os.ReadFile(path)
+	if err == nil {
+		err = json.Unmarshal(data, &page)
+	}
+	return page, err
 }
 
 func (l ledger) write(p parts) error {
