@@ -101,6 +101,15 @@ func newBucket(ctx context.Context, s settings) (*bucket, error) {
 // configure has later calls use other credentials, limits and ways. Endpoint, bucket
 // and prefix are those of newBucket.
 func (b *bucket) configure(ctx context.Context, s settings) error {
+	r, err := b.prepare(ctx, s)
+	if err == nil {
+		b.remote.Store(r)
+	}
+	return err
+}
+
+// prepare is what configure does before anything changes.
+func (b *bucket) prepare(ctx context.Context, s settings) (*remote, error) {
 	r := &remote{settings: s, refresh: func() {}, secrets: strings.NewReplacer()}
 	region := s.Region
 	if region == "" && s.Endpoint != "" {
@@ -114,7 +123,7 @@ func (b *bucket) configure(ctx context.Context, s settings) error {
 	if provider == nil || region == "" {
 		chain, err := config.LoadDefaultConfig(ctx, config.WithLogger(logging.Nop{}))
 		if err != nil {
-			return fmt.Errorf("s3: reading AWS's configuration from the environment and its files: %w", err)
+			return nil, fmt.Errorf("s3: reading AWS's configuration from the environment and its files: %w", err)
 		}
 		if region == "" {
 			region = chain.Region
@@ -127,7 +136,7 @@ func (b *bucket) configure(ctx context.Context, s settings) error {
 		}
 	}
 	if region == "" {
-		return errors.New("s3: no region: give the region of the bucket, or set AWS_REGION")
+		return nil, errors.New("s3: no region: give the region of the bucket, or set AWS_REGION")
 	}
 	options := s3.Options{
 		Region:       region,
@@ -146,7 +155,21 @@ func (b *bucket) configure(ctx context.Context, s settings) error {
 		options.BaseEndpoint = aws.String(strings.TrimSuffix(s.Endpoint, "/"))
 	}
 	r.client = s3.New(options)
-	b.remote.Store(r)
+	return r, nil
+}
+
+// refusal asks once, as r says, and returns what the server has against that if it will
+// not change by itself. That it does not answer is no matter.
+func (b *bucket) refusal(ctx context.Context, r *remote) error {
+	ctx, cancel := context.WithTimeout(context.WithValue(ctx, operationKey{}, opGet), greeting)
+	defer cancel()
+	out, err := r.client.GetObject(ctx, &s3.GetObjectInput{Bucket: &b.name, Key: b.full(ownerKey)})
+	if err == nil {
+		out.Body.Close()
+	} else if err = b.fault(r, opGet, ownerKey, err); !absent(err) {
+		return hopeless(err)
+	}
+	b.breaker.answered()
 	return nil
 }
 

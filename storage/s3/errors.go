@@ -157,7 +157,7 @@ func (b *bucket) fault(r *remote, o operation, key string, err error) *fault {
 		return say("%s has no bucket %s: make it, or correct its name, the endpoint or the region", b.host(), b.name)
 	case "NoSuchUpload", "InvalidPart", "InvalidPartOrder":
 		return say("%s", told)
-	case "XAdminUserNotFound":
+	case "XAdminUserNotFound", "InvalidToken":
 		// versitygw says so of a key that it does not know, with 404: it is not the
 		// object that is absent.
 		f.is = storage.ErrUnavailable

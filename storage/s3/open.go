@@ -22,6 +22,7 @@ import (
 const (
 	tidyEvery = 10 * time.Second
 	firstCall = 10 * time.Second // how long an S3 that hangs holds up a start
+	greeting  = 5 * time.Second  // and a reload
 	maxAsked  = 20_000
 	maxWrong  = 10_000
 )
@@ -69,11 +70,20 @@ func identity(s settings) string {
 	return strings.Join([]string{at, s.Bucket, s.Prefix}, " ")
 }
 
-// configure has the store use other settings from now on.
+// configure has the store use other settings from now on. If S3 refuses them, it fails
+// and keeps to those it has.
 func (s *store) configure(to settings) error {
-	if err := s.bucket.configure(s.ctx, to); err != nil {
+	r, err := s.bucket.prepare(s.ctx, to)
+	if err != nil {
 		return err
 	}
+	if was := s.settings.Load(); was.AccessKey != to.AccessKey || was.SecretKey != to.SecretKey || was.Region != to.Region || was.PathStyle != to.PathStyle {
+		if err := s.bucket.refusal(s.ctx, r); err != nil {
+			return err
+		}
+		s.queue.answered()
+	}
+	s.bucket.remote.Store(r)
 	s.settings.Store(&to)
 	s.budget.mu.Lock()
 	s.budget.limit = to.CacheSize

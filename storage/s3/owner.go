@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -355,9 +356,12 @@ func hopeless(err error) error {
 		return nil
 	}
 	switch f.code {
-	case "NoSuchBucket", "XAdminUserNotFound", "PermanentRedirect", "AuthorizationHeaderMalformed":
+	case "NoSuchBucket", "InvalidBucketName", "XAdminUserNotFound", "InvalidToken",
+		"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "InvalidLocationConstraint":
 	default:
-		if f.status != 401 && f.status != 403 {
+		switch f.status {
+		case http.StatusUnauthorized, http.StatusForbidden, http.StatusMovedPermanently, http.StatusPermanentRedirect:
+		default:
 			return nil
 		}
 	}
