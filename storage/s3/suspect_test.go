@@ -2,6 +2,8 @@ package s3
 
 import (
 	"errors"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -83,6 +85,39 @@ func TestSuspect(t *testing.T) {
 			beat(t, b)
 			wantShared(t, "half a minute later", b, false)
 		})
+	}
+}
+
+// TestUnprovenBesideAnother: beside the mark of another what is pending is uploaded, in
+// its order, whatever becomes of the other.
+func TestUnprovenBesideAnother(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	c := &clock{now: time.Now()}
+	dir := t.TempDir()
+	a := still(t, d, dir, c)
+	if err := a.Listed(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	d.Down()
+	key, data := blobOf("blob", 1000)
+	mustPut(t, a, key, data, storage.Lazy)
+	mustPut(t, a, linkOf("a"), []byte("sha256:1"), storage.Lazy)
+	dir = abandon(t, a)
+	d.Up(t)
+	// It has come and is killed, and has not written last for all that is known.
+	m, _ := d.Read(ownerKey)
+	d.Write(ownerKey, []byte(strings.Replace(string(m), `{"owners":{`, `{"owners":{"another":{"beat":7},`, 1)))
+	d.Forget()
+	a = still(t, d, dir, c)
+	defer closed(t, a)
+	wantShared(t, "beside the other", a, true)
+	uploaded(t, a)
+	var puts []string
+	for _, call := range contentCalls(d, s3double.PutObject) {
+		puts = append(puts, strings.TrimPrefix(call, "PutObject "))
+	}
+	if !slices.Equal(puts, []string{key, linkOf("a")}) {
+		t.Errorf("S3 was sent %q", puts)
 	}
 }
 
