@@ -76,6 +76,8 @@
 // Each store leaves a mark in the bucket. While there is another's, the store asks S3
 // again for what it has not asked in the last two seconds, but for blobs it has seen,
 // and lists there. When the other's mark is gone the bucket is listed, and the index is
-// believed again. Ten minutes after any such listing there is a second one, for what
+// believed again. A mark that was there before the store, and has not been renewed since,
+// may be that of a process that was killed: as long as S3 does not answer, the store then
+// goes by what it knows. Ten minutes after any such listing there is a second one, for what
 // the first missed of others because it lagged.
 package s3

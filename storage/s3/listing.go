@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"hash/maphash"
 	"iter"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -308,73 +306,6 @@ func (s *store) lists() {
 			}
 			timer.Stop()
 		}
-	}
-}
-
-// sweepLedgers removes what is no ledger, before there are others than those that an
-// earlier process has left.
-func (s *store) sweepLedgers() error {
-	files, err := os.ReadDir(s.ledgers())
-	for _, file := range files {
-		path := filepath.Join(s.ledgers(), file.Name())
-		if _, err := readLedger(path); err != nil {
-			os.Remove(path)
-		}
-	}
-	return err
-}
-
-// tidyLedgers ends uploads in parts that will not be gone on with, and returns the
-// others.
-func (s *store) tidyLedgers(ctx context.Context) (claimed map[string]bool) {
-	files, err := os.ReadDir(s.ledgers())
-	if err != nil {
-		return nil
-	}
-	claimed = map[string]bool{}
-	for _, file := range files {
-		page, err := readLedger(filepath.Join(s.ledgers(), file.Name()))
-		if err != nil {
-			continue // it is being written, or has just gone
-		}
-		if !s.endIdle(ctx, page.Key) {
-			claimed[page.Parts.Upload] = true
-		}
-	}
-	return claimed
-}
-
-// endIdle ends what was begun in parts under a key, if nothing is going on with it. It
-// takes the slot, so that it does not end what is begun meanwhile.
-func (s *store) endIdle(ctx context.Context, key string) (ended bool) {
-	p := s.stripe(key)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.states[key] != nil {
-		return false
-	}
-	if _, err := s.near.Stat(ctx, key); !absent(err) && !s.spare(p, key) {
-		return false // it may turn out that it has to be uploaded
-	}
-	if _, err := s.take(ctx, p, key, false); err != nil {
-		return false
-	}
-	defer s.give(p, key)
-	p.mu.Unlock()
-	err := s.forgo(ctx, key)
-	p.mu.Lock()
-	return err == nil
-}
-
-// sweepUploads ends uploads in parts that somebody has begun and left.
-func (s *store) sweepUploads(ctx context.Context) {
-	claimed := s.tidyLedgers(ctx)
-	if claimed == nil || s.owner.shared.Load() {
-		return // they may be the other's
-	}
-	_, err := s.bucket.sweepUploads(ctx, sweepAge, func(_, upload string) bool { return claimed[upload] })
-	if err != nil && ctx.Err() == nil {
-		s.log.Info("uploads in parts that nobody goes on with could not be swept", zap.Error(err))
 	}
 }
 

@@ -235,7 +235,7 @@ func (s *store) share(other string, suspect bool) {
 	switch {
 	case other != "" && !was:
 		// Whoever keeps the store is loud about it.
-		s.log.Info("another mirror is using the bucket, or was until less than half a minute ago", zap.String("other", other))
+		s.log.Info("another mirror is using the bucket, or was killed", zap.String("other", other))
 		s.asked.Purge()
 		s.memos.Purge()
 		s.owner.suspect.Store(suspect)

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -478,70 +477,6 @@ func (s *store) sendFile(ctx, wanted context.Context, key, path string, size int
 // been asked to make them one it is too late for that. Nor is a call ended in which a
 // value is sent whole: S3 may have it and store it after the deletion.
 var errVoid = errors.New("it is to be deleted")
-
-// A ledger is where an upload in parts stands: a file beside the near tier.
-type ledger struct {
-	key, path string
-}
-
-// page is what is in a ledger.
-type ledgerPage struct {
-	Key   string `json:"key"`
-	Parts parts  `json:"parts"`
-}
-
-func (s *store) ledgers() string { return filepath.Join(s.root, filepath.FromSlash(ownDir), "parts") }
-
-func (s *store) ledger(key string) ledger {
-	return ledger{key, filepath.Join(s.ledgers(), sum([]byte(key))+".json")}
-}
-
-// read is what the ledger says. One that cannot be read says nothing; what it was
-// about is swept.
-func (l ledger) read() parts {
-	page, err := readLedger(l.path)
-	if err != nil || page.Key != l.key {
-		return parts{}
-	}
-	return page.Parts
-}
-
-func readLedger(path string) (page ledgerPage, err error) {
-	data, err := os.ReadFile(path)
-	if err == nil {
-		err = json.Unmarshal(data, &page)
-	}
-	return page, err
-}
-
-func (l ledger) write(p parts) error {
-	data, err := json.Marshal(ledgerPage{l.key, p})
-	if err != nil {
-		return err
-	}
-	if err := os.WriteFile(l.path+".new", data, 0o640); err != nil {
-		return err
-	}
-	return os.Rename(l.path+".new", l.path)
-}
-
-func (l ledger) remove() { os.Remove(l.path) }
-
-// forgo ends the upload in parts of a value that is to be deleted.
-func (s *store) forgo(ctx context.Context, key string) error {
-	l := s.ledger(key)
-	p := l.read()
-	if p.Upload == "" {
-		return nil
-	}
-	err := s.bucket.abort(ctx, key, p)
-	s.said(err)
-	if err == nil || absent(err) {
-		l.remove()
-		return nil
-	}
-	return err
-}
 
 // Sync implements storage.Store.
 func (s *store) Sync(ctx context.Context, keys ...string) error {
