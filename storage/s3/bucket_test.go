@@ -313,6 +313,29 @@ func TestListEnds(t *testing.T) {
 	})
 }
 
+// TestNoListing: a proxy's page is no empty bucket.
+func TestNoListing(t *testing.T) {
+	for _, answer := range []string{"", "<html></html>", "<html><body>it works</body></html>"} {
+		for _, v1 := range []bool{false, true} {
+			b := scripted(t, func(_ int, r *http.Request) (*http.Response, error) { return says(r, 200, answer) })
+			s := b.remote.Load().settings
+			s.ListV1 = v1
+			if err := b.configure(context.Background(), s); err != nil {
+				t.Fatal(err)
+			}
+			listed := 0
+			var failed error
+			for _, err := range b.list(context.Background(), "", true) {
+				listed++
+				failed = err
+			}
+			if listed != 1 || !errors.Is(failed, storage.ErrUnavailable) {
+				t.Errorf("%q, v1 %v: %d, %v", answer, v1, listed, failed)
+			}
+		}
+	}
+}
+
 func TestListStopsWhenNobodyWantsMore(t *testing.T) {
 	double := s3double.New(t, s3double.Options{Page: 2})
 	b := connect(t, settingsOf(double))
