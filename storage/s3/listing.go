@@ -188,13 +188,13 @@ func (s *store) prove(ctx context.Context) error {
 			s.compare(ctx, info, true)
 		}
 	}
-	s.queue.release()
+	s.queue.release(unmet | unproven)
 	return nil
 }
 
 // compare finds out what a near blob is. listed says that the bucket has been listed
-// before. If it has not, the blob may remain unproven.
-func (s *store) compare(ctx context.Context, info storage.Info, listed bool) (unproven bool) {
+// before. If it has not, the blob may remain undecided.
+func (s *store) compare(ctx context.Context, info storage.Info, listed bool) (undecided bool) {
 	p := s.stripe(info.Key)
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -223,7 +223,7 @@ func (s *store) compare(ctx context.Context, info storage.Info, listed bool) (un
 // known which blobs the bucket lacks, nothing that may speak of them is uploaded unless
 // somebody waits for it: a loss of this disk would leave links to nothing.
 func (s *store) survey(ctx context.Context) error {
-	unproven := false
+	undecided := false
 	for info, err := range s.near.List(ctx, "", true) {
 		if err != nil {
 			return err
@@ -234,7 +234,7 @@ func (s *store) survey(ctx context.Context) error {
 		}
 		s.budget.holds(occupied(info.Size))
 		if k == blob {
-			unproven = s.compare(ctx, info, false) || unproven
+			undecided = s.compare(ctx, info, false) || undecided
 			continue
 		}
 		p := s.stripe(info.Key)
@@ -242,8 +242,8 @@ func (s *store) survey(ctx context.Context) error {
 		s.await(p, info.Key, k, info.Size).tried = true
 		p.mu.Unlock()
 	}
-	if !unproven {
-		s.queue.release()
+	if !undecided {
+		s.queue.release(unproven)
 	}
 	return nil
 }

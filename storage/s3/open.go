@@ -158,7 +158,7 @@ func openWith(ctx context.Context, near *disk.Disk, b *bucket, settings settings
 	if err := s.survey(ctx); err != nil {
 		return nil, fmt.Errorf("s3 storage: looking at what is near: %w", err)
 	}
-	if !s.index.complete.Load() || s.queue.holds() {
+	if !s.index.complete.Load() || s.owner.met.Load() && s.queue.holds() {
 		s.listing.ask()
 	}
 	for _, work := range []func(){s.carry, s.carry, s.lists, s.beats, s.tidy} {

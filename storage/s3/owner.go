@@ -133,6 +133,8 @@ func (s *store) beatOnce(ctx context.Context) error {
 			if err := s.disbelieve(); err != nil {
 				return err
 			}
+		} else {
+			s.queue.release(unmet)
 		}
 		o.met.Store(true)
 	case m.Last != o.node && m.Last != o.last && o.others[m.Last] == nil:

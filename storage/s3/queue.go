@@ -35,9 +35,17 @@ type queue struct {
 	pause  time.Duration // how long it stands still after the next failure
 	until  time.Time     // it stands still
 	heard  uint64        // counts the answers of S3
-	held   bool          // what is no blob is not taken, until release
+	held   hold          // why what is no blob is not taken yet; 0: it is
 	wake   chan struct{}
 }
+
+// A hold is a reason why it is not known of every near blob whether the bucket has it.
+type hold uint8
+
+const (
+	unmet    hold = 1 << iota // S3 has not been asked who has used the bucket since
+	unproven                  // the index does not tell
+)
 
 // A job is one pending value.
 type job struct {
@@ -61,7 +69,7 @@ const (
 )
 
 func newQueue() *queue {
-	return &queue{blobs: list.New(), others: list.New(), jobs: map[string]*list.Element{}, held: true, wake: make(chan struct{}, workers)}
+	return &queue{blobs: list.New(), others: list.New(), jobs: map[string]*list.Element{}, held: unmet | unproven, wake: make(chan struct{}, workers)}
 }
 
 func (q *queue) list(blob bool) *list.List {
@@ -81,14 +89,17 @@ func (q *queue) rouse() {
 	}
 }
 
-// release lets go what is no blob, behind the blobs there are by now.
-func (q *queue) release() {
+// release ends a hold. With the last, what is no blob may go, behind the blobs there are
+// by then.
+func (q *queue) release(h hold) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if !q.held {
+	if q.held == 0 {
 		return
 	}
-	q.held = false
+	if q.held &^= h; q.held != 0 {
+		return
+	}
 	for e := q.others.Front(); e != nil; e = e.Next() {
 		q.seq++
 		e.Value.(*job).seq = q.seq
@@ -100,7 +111,7 @@ func (q *queue) release() {
 func (q *queue) holds() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.held
+	return q.held != 0
 }
 
 // add puts a value at the end. One that is in the queue stays where it is, and is
@@ -183,7 +194,7 @@ func (q *queue) next(now time.Time) (key string, wait time.Duration, ok bool) {
 	if scan(q.blobs, ^uint64(0)) {
 		return key, 0, true
 	}
-	if q.held {
+	if q.held != 0 {
 		return "", wait, false
 	}
 	first := ^uint64(0)

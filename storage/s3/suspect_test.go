@@ -2,6 +2,7 @@ package s3
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -118,6 +119,52 @@ func TestUnprovenBesideAnother(t *testing.T) {
 	}
 	if !slices.Equal(puts, []string{key, linkOf("a")}) {
 		t.Errorf("S3 was sent %q", puts)
+	}
+}
+
+// TestLinksWaitForTheMarks: what was believed while S3 could not be asked may not be so:
+// links wait until it is known which blobs another has taken away.
+func TestLinksWaitForTheMarks(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	c := &clock{now: time.Now()}
+	dir := t.TempDir()
+	a := still(t, d, dir, c)
+	if err := a.Listed(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	key, data := blobOf("blob", 1000)
+	mustPut(t, a, key, data, storage.Durable)
+	closed(t, a)
+	for _, meanwhile := range []bool{true, false} {
+		link := linkOf(fmt.Sprint(meanwhile))
+		if meanwhile {
+			d.Remove(key)
+			d.Write(ownerKey, []byte(`{"last":"another"}`))
+		}
+		d.Down()
+		a = still(t, d, dir, c)
+		mustPut(t, a, link, []byte("sha256:1"), storage.Lazy)
+		d.Up(t)
+		d.Forget()
+		eventually(t, "an upload", func() error { // which wakes the others
+			return a.Put(t.Context(), linkOf("waited for"), fmt.Append(nil, time.Now()), storage.Durable)
+		})
+		eventually(t, "a beat", func() error { return a.beatOnce(t.Context()) })
+		uploaded(t, a)
+		var puts []string
+		for _, call := range contentCalls(d, s3double.PutObject) {
+			if call = strings.TrimPrefix(call, "PutObject "); call == key || call == link {
+				puts = append(puts, call)
+			}
+		}
+		want := []string{link}
+		if meanwhile {
+			want = []string{key, link}
+		}
+		if !slices.Equal(puts, want) {
+			t.Errorf("meanwhile %v: S3 was sent %q", meanwhile, puts)
+		}
+		closed(t, a)
 	}
 }
 
