@@ -45,7 +45,8 @@ func TestS3Store(t *testing.T) {
 func (s *s3Server) place(t *testing.T, prefix string) storagetest.Place {
 	client := s.client()
 	full := func(key string) *string { return aws.String(prefix + "/" + key) }
-	t.Cleanup(func() { s.calls.setDown(false) })
+	calls := startS3Calls(t, s.addr) // of its own: the places are used at the same time
+	t.Cleanup(func() { calls.setDown(false) })
 	size := func(key string) int64 {
 		for _, found := range s.keys(t, prefix+"/"+key) {
 			if found == prefix+"/"+key {
@@ -64,7 +65,7 @@ func (s *s3Server) place(t *testing.T, prefix string) storagetest.Place {
 			ctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
 			t.Cleanup(cancel)
 			module := &s3.S3{
-				Bucket: s3Bucket, Prefix: prefix, Endpoint: "http://" + s.calls.addr, Region: s3Region, Cache: dir,
+				Bucket: s3Bucket, Prefix: prefix, Endpoint: "http://" + calls.addr, Region: s3Region, Cache: dir,
 				Credentials: &s3.Credentials{Key: s3Key, Secret: s3Secret},
 			}
 			if err := module.Provision(ctx); err != nil {
@@ -105,7 +106,7 @@ func (s *s3Server) place(t *testing.T, prefix string) storagetest.Place {
 				t.Error(err)
 			}
 		},
-		Down: func() { s.calls.setDown(true) },
-		Up:   func() { s.calls.setDown(false) },
+		Down: func() { calls.setDown(true) },
+		Up:   func() { calls.setDown(false) },
 	}
 }

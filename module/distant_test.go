@@ -196,15 +196,23 @@ func (m *mirror) pushed(repository, tag string, image regtest.Image) {
 	})
 }
 
-// TestBucketCredentials: a reload changes them, and what waits goes on.
+// TestBucketCredentials: a reload changes them, and what waits goes on. One with such as
+// are refused fails, and those before stay.
 func TestBucketCredentials(t *testing.T) {
 	s := s3double.New(t, s3double.Options{})
 	m := &mirror{t: t, URL: "http://" + regtest.FreeAddress(t), admin: regtest.FreeAddress(t), dir: t.TempDir(), logs: captureLogs(t)}
 	m.bucket(inBucket(s, m.dir))
 	m.pushed("apps/web", "v1", layered("a"))
+	if err := m.load(inBucket(s, m.dir, "secret=wrong"), openToAll); err == nil || !strings.Contains(err.Error(), "check the credentials") || strings.Contains(err.Error(), "wrong") {
+		t.Errorf("with a wrong secret: %v", err)
+	}
+	m.pushed("apps/web", "still", layered("still"))
+	// What it cannot ask about it has to take.
+	s.Down()
 	if err := m.load(inBucket(s, m.dir, "secret=wrong"), openToAll); err != nil {
 		t.Fatal(err)
 	}
+	s.Up(t)
 	image := layered("b")
 	begun := m.sends(202, "POST", "/v2/apps/web/blobs/uploads/", nil)
 	blob := image.Blobs[0]

@@ -101,6 +101,15 @@ func newBucket(ctx context.Context, s settings) (*bucket, error) {
 // configure has later calls use other credentials, limits and ways. Endpoint, bucket
 // and prefix are those of newBucket.
 func (b *bucket) configure(ctx context.Context, s settings) error {
+	r, err := b.prepare(ctx, s)
+	if err == nil {
+		b.remote.Store(r)
+	}
+	return err
+}
+
+// prepare is what configure does before anything changes.
+func (b *bucket) prepare(ctx context.Context, s settings) (*remote, error) {
 	r := &remote{settings: s, refresh: func() {}, secrets: strings.NewReplacer()}
 	region := s.Region
 	if region == "" && s.Endpoint != "" {
@@ -114,7 +123,7 @@ func (b *bucket) configure(ctx context.Context, s settings) error {
 	if provider == nil || region == "" {
 		chain, err := config.LoadDefaultConfig(ctx, config.WithLogger(logging.Nop{}))
 		if err != nil {
-			return fmt.Errorf("s3: reading AWS's configuration from the environment and its files: %w", err)
+			return nil, fmt.Errorf("s3: reading AWS's configuration from the environment and its files: %w", err)
 		}
 		if region == "" {
 			region = chain.Region
@@ -127,7 +136,7 @@ func (b *bucket) configure(ctx context.Context, s settings) error {
 		}
 	}
 	if region == "" {
-		return errors.New("s3: no region: give the region of the bucket, or set AWS_REGION")
+		return nil, errors.New("s3: no region: give the region of the bucket, or set AWS_REGION")
 	}
 	options := s3.Options{
 		Region:       region,
@@ -146,7 +155,21 @@ func (b *bucket) configure(ctx context.Context, s settings) error {
 		options.BaseEndpoint = aws.String(strings.TrimSuffix(s.Endpoint, "/"))
 	}
 	r.client = s3.New(options)
-	b.remote.Store(r)
+	return r, nil
+}
+
+// refusal asks once, as r says, and returns what the server has against that if it will
+// not change by itself. That it does not answer is no matter.
+func (b *bucket) refusal(ctx context.Context, r *remote) error {
+	ctx, cancel := context.WithTimeout(context.WithValue(ctx, operationKey{}, opGet), greeting)
+	defer cancel()
+	out, err := r.client.GetObject(ctx, &s3.GetObjectInput{Bucket: &b.name, Key: b.full(ownerKey)})
+	if err == nil {
+		out.Body.Close()
+	} else if err = b.fault(r, opGet, ownerKey, err); !absent(err) {
+		return hopeless(err)
+	}
+	b.breaker.answered()
 	return nil
 }
 
@@ -208,7 +231,7 @@ func (b *bucket) get(ctx context.Context, key string, offset, length int64) (io.
 		return nil, object{}, fmt.Errorf("s3: reading %s: there is nothing at %d", key, offset)
 	}
 	if length == 0 {
-		o, err := b.head(ctx, key)
+		o, err := b.find(ctx, key)
 		if err == nil && offset > o.size {
 			err = outside(key, offset, length, o.size)
 		}
@@ -338,6 +361,22 @@ func (b *bucket) head(ctx context.Context, key string) (object, error) {
 	return o, err
 }
 
+// find is head for who relies upon there being nothing. What stands before a server that
+// is gone says 404, too, as do some servers to an unknown key: only an answer with a body
+// can tell that from an object that is not there.
+func (b *bucket) find(ctx context.Context, key string) (object, error) {
+	o, err := b.head(ctx, key)
+	if !absent(err) {
+		return o, err
+	}
+	r, o, err := b.get(ctx, key, 0, 1)
+	if err != nil {
+		return object{}, err
+	}
+	r.Close()
+	return o, nil
+}
+
 // look is head, and how long ago the object was written by the clock of the server.
 func (b *bucket) look(ctx context.Context, key string) (object, time.Duration, error) {
 	var out *s3.HeadObjectOutput
@@ -349,21 +388,29 @@ func (b *bucket) look(ctx context.Context, key string) (object, time.Duration, e
 		return object{}, 0, err
 	}
 	o := object{key: key, size: aws.ToInt64(out.ContentLength), etag: aws.ToString(out.ETag), modified: aws.ToTime(out.LastModified)}
-	served, ok := middleware.GetServerTime(out.ResultMetadata)
-	if !ok {
-		served = time.Now()
-	}
-	return o, served.Sub(o.modified), nil
+	return o, serverTime(out.ResultMetadata).Sub(o.modified), nil
 }
+
+// serverTime is when an answer was given, by the clock of the server if it says so.
+func serverTime(of smithy.Metadata) time.Time {
+	if served, ok := middleware.GetServerTime(of); ok {
+		return served
+	}
+	return time.Now()
+}
+
+// clockSlack is by how much times of one server may differ: they are in seconds, and
+// its machines have a clock each.
+const clockSlack = 2 * time.Second
 
 // put stores size bytes under a key, in one call. sum is their sha256 in
 // hexadecimal; it is what is signed, so the bytes are not read for that. If it is
-// empty they are.
-func (b *bucket) put(ctx context.Context, key string, body io.ReadSeeker, size int64, sum string) error {
+// empty they are. It returns the ETag, if the server has told it.
+func (b *bucket) put(ctx context.Context, key string, body io.ReadSeeker, size int64, sum string) (etag string, err error) {
 	if sum == "" {
 		var err error
 		if sum, err = hashed(ctx, body); err != nil {
-			return fmt.Errorf("s3: storing %s: %w", key, err)
+			return "", fmt.Errorf("s3: storing %s: %w", key, err)
 		}
 	}
 	began := time.Now()
@@ -373,27 +420,32 @@ func (b *bucket) put(ctx context.Context, key string, body io.ReadSeeker, size i
 	if size >= worthAsking {
 		landed = func(ctx context.Context) bool {
 			o, age, err := b.look(ctx, key)
-			return err == nil && o.size == size && age <= time.Since(began)+2*time.Second
+			return err == nil && o.size == size && age <= time.Since(began)+clockSlack
 		}
 	}
-	return b.call(ctx, opPut, key, func(ctx context.Context, c *s3.Client) error {
+	err = b.call(ctx, opPut, key, func(ctx context.Context, c *s3.Client) error {
 		if _, err := body.Seek(0, io.SeekStart); err != nil {
 			return err
 		}
-		_, err := c.PutObject(ctx, &s3.PutObjectInput{
+		out, err := c.PutObject(ctx, &s3.PutObjectInput{
 			Bucket:        &b.name,
 			Key:           b.full(key),
 			Body:          body,
 			ContentLength: &size,
 			ContentType:   aws.String("application/octet-stream"),
 		}, signedAs(sum))
+		if err == nil {
+			etag = aws.ToString(out.ETag)
+		}
 		return err
 	}, landed)
+	return etag, err
 }
 
 // putBytes is put for bytes.
 func (b *bucket) putBytes(ctx context.Context, key string, data []byte) error {
-	return b.put(ctx, key, bytes.NewReader(data), int64(len(data)), "")
+	_, err := b.put(ctx, key, bytes.NewReader(data), int64(len(data)), "")
+	return err
 }
 
 // hashed is the sha256 of a body, in hexadecimal.

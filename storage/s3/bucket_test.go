@@ -69,7 +69,7 @@ func TestObjects(t *testing.T) {
 			b := connect(t, s)
 			data, sum := content(10_000)
 			const key = "docker/registry/v2/some+odd key%41/ä"
-			if err := b.put(ctx, key, bytes.NewReader(data), int64(len(data)), sum); err != nil {
+			if _, err := b.put(ctx, key, bytes.NewReader(data), int64(len(data)), sum); err != nil {
 				t.Fatal(err)
 			}
 			if got, _ := double.Read(strings.TrimPrefix(prefix+"/"+key, "/")); !bytes.Equal(got, data) {
@@ -142,7 +142,7 @@ func TestCalls(t *testing.T) {
 	double := s3double.New(t, s3double.Options{})
 	b := connect(t, settingsOf(double))
 	data, sum := content(9 << 20) // enough to be asked for before it is sent
-	if err := b.put(ctx, "k", bytes.NewReader(data), int64(len(data)), sum); err != nil {
+	if _, err := b.put(ctx, "k", bytes.NewReader(data), int64(len(data)), sum); err != nil {
 		t.Fatal(err)
 	}
 	readAll(t, b, "k", 0, -1)
@@ -311,6 +311,29 @@ func TestListEnds(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestNoListing: a proxy's page is no empty bucket.
+func TestNoListing(t *testing.T) {
+	for _, answer := range []string{"", "<html></html>", "<html><body>it works</body></html>"} {
+		for _, v1 := range []bool{false, true} {
+			b := scripted(t, func(_ int, r *http.Request) (*http.Response, error) { return says(r, 200, answer) })
+			s := b.remote.Load().settings
+			s.ListV1 = v1
+			if err := b.configure(context.Background(), s); err != nil {
+				t.Fatal(err)
+			}
+			listed := 0
+			var failed error
+			for _, err := range b.list(context.Background(), "", true) {
+				listed++
+				failed = err
+			}
+			if listed != 1 || !errors.Is(failed, storage.ErrUnavailable) {
+				t.Errorf("%q, v1 %v: %d, %v", answer, v1, listed, failed)
+			}
+		}
+	}
 }
 
 func TestListStopsWhenNobodyWantsMore(t *testing.T) {

@@ -83,7 +83,11 @@ func TestRetries(t *testing.T) {
 		{"reset", lost, 5, storage.ErrUnavailable, "does not answer: read tcp: connection reset"},
 		{"clock", func(r *http.Request) (*http.Response, error) { return sayError(r, 403, "RequestTimeTooSkewed") }, 5, storage.ErrUnavailable, "set the clock"},
 		{"no key", func(r *http.Request) (*http.Response, error) { return sayError(r, 404, "NoSuchKey") }, 1, fs.ErrNotExist, "reading k"},
-		{"404", func(r *http.Request) (*http.Response, error) { return says(r, 404, "") }, 1, fs.ErrNotExist, "reading k"},
+		{"no key, otherwise", func(r *http.Request) (*http.Response, error) { return sayError(r, 404, "NotFound") }, 1, fs.ErrNotExist, "reading k"},
+		{"404", func(r *http.Request) (*http.Response, error) { return says(r, 404, "") }, 5, storage.ErrUnavailable, "check the endpoint"},
+		{"404 of a proxy", func(r *http.Request) (*http.Response, error) {
+			return says(r, 404, "<html>default backend", "Content-Type", "text/html")
+		}, 5, storage.ErrUnavailable, "check the endpoint"},
 		{"no bucket", func(r *http.Request) (*http.Response, error) { return sayError(r, 404, "NoSuchBucket") }, 1, storage.ErrUnavailable, "https://s3.test has no bucket bucket: make it, or correct its name"},
 		{"denied", func(r *http.Request) (*http.Response, error) { return sayError(r, 403, "AccessDenied") }, 1, storage.ErrUnavailable, "check the credentials"},
 		{"signature", func(r *http.Request) (*http.Response, error) { return sayError(r, 403, "SignatureDoesNotMatch") }, 1, storage.ErrUnavailable, "check the credentials"},
@@ -386,12 +390,12 @@ func TestSlowServer(t *testing.T) {
 			}
 			return says(r, 200, "")
 		})
-		if err := b.put(context.Background(), "k", bytes.NewReader(data), 100, sum); err != nil {
+		if _, err := b.put(context.Background(), "k", bytes.NewReader(data), 100, sum); err != nil {
 			t.Errorf("a slow server: %v", err)
 		}
 		pause += 2 * time.Second
 		began := time.Now()
-		err := b.put(context.Background(), "k", bytes.NewReader(data), 100, sum)
+		_, err := b.put(context.Background(), "k", bytes.NewReader(data), 100, sum)
 		if !errors.Is(err, storage.ErrUnavailable) || !strings.Contains(err.Error(), "nothing came for too long") {
 			t.Errorf("a server that stands still: %v", err)
 		}
@@ -587,7 +591,7 @@ func TestLostAnswerOfPut(t *testing.T) {
 					}
 					return says(r, 400, "")
 				})
-				if err := b.put(context.Background(), "k", bytes.NewReader(data), int64(c.size), sum); err != nil {
+				if _, err := b.put(context.Background(), "k", bytes.NewReader(data), int64(c.size), sum); err != nil {
 					t.Fatal(err)
 				}
 				if puts != c.puts || heads != c.head {

@@ -23,7 +23,8 @@
 // Reading makes both of far, if the one who reads puts what it has read; Get does so
 // itself for blobs. Delete makes absent of everything. Opening without an index that
 // can be believed makes pending of every near value but blobs, and unproven of those;
-// the end of the listing makes both or pending of them. Sync makes pending of an
+// the end of the listing makes both or pending of them. Until then nothing but blobs is
+// uploaded, unless somebody waits for it. Sync makes pending of an
 // unproven blob at once.
 //
 // Nothing is written down of which near values are pending: it is found out at each
@@ -46,8 +47,9 @@
 // uploaded again. Two who sync one key share an upload that way: the second waits for
 // the slot and finds nothing left to do.
 //
-// A deletion waits for the upload that has the slot; one in parts ends before its next
-// part. It never cuts an upload off, which might come to the bucket after it. It marks
+// A deletion waits for the upload that has the slot; one in parts gives way at once. It
+// never cuts a call off in which a value is sent whole, or its parts are made one: that
+// might come to the bucket after it. It marks
 // the entry unsure, deletes the object, removes the entry, and then the near file, unless the
 // value has been put anew meanwhile. An object is deleted without asking unless the
 // index is sure that there is none, and no upload was ever begun.
@@ -74,6 +76,8 @@
 // Each store leaves a mark in the bucket. While there is another's, the store asks S3
 // again for what it has not asked in the last two seconds, but for blobs it has seen,
 // and lists there. When the other's mark is gone the bucket is listed, and the index is
-// believed again. Ten minutes after any such listing there is a second one, for what
+// believed again. A mark that was there before the store, and has not been renewed since,
+// may be that of a process that was killed: as long as S3 does not answer, the store then
+// goes by what it knows. Ten minutes after any such listing there is a second one, for what
 // the first missed of others because it lagged.
 package s3

@@ -43,6 +43,15 @@ func (f *fault) unavailable() bool {
 
 func absent(err error) bool { return errors.Is(err, fs.ErrNotExist) }
 
+// outage reports whether an error is that S3 does not answer now, and not that it
+// refuses.
+func outage(err error) bool {
+	if f, ok := errors.AsType[*fault](err); ok && f.status != 0 {
+		return f.again
+	}
+	return errors.Is(err, storage.ErrUnavailable)
+}
+
 // coded reports whether S3 gave one of these codes.
 func coded(err error, codes ...string) bool {
 	f, ok := errors.AsType[*fault](err)
@@ -148,7 +157,7 @@ func (b *bucket) fault(r *remote, o operation, key string, err error) *fault {
 		return say("%s has no bucket %s: make it, or correct its name, the endpoint or the region", b.host(), b.name)
 	case "NoSuchUpload", "InvalidPart", "InvalidPartOrder":
 		return say("%s", told)
-	case "XAdminUserNotFound":
+	case "XAdminUserNotFound", "InvalidToken":
 		// versitygw says so of a key that it does not know, with 404: it is not the
 		// object that is absent.
 		f.is = storage.ErrUnavailable
@@ -181,8 +190,14 @@ func (b *bucket) fault(r *remote, o operation, key string, err error) *fault {
 
 	switch {
 	case f.status == http.StatusNotFound && (o == opGet || o == opHead || o == opDelete):
-		f.is = fs.ErrNotExist
-		return say("%v", fs.ErrNotExist)
+		// An answer to HEAD has no body that would say more; see find.
+		if o == opHead || f.code == "NoSuchKey" || f.code == "NotFound" && message != http.StatusText(f.status) {
+			f.is = fs.ErrNotExist
+			return say("%v", fs.ErrNotExist)
+		}
+		// A proxy whose server is gone says so, or one that is no S3 at all.
+		f.is, f.again = storage.ErrUnavailable, true
+		return say("%s says %s, and not as S3 says it of an object that is not there; check the endpoint, and what stands before it", b.host(), told)
 	case f.status == http.StatusUnauthorized || f.status == http.StatusForbidden:
 		f.is = storage.ErrUnavailable
 		return say("%s; check the credentials and what they allow: to get, put, delete and list", told)

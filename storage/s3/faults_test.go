@@ -355,14 +355,13 @@ func TestCutGets(t *testing.T) {
 		end()
 		// The next call may be kept back for a while.
 		syncs(t, s, key)
-		if got, err := s.Get(t.Context(), key, 1<<20); err != nil || !bytes.Equal(got, data) {
-			for errors.Is(err, storage.ErrUnavailable) && t.Context().Err() == nil {
-				_, err = s.Get(t.Context(), key, 1<<20)
+		eventually(t, "the bytes", func() error {
+			got, err := s.Get(t.Context(), key, 1<<20)
+			if err == nil && !bytes.Equal(got, data) {
+				t.Fatalf("Get: %d other bytes", len(got))
 			}
-			if err != nil {
-				t.Errorf("Get: %d bytes, %v", len(got), err)
-			}
-		}
+			return err
+		})
 	}
 }
 

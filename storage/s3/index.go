@@ -285,16 +285,18 @@ func (x *index) close() error {
 	return err
 }
 
-// get is what is known of a key. What cannot be read is not known.
+// get is what is known of a key. What cannot be read may be anything.
 func (x *index) get(key string) (e entry, ok bool) {
-	x.db.View(func(tx *bolt.Tx) error {
-		if b := tx.Bucket(entriesName).Get([]byte(key)); b != nil {
-			var err error
+	err := x.db.View(func(tx *bolt.Tx) (err error) {
+		b := tx.Bucket(entriesName).Get([]byte(key))
+		if ok = b != nil; ok {
 			e, err = decode(b)
-			ok = err == nil
 		}
-		return nil
+		return err
 	})
+	if err != nil {
+		return entry{size: -1, flags: unsure}, true
+	}
 	return e, ok
 }
 

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/caddy-registry/mirror/internal/regtest/s3double"
 	"github.com/caddy-registry/mirror/storage"
@@ -96,7 +97,7 @@ func TestDeletionWaits(t *testing.T) {
 	deleted := make(chan error, 1)
 	go func() { deleted <- s.Delete(context.Background(), key) }()
 	eventually(t, "a deletion that waits", func() error {
-		if !s.void(key) {
+		if !awaitsDeletion(s, key) {
 			return errors.New("it does not")
 		}
 		return nil
@@ -112,6 +113,67 @@ func TestDeletionWaits(t *testing.T) {
 	}
 	if _, ok := d.Read(key); ok {
 		t.Error("the bucket has it")
+	}
+}
+
+// awaitsDeletion reports whether somebody waits for the slot of a key to delete it.
+func awaitsDeletion(s *store, key string) bool {
+	p := s.stripe(key)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	st := p.states[key]
+	return st != nil && st.deletes > 0
+}
+
+// TestPartsGiveWay: a deletion does not wait for parts that are on their way, and
+// nothing is left of them. Who wants the value nevertheless gets it to the bucket.
+func TestPartsGiveWay(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	s := listedAt(t, d, t.TempDir())
+	defer closed(t, s)
+	key, data := blobOf("large", 31<<20)
+	let := make(chan struct{})
+	defer close(let)
+	end := d.Strike(s3double.Fault{Op: s3double.UploadPart, Hold: let})
+	held := func() {
+		t.Helper()
+		d.Await(t, "parts on their way", func(calls []s3double.Call) bool {
+			n := 0
+			for _, call := range calls {
+				if call.Held {
+					n++
+				}
+			}
+			return n == partsAtOnce
+		})
+	}
+	mustPut(t, s, key, data, storage.Lazy)
+	held()
+	soon, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := s.Delete(soon, key); err != nil {
+		t.Fatalf("Delete: %v", err)
+	}
+	wantNothing(t, s, key)
+	uploaded(t, s)
+	if left := d.Uploads(); len(left) > 0 {
+		t.Errorf("uploads are left: %v", left)
+	}
+	if n := d.Count(s3double.CompleteMultipartUpload); n > 0 {
+		t.Error("what was to be deleted was completed")
+	}
+	d.Forget()
+	mustPut(t, s, key, data, storage.Lazy)
+	held()
+	gone, give := context.WithCancel(t.Context())
+	give()
+	if err := s.Delete(gone, key); !errors.Is(err, context.Canceled) {
+		t.Errorf("Delete: %v", err)
+	}
+	end()
+	uploaded(t, s)
+	if got, _ := d.Read(key); !bytes.Equal(got, data) {
+		t.Errorf("the bucket has %d bytes", len(got))
 	}
 }
 

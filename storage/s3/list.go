@@ -111,6 +111,9 @@ func (b *bucket) pageV2(ctx context.Context, prefix string, delimiter *string, n
 	if err != nil {
 		return page{}, err
 	}
+	if out.Name == nil && out.MaxKeys == nil && out.IsTruncated == nil {
+		return page{}, b.noListing(prefix)
+	}
 	p = page{contents: out.Contents, prefixes: out.CommonPrefixes, encoded: out.EncodingType == types.EncodingTypeUrl}
 	if aws.ToBool(out.IsTruncated) {
 		if p.next = aws.ToString(out.NextContinuationToken); p.next == "" {
@@ -132,6 +135,9 @@ func (b *bucket) pageV1(ctx context.Context, prefix string, delimiter *string, n
 	}, nil)
 	if err != nil {
 		return page{}, err
+	}
+	if out.Name == nil && out.MaxKeys == nil && out.IsTruncated == nil {
+		return page{}, b.noListing(prefix)
 	}
 	p = page{contents: out.Contents, prefixes: out.CommonPrefixes, encoded: out.EncodingType == types.EncodingTypeUrl}
 	if !aws.ToBool(out.IsTruncated) {
@@ -156,6 +162,12 @@ func (b *bucket) pageV1(ctx context.Context, prefix string, delimiter *string, n
 		return page{}, fmt.Errorf("%s: %s has more and does not say where it goes on", b.about(opList, prefix), b.host())
 	}
 	return p, nil
+}
+
+// noListing is the error of a listing that was answered by something else, such as the
+// page of a proxy: the SDK takes that for a bucket with nothing in it.
+func (b *bucket) noListing(prefix string) *fault {
+	return &fault{text: fmt.Sprintf("%s: what %s answers is no listing; check the endpoint, and what stands before it", b.about(opList, prefix), b.host()), is: storage.ErrUnavailable}
 }
 
 // progress finds out that a listing comes to where it has been before (Brent's

@@ -2,13 +2,10 @@ package s3
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/maphash"
 	"iter"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -104,7 +101,7 @@ func (s *store) relist(ctx context.Context) error {
 		if s.index.epoch.Load() != epoch {
 			return errOvertaken
 		}
-		if s.owner.shared.Load() {
+		if s.owner.shared.Load() && !s.owner.suspect.Load() {
 			return nil
 		}
 		defer s.listing.change()
@@ -181,6 +178,7 @@ func (s *store) sweepIndex(ctx context.Context, epoch uint64) error {
 }
 
 // prove finds out which near blobs the bucket lacks, now that it is known what it has.
+// If that is not known, they are asked for one by one before they are uploaded.
 func (s *store) prove(ctx context.Context) error {
 	for info, err := range s.near.List(ctx, "docker/registry/v2/blobs/", true) {
 		if err != nil {
@@ -190,21 +188,23 @@ func (s *store) prove(ctx context.Context) error {
 			s.compare(ctx, info, true)
 		}
 	}
+	s.queue.release(unmet | unproven)
 	return nil
 }
 
 // compare finds out what a near blob is. listed says that the bucket has been listed
-// before.
-func (s *store) compare(ctx context.Context, info storage.Info, listed bool) {
+// before. If it has not, the blob may remain undecided.
+func (s *store) compare(ctx context.Context, info storage.Info, listed bool) (undecided bool) {
 	p := s.stripe(info.Key)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if st := p.states[info.Key]; st != nil { // somebody is at it
-		return
+		return false
 	}
 	e, f := s.believe(info.Key, blob)
 	switch {
 	case f == unknown && !e.is(unsure) && !listed:
+		return true
 	case f == present && e.size == info.Size:
 		if !s.index.knows(info.Key) {
 			s.index.note(info.Key, info.Size, info.ModTime)
@@ -216,10 +216,14 @@ func (s *store) compare(ctx context.Context, info storage.Info, listed bool) {
 			s.await(p, info.Key, blob, now.Size).tried = true
 		}
 	}
+	return false
 }
 
-// survey looks at all that is near, when the store is opened.
+// survey looks at all that is near, when the store is opened. As long as it is not
+// known which blobs the bucket lacks, nothing that may speak of them is uploaded unless
+// somebody waits for it: a loss of this disk would leave links to nothing.
 func (s *store) survey(ctx context.Context) error {
+	undecided := false
 	for info, err := range s.near.List(ctx, "", true) {
 		if err != nil {
 			return err
@@ -230,13 +234,16 @@ func (s *store) survey(ctx context.Context) error {
 		}
 		s.budget.holds(occupied(info.Size))
 		if k == blob {
-			s.compare(ctx, info, false)
+			undecided = s.compare(ctx, info, false) || undecided
 			continue
 		}
 		p := s.stripe(info.Key)
 		p.mu.Lock()
 		s.await(p, info.Key, k, info.Size).tried = true
 		p.mu.Unlock()
+	}
+	if !undecided {
+		s.queue.release(unproven)
 	}
 	return nil
 }
@@ -287,6 +294,9 @@ func (s *store) lists() {
 				break
 			}
 			if s.ctx.Err() == nil {
+				if !outage(err) && s.queue.holds() {
+					s.prove(s.ctx) // it may never succeed
+				}
 				s.log.Warn("listing the bucket has failed, and is tried again", zap.Error(err))
 			}
 			timer := time.NewTimer(wait)
@@ -296,49 +306,6 @@ func (s *store) lists() {
 			}
 			timer.Stop()
 		}
-	}
-}
-
-// tidyLedgers ends uploads in parts that will not be gone on with, and returns the
-// others.
-func (s *store) tidyLedgers(ctx context.Context) (claimed map[string]bool) {
-	files, err := os.ReadDir(s.ledgers())
-	if err != nil {
-		return nil
-	}
-	claimed = map[string]bool{}
-	for _, file := range files {
-		path := filepath.Join(s.ledgers(), file.Name())
-		var page ledgerPage
-		data, err := os.ReadFile(path)
-		if err == nil {
-			err = json.Unmarshal(data, &page)
-		}
-		if err != nil {
-			os.Remove(path)
-			continue
-		}
-		p := s.stripe(page.Key)
-		p.mu.Lock()
-		st := p.states[page.Key]
-		p.mu.Unlock()
-		if st == nil && s.forgo(ctx, page.Key) == nil {
-			continue
-		}
-		claimed[page.Parts.Upload] = true
-	}
-	return claimed
-}
-
-// sweepUploads ends uploads in parts that somebody has begun and left.
-func (s *store) sweepUploads(ctx context.Context) {
-	claimed := s.tidyLedgers(ctx)
-	if claimed == nil || s.owner.shared.Load() {
-		return // they may be the other's
-	}
-	_, err := s.bucket.sweepUploads(ctx, sweepAge, func(_, upload string) bool { return claimed[upload] })
-	if err != nil && ctx.Err() == nil {
-		s.log.Info("uploads in parts that nobody goes on with could not be swept", zap.Error(err))
 	}
 }
 
@@ -435,7 +402,7 @@ func (w *walk) run() error {
 			return err
 		}
 	}
-	if s.index.complete.Load() && !s.owner.shared.Load() {
+	if s.index.complete.Load() && !s.contested() {
 		return w.index()
 	}
 	return w.bucket()

@@ -2,14 +2,11 @@ package s3
 
 import (
 	"context"
-	"crypto/md5"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -31,6 +28,8 @@ type parts struct {
 	Sum    string   `json:"sum,omitempty"`    // sha256 of the whole
 	Size   int64    `json:"size,omitempty"`   // bytes of a part, but for the last
 	ETags  []string `json:"etags,omitempty"`  // of the parts that are there; "" of one that is not
+
+	Begun time.Time `json:"begun,omitzero"` // by the clock of the server
 }
 
 // fits reports whether an upload is of this file, and can be gone on with.
@@ -45,11 +44,12 @@ const partsAtOnce = 3
 // putFile stores a local file: in one call up to put_limit, else in equal parts. p
 // is where the upload stands: it goes on from there, and saved is called with what
 // it has come to, one call at a time, so that another process can go on after this.
-// The upload is over, and p worth nothing, when putFile returns nil.
+// The upload is over, and p worth nothing, when putFile returns nil. When wanted ends,
+// parts that are on their way are given up, and the error is errVoid.
 //
 // sum is the sha256 of the file in hexadecimal. It is what another file under the
 // same key is told from; in parts, nobody checks the whole against it.
-func (b *bucket) putFile(ctx context.Context, key, path string, size int64, sum string, p parts, saved func(parts) error) error {
+func (b *bucket) putFile(ctx, wanted context.Context, key, path string, size int64, sum string, p parts, saved func(parts) error) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return fmt.Errorf("s3: storing %s: %w", key, err)
@@ -70,12 +70,16 @@ func (b *bucket) putFile(ctx context.Context, key, path string, size int64, sum 
 		_ = b.abort(ctx, key, p)
 	}
 	if count == 0 && !goesOn {
-		return b.put(ctx, key, io.NewSectionReader(f, 0, size), size, sum)
+		_, err := b.put(ctx, key, io.NewSectionReader(f, 0, size), size, sum)
+		return err
 	}
 	for {
+		if wanted.Err() != nil {
+			return errVoid
+		}
 		if !goesOn {
 			p = parts{Sum: sum, Size: part, ETags: make([]string, count)}
-			if p.Upload, err = b.create(ctx, key); err != nil {
+			if p.Upload, p.Begun, err = b.create(ctx, key); err != nil {
 				return err
 			}
 			if err := saved(p.clone()); err != nil {
@@ -83,7 +87,10 @@ func (b *bucket) putFile(ctx context.Context, key, path string, size int64, sum 
 			}
 			failpoint.Hit("s3.created")
 		}
-		err := b.putParts(ctx, key, f, size, p, saved)
+		err := b.putParts(wanted, key, f, size, p, saved)
+		if wanted.Err() != nil && ctx.Err() == nil {
+			return errVoid
+		}
 		if err == nil {
 			err = b.complete(ctx, key, size, p)
 		}
@@ -94,7 +101,8 @@ func (b *bucket) putFile(ctx context.Context, key, path string, size int64, sum 
 		_ = b.abort(ctx, key, p)
 		goesOn = false
 		if count == 0 {
-			return b.put(ctx, key, io.NewSectionReader(f, 0, size), size, sum)
+			_, err := b.put(ctx, key, io.NewSectionReader(f, 0, size), size, sum)
+			return err
 		}
 	}
 }
@@ -104,7 +112,7 @@ func (p parts) clone() parts {
 	return p
 }
 
-func (b *bucket) create(ctx context.Context, key string) (upload string, err error) {
+func (b *bucket) create(ctx context.Context, key string) (upload string, begun time.Time, err error) {
 	err = b.call(ctx, opCreate, key, func(ctx context.Context, c *s3.Client) error {
 		out, err := c.CreateMultipartUpload(ctx, &s3.CreateMultipartUploadInput{
 			Bucket:      &b.name,
@@ -112,14 +120,14 @@ func (b *bucket) create(ctx context.Context, key string) (upload string, err err
 			ContentType: aws.String("application/octet-stream"),
 		})
 		if err == nil {
-			upload = aws.ToString(out.UploadId)
+			upload, begun = aws.ToString(out.UploadId), serverTime(out.ResultMetadata)
 		}
 		return err
 	}, nil)
 	if err == nil && upload == "" {
 		err = fmt.Errorf("%s: %s gives the upload no ID; raise put_limit to do without parts", b.about(opCreate, key), b.host())
 	}
-	return upload, err
+	return upload, begun, err
 }
 
 // putParts sends the parts that are not there yet. When one fails, those under way are
@@ -200,9 +208,11 @@ func (b *bucket) complete(ctx context.Context, key string, size int64, p parts) 
 		made[i] = types.CompletedPart{ETag: &p.ETags[i], PartNumber: aws.Int32(int32(i + 1))}
 	}
 	looked := false
+	// Of an older object it is told by its time, which is that of its completion or that
+	// of the beginning of its upload: ETags are not the same thing everywhere.
 	landed := func(ctx context.Context) bool {
 		o, err := b.head(ctx, key)
-		looked = err == nil && o.size == size && p.made(o.etag)
+		looked = err == nil && o.size == size && !o.modified.Before(p.Begun.Add(-clockSlack))
 		return looked
 	}
 	err := b.call(ctx, opComplete, key, func(ctx context.Context, c *s3.Client) error {
@@ -239,25 +249,6 @@ func (b *bucket) complete(ctx context.Context, key string, size int64, p parts) 
 		return &fault{text: fmt.Sprintf("%s: %s made %d bytes of %d out of %d parts, which have been deleted; lower max_parts or raise part_size", b.about(opComplete, key), b.host(), o.size, size, len(made)), code: "InvalidPart"}
 	}
 	return nil
-}
-
-// made reports whether an ETag can be that of an object made of these parts. Where
-// ETags are MD5 sums, that of the object is the sum of theirs and their number; what
-// is not of that kind proves nothing.
-func (p parts) made(etag string) bool {
-	sum, count, ok := strings.Cut(strings.Trim(etag, `"`), "-")
-	if !ok || len(sum) != 2*md5.Size {
-		return true
-	}
-	whole := md5.New()
-	for _, part := range p.ETags {
-		raw, err := hex.DecodeString(strings.Trim(part, `"`))
-		if err != nil || len(raw) != md5.Size {
-			return true
-		}
-		whole.Write(raw)
-	}
-	return count == strconv.Itoa(len(p.ETags)) && sum == hex.EncodeToString(whole.Sum(nil))
 }
 
 // abort ends an upload that will not be gone on with.

@@ -22,6 +22,7 @@ import (
 const (
 	tidyEvery = 10 * time.Second
 	firstCall = 10 * time.Second // how long an S3 that hangs holds up a start
+	greeting  = 5 * time.Second  // and a reload
 	maxAsked  = 20_000
 	maxWrong  = 10_000
 )
@@ -69,11 +70,20 @@ func identity(s settings) string {
 	return strings.Join([]string{at, s.Bucket, s.Prefix}, " ")
 }
 
-// configure has the store use other settings from now on.
+// configure has the store use other settings from now on. If S3 refuses them, it fails
+// and keeps to those it has.
 func (s *store) configure(to settings) error {
-	if err := s.bucket.configure(s.ctx, to); err != nil {
+	r, err := s.bucket.prepare(s.ctx, to)
+	if err != nil {
 		return err
 	}
+	if was := s.settings.Load(); was.AccessKey != to.AccessKey || was.SecretKey != to.SecretKey || was.Region != to.Region || was.PathStyle != to.PathStyle {
+		if err := s.bucket.refusal(s.ctx, r); err != nil {
+			return err
+		}
+		s.queue.answered()
+	}
+	s.bucket.remote.Store(r)
 	s.settings.Store(&to)
 	s.budget.mu.Lock()
 	s.budget.limit = to.CacheSize
@@ -112,6 +122,9 @@ func openWith(ctx context.Context, near *disk.Disk, b *bucket, settings settings
 	if err := os.MkdirAll(s.ledgers(), 0o750); err != nil {
 		return nil, fmt.Errorf("s3 storage: %w", err)
 	}
+	if err := s.sweepLedgers(); err != nil {
+		return nil, fmt.Errorf("s3 storage: %w", err)
+	}
 	if s.owner.node, err = nodeName(own); err != nil {
 		return nil, fmt.Errorf("s3 storage: naming the cache directory: %w", err)
 	}
@@ -145,7 +158,7 @@ func openWith(ctx context.Context, near *disk.Disk, b *bucket, settings settings
 	if err := s.survey(ctx); err != nil {
 		return nil, fmt.Errorf("s3 storage: looking at what is near: %w", err)
 	}
-	if !s.index.complete.Load() {
+	if !s.index.complete.Load() || s.owner.met.Load() && s.queue.holds() {
 		s.listing.ask()
 	}
 	for _, work := range []func(){s.carry, s.carry, s.lists, s.beats, s.tidy} {
@@ -200,8 +213,13 @@ func (s *store) Presign(ctx context.Context, method, key string, life time.Durat
 		case f == pending, f == missing, wrong, e.is(distrusted):
 			return "", notThere("presign", key)
 		case f == unknown:
-			if _, err := s.ask(ctx, key, version); err != nil {
+			e, err := s.ask(ctx, key, version)
+			if err != nil {
 				return "", err
+			}
+			// What is near is what is asked for, and is on its way if that differs.
+			if info, err := s.near.Stat(ctx, key); err == nil && !info.Doubtful && info.Size != e.size {
+				return "", notThere("presign", key)
 			}
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,6 +18,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"github.com/caddy-registry/mirror/storage"
 )
 
 // ownerKey is where those who use the bucket leave their marks.
@@ -48,8 +51,9 @@ type ownerMark struct {
 
 // An owner is this store as one of those who may be using the bucket.
 type owner struct {
-	shared atomic.Bool // another may be using it now
-	called atomic.Pointer[[]string]
+	shared  atomic.Bool // another may be using it now
+	suspect atomic.Bool // but all there is of it is a mark that was there before us
+	called  atomic.Pointer[[]string]
 
 	mu     sync.Mutex // held through a beat
 	node   string     // names the cache directory
@@ -57,6 +61,7 @@ type owner struct {
 	beat   uint64
 	sure   bool        // the last beat is what was written last
 	met    atomic.Bool // the marks have been read once
+	first  bool        // they are being read for the first time
 	last   string      // who has written last, as we know it
 	others map[string]*sighting
 }
@@ -65,6 +70,7 @@ type owner struct {
 type sighting struct {
 	beat    uint64
 	changed time.Time // when the beat was seen to change, by our clock
+	alive   bool      // it was, or the mark was seen to come
 	missing int       // reads in a row without its mark
 }
 
@@ -120,23 +126,26 @@ func (s *store) beatOnce(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	o.first = !o.met.Load()
 	switch {
-	case !o.met.Load():
+	case o.first:
 		if m.Last != o.node {
 			if err := s.disbelieve(); err != nil {
 				return err
 			}
+		} else {
+			s.queue.release(unmet)
 		}
 		o.met.Store(true)
 	case m.Last != o.node && m.Last != o.last && o.others[m.Last] == nil:
 		// Somebody has come and gone while we could not look. It counts as if it had
 		// gone just now.
-		o.others[m.Last] = &sighting{changed: s.now()}
+		o.others[m.Last] = &sighting{changed: s.now(), alive: true}
 	}
 	o.last = m.Last
 	if mine, ok := m.Owners[o.node]; ok && o.sure && mine.Beat != o.beat {
 		// Somebody has copied the cache directory, and the name with it.
-		o.others[theCopy] = &sighting{changed: s.now()}
+		o.others[theCopy] = &sighting{changed: s.now(), alive: true}
 	}
 	s.share(o.judge(m, s.now()))
 	o.call(m)
@@ -158,18 +167,21 @@ func (s *store) beatOnce(ctx context.Context) error {
 // theCopy stands for another owner that has our name.
 const theCopy = "a copy of this cache directory"
 
-// judge returns an owner that may be using the bucket, or "". The caller holds mu.
-func (o *owner) judge(m marks, now time.Time) (other string) {
+// judge returns an owner that may be using the bucket, or "". Of one that only suspect
+// says so, nothing is known but a mark that may be of a process that was killed. The
+// caller holds mu.
+func (o *owner) judge(m marks, now time.Time) (other string, suspect bool) {
+	suspect = true
 	for id, mark := range m.Owners {
 		if id == o.node {
 			continue
 		}
 		seen := o.others[id]
 		if seen == nil {
-			seen = &sighting{changed: now}
+			seen = &sighting{changed: now, alive: !o.first}
 			o.others[id] = seen
 		} else if mark.Beat != seen.beat {
-			seen.changed = now
+			seen.changed, seen.alive = now, true
 		}
 		seen.beat, seen.missing = mark.Beat, 0
 	}
@@ -186,8 +198,9 @@ func (o *owner) judge(m marks, now time.Time) (other string) {
 		if mark.Host != "" {
 			other += " on " + mark.Host
 		}
+		suspect = suspect && !seen.alive
 	}
-	return other
+	return other, suspect
 }
 
 // maxNames is how many other owners are named.
@@ -215,18 +228,27 @@ func (o *owner) names() []string {
 	return nil
 }
 
-// share takes note of whether there is another owner.
-func (s *store) share(other string) {
+// share takes note of whether there is another owner. What the index says is asked for
+// again while there is, but that of a suspect nobody is asked while S3 does not answer.
+func (s *store) share(other string, suspect bool) {
 	s.listing.mu.Lock()
 	defer s.listing.mu.Unlock()
 	was := s.owner.shared.Load()
 	switch {
 	case other != "" && !was:
 		// Whoever keeps the store is loud about it.
-		s.log.Info("another mirror is using the bucket", zap.String("other", other))
+		s.log.Info("another mirror is using the bucket, or was killed", zap.String("other", other))
 		s.asked.Purge()
 		s.memos.Purge()
+		s.owner.suspect.Store(suspect)
 		s.owner.shared.Store(true)
+		if !suspect {
+			s.index.setComplete(false)
+		}
+		s.listing.change()
+	case other != "" && s.owner.suspect.Load() && !suspect:
+		s.log.Info("another mirror is using the bucket", zap.String("other", other))
+		s.owner.suspect.Store(false)
 		s.index.setComplete(false)
 		s.listing.change()
 	case other == "" && was:
@@ -234,6 +256,7 @@ func (s *store) share(other string) {
 		s.index.setComplete(false)
 		s.index.begin()
 		s.owner.shared.Store(false)
+		s.owner.suspect.Store(false)
 		s.listing.change()
 		s.listing.ask()
 	}
@@ -297,21 +320,34 @@ func (s *store) newcomer(ctx context.Context) bool {
 	return m.Last != o.node && m.Last != o.last
 }
 
-// leave takes our mark away. If it cannot be, others take us for dead in a while.
+// contested reports whether what is known may have been changed by another, and S3 is
+// to be asked. A suspect is no reason to refuse what is known while S3 cannot be asked.
+func (s *store) contested() bool {
+	return s.owner.shared.Load() && !(s.owner.suspect.Load() && s.bucket.breaker.open())
+}
+
+// resort reports whether what S3 could not be asked for is known all the same.
+func (s *store) resort(key string, k kind, err error) bool {
+	if !errors.Is(err, storage.ErrUnavailable) || s.contested() {
+		return false
+	}
+	_, f, _ := s.look(key, k)
+	return f != unknown
+}
+
+// leave takes our mark away, also one that an earlier process of this directory has left
+// when it was killed. If it cannot be, others take us for dead in a while. Who has
+// written last stays as it is: if it is not us, we have not seen what was written.
 func (s *store) leave() {
 	ctx, cancel := context.WithTimeout(context.Background(), farewell)
 	defer cancel()
 	s.owner.mu.Lock()
 	defer s.owner.mu.Unlock()
-	if s.owner.beat == 0 {
-		return
-	}
 	m, err := s.readMarks(ctx)
-	if err != nil {
+	if _, ok := m.Owners[s.owner.node]; err != nil || !ok {
 		return
 	}
 	delete(m.Owners, s.owner.node)
-	m.Last = s.owner.node
 	s.writeMarks(ctx, m)
 }
 
@@ -322,9 +358,12 @@ func hopeless(err error) error {
 		return nil
 	}
 	switch f.code {
-	case "NoSuchBucket", "XAdminUserNotFound", "PermanentRedirect", "AuthorizationHeaderMalformed":
+	case "NoSuchBucket", "InvalidBucketName", "XAdminUserNotFound", "InvalidToken",
+		"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "InvalidLocationConstraint":
 	default:
-		if f.status != 401 && f.status != 403 {
+		switch f.status {
+		case http.StatusUnauthorized, http.StatusForbidden, http.StatusMovedPermanently, http.StatusPermanentRedirect:
+		default:
 			return nil
 		}
 	}

@@ -312,6 +312,10 @@ func TestHopeless(t *testing.T) {
 		{403, "SignatureDoesNotMatch", "check the credentials"},
 		{400, "AuthorizationHeaderMalformed", "correct the endpoint or the region"},
 		{301, "PermanentRedirect", "correct the endpoint or the region"},
+		{308, "", "correct the endpoint or the region"},
+		{400, "InvalidBucketName", "correct its name"},
+		{400, "InvalidToken", "check the credentials"},
+		{403, "AccessDenied", "check the credentials"},
 	} {
 		end := d.Strike(s3double.Fault{Status: c.status, Code: c.code})
 		s, err := d.open(t.TempDir())
@@ -322,6 +326,50 @@ func TestHopeless(t *testing.T) {
 			t.Errorf("%s: %v, want something of %q", c.code, err, c.says)
 		}
 		end()
+	}
+}
+
+// TestReload: settings that S3 refuses are not taken; that it is down is no matter.
+func TestReload(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	dir := t.TempDir()
+	s := listedAt(t, d, dir)
+	defer closed(t, s)
+	reload := func(change func(*S3)) error {
+		t.Helper()
+		d.change = change
+		defer func() { d.change = nil }()
+		config, err := d.backend(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return config.Configure(s)
+	}
+	mustPut(t, s, linkOf("a"), []byte("sha256:1"), storage.Durable)
+	for name, change := range map[string]func(*S3){
+		"a wrong secret": func(s *S3) { s.Credentials.Secret = "wrong" },
+		"a wrong key":    func(s *S3) { s.Credentials.Key = "wrong" },
+	} {
+		if err := reload(change); err == nil || !strings.Contains(err.Error(), "check the credentials") || strings.Contains(err.Error(), "wrong") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := reload(func(s *S3) { s.Region = "elsewhere-1" }); err == nil || !strings.Contains(err.Error(), "region") {
+		t.Errorf("a wrong region: %v", err)
+	}
+	mustPut(t, s, linkOf("b"), []byte("sha256:1"), storage.Durable) // with those it had
+	d.Down()
+	if err := reload(func(s *S3) { s.Credentials.Secret, s.CacheSize = "wrong", "1GiB" }); err != nil {
+		t.Errorf("while S3 is down: %v", err)
+	}
+	d.Up(t)
+	if err := reload(nil); err != nil {
+		t.Errorf("with the right ones: %v", err)
+	}
+	mustPut(t, s, linkOf("c"), []byte("sha256:1"), storage.Durable)
+	d.Strike(s3double.Fault{Op: s3double.GetObject, Key: ownerKey, Status: 403, Code: "AccessDenied"})
+	if err := reload(func(s *S3) { s.CacheSize = "2GiB" }); err != nil {
+		t.Errorf("with the same credentials, which are refused by now: %v", err)
 	}
 }
 

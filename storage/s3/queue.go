@@ -4,11 +4,9 @@ import (
 	"bytes"
 	"container/list"
 	"context"
-	"crypto/md5"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -23,7 +21,8 @@ import (
 )
 
 // A queue is the order in which pending values are uploaded: as they came, but that
-// what is no blob waits for the blobs that came before it, which it may speak of.
+// what is no blob waits for the blobs that came before it, which it may speak of. At
+// first it also waits until it is known of every near blob whether the bucket has it.
 //
 // While S3 does not answer it stands still, longer each time, and goes on as soon as
 // anybody has had an answer.
@@ -36,8 +35,17 @@ type queue struct {
 	pause  time.Duration // how long it stands still after the next failure
 	until  time.Time     // it stands still
 	heard  uint64        // counts the answers of S3
+	held   hold          // why what is no blob is not taken yet; 0: it is
 	wake   chan struct{}
 }
+
+// A hold is a reason why it is not known of every near blob whether the bucket has it.
+type hold uint8
+
+const (
+	unmet    hold = 1 << iota // S3 has not been asked who has used the bucket since
+	unproven                  // the index does not tell
+)
 
 // A job is one pending value.
 type job struct {
@@ -61,7 +69,7 @@ const (
 )
 
 func newQueue() *queue {
-	return &queue{blobs: list.New(), others: list.New(), jobs: map[string]*list.Element{}, wake: make(chan struct{}, workers)}
+	return &queue{blobs: list.New(), others: list.New(), jobs: map[string]*list.Element{}, held: unmet | unproven, wake: make(chan struct{}, workers)}
 }
 
 func (q *queue) list(blob bool) *list.List {
@@ -79,6 +87,31 @@ func (q *queue) rouse() {
 			return
 		}
 	}
+}
+
+// release ends a hold. With the last, what is no blob may go, behind the blobs there are
+// by then.
+func (q *queue) release(h hold) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.held == 0 {
+		return
+	}
+	if q.held &^= h; q.held != 0 {
+		return
+	}
+	for e := q.others.Front(); e != nil; e = e.Next() {
+		q.seq++
+		e.Value.(*job).seq = q.seq
+	}
+	q.rouse()
+}
+
+// holds reports whether what is no blob is not taken yet.
+func (q *queue) holds() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.held != 0
 }
 
 // add puts a value at the end. One that is in the queue stays where it is, and is
@@ -161,6 +194,9 @@ func (q *queue) next(now time.Time) (key string, wait time.Duration, ok bool) {
 	if scan(q.blobs, ^uint64(0)) {
 		return key, 0, true
 	}
+	if q.held != 0 {
+		return "", wait, false
+	}
 	first := ^uint64(0)
 	if e := q.blobs.Front(); e != nil {
 		first = e.Value.(*job).seq
@@ -182,7 +218,7 @@ func (q *queue) back(key string, err error, now time.Time) {
 		if e != nil { // put anew meanwhile
 			q.rouse()
 		}
-	case errors.Is(err, errTaken):
+	case errors.Is(err, errTaken), errors.Is(err, errVoid):
 		if e != nil {
 			e.Value.(*job).after = now.Add(retryTaken)
 		}
@@ -263,9 +299,14 @@ func (s *store) upload(key string, behind bool) error {
 	}
 	gen, wasTried := st.gen, st.tried
 	st.tried = true
+	wanted, yield := context.WithCancel(ctx)
+	defer yield()
+	if st.yield = yield; st.deletes > 0 {
+		yield()
+	}
 	p.mu.Unlock()
 	failpoint.Hit("s3.uploading")
-	e, began, err := s.send(ctx, key)
+	e, began, err := s.send(ctx, wanted, key)
 	failpoint.Hit("s3.uploaded")
 	p.mu.Lock()
 	if !began && !wasTried {
@@ -334,8 +375,9 @@ func (s *store) vouch(ctx context.Context, key string, info storage.Info) error 
 var errVanished = errors.New("it has vanished from the cache directory")
 
 // send sends the near file of a key, and returns the entry for it. began says that the
-// bucket may have it, or a part of it, though it failed.
-func (s *store) send(ctx context.Context, key string) (e entry, began bool, err error) {
+// bucket may have it, or a part of it, though it failed. wanted ends when the value is to
+// be deleted.
+func (s *store) send(ctx, wanted context.Context, key string) (e entry, began bool, err error) {
 	info, err := s.near.Stat(ctx, key)
 	if absent(err) {
 		return e, false, errVanished
@@ -352,7 +394,7 @@ func (s *store) send(ctx context.Context, key string) (e entry, began bool, err 
 				return e, false, err
 			}
 		}
-		return s.sendOther(ctx, key, path, e)
+		return s.sendOther(ctx, wanted, key, path, e)
 	}
 	hash := d.Encoded()
 	if d.Algorithm() != "sha256" || info.Doubtful {
@@ -379,7 +421,7 @@ func (s *store) send(ctx context.Context, key string) (e entry, began bool, err 
 		}
 		return there, false, err
 	}
-	return e, true, s.sendFile(ctx, key, path, info.Size, hash)
+	return e, true, s.sendFile(ctx, wanted, key, path, info.Size, hash)
 }
 
 // thereAlready asks for a blob of which it is not known whether the bucket has it. The
@@ -406,13 +448,13 @@ func (s *store) thereAlready(ctx context.Context, key string, size int64) (entry
 	return entry{size: o.size, etag: o.etag, modified: o.modified}, err
 }
 
-func (s *store) sendOther(ctx context.Context, key, path string, e entry) (entry, bool, error) {
+func (s *store) sendOther(ctx, wanted context.Context, key, path string, e entry) (entry, bool, error) {
 	if e.size > maxInline {
 		hash, err := hashFile(path)
 		if err != nil {
 			return e, false, err
 		}
-		return e, true, s.sendFile(ctx, key, path, e.size, hash)
+		return e, true, s.sendFile(ctx, wanted, key, path, e.size, hash)
 	}
 	data, err := s.near.Get(ctx, key, maxInline)
 	if err != nil {
@@ -420,23 +462,18 @@ func (s *store) sendOther(ctx context.Context, key, path string, e entry) (entry
 	}
 	e.data, e.size = data, int64(len(data))
 	e.flags |= held
-	// What most give as the ETag of what came in one piece. If it is not, the value
-	// is read once more when it has been listed.
-	e.etag = fmt.Sprintf("%x", md5.Sum(data))
-	err = s.bucket.put(ctx, key, bytes.NewReader(data), e.size, sum(data))
+	// If it is not told, the value is read once more when it has been listed.
+	e.etag, err = s.bucket.put(ctx, key, bytes.NewReader(data), e.size, sum(data))
 	s.said(err)
 	return e, true, err
 }
 
 // sendFile sends a file, going on where an earlier try has ended.
-func (s *store) sendFile(ctx context.Context, key, path string, size int64, hash string) error {
+func (s *store) sendFile(ctx, wanted context.Context, key, path string, size int64, hash string) error {
 	l := s.ledger(key)
-	err := s.bucket.putFile(ctx, key, path, size, hash, l.read(), func(p parts) error {
+	err := s.bucket.putFile(ctx, wanted, key, path, size, hash, l.read(), func(p parts) error {
 		err := l.write(p)
 		failpoint.Hit("s3.part")
-		if err == nil && s.void(key) {
-			err = errVoid
-		}
 		return err
 	})
 	s.said(err)
@@ -446,76 +483,11 @@ func (s *store) sendFile(ctx context.Context, key, path string, size int64, hash
 	return err
 }
 
-// errVoid is why an upload ends before its last step: the value is to be deleted.
-// Once S3 has been sent all of it, it is too late for that. Nor is a call ended in
-// which a value is sent whole: S3 may have it and store it after the deletion.
+// errVoid is why an upload in parts ends before its last step: the value is to be
+// deleted. Parts that S3 gets later are those of an upload that is given up. Once it has
+// been asked to make them one it is too late for that. Nor is a call ended in which a
+// value is sent whole: S3 may have it and store it after the deletion.
 var errVoid = errors.New("it is to be deleted")
-
-// void reports whether somebody waits for a key's slot to delete its value.
-func (s *store) void(key string) bool {
-	p := s.stripe(key)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	st := p.states[key]
-	return st != nil && st.deletes > 0
-}
-
-// A ledger is where an upload in parts stands: a file beside the near tier.
-type ledger struct {
-	key, path string
-}
-
-// page is what is in a ledger.
-type ledgerPage struct {
-	Key   string `json:"key"`
-	Parts parts  `json:"parts"`
-}
-
-func (s *store) ledgers() string { return filepath.Join(s.root, filepath.FromSlash(ownDir), "parts") }
-
-func (s *store) ledger(key string) ledger {
-	return ledger{key, filepath.Join(s.ledgers(), sum([]byte(key))+".json")}
-}
-
-// read is what the ledger says. One that cannot be read says nothing; what it was
-// about is swept.
-func (l ledger) read() parts {
-	var page ledgerPage
-	data, err := os.ReadFile(l.path)
-	if err != nil || json.Unmarshal(data, &page) != nil || page.Key != l.key {
-		return parts{}
-	}
-	return page.Parts
-}
-
-func (l ledger) write(p parts) error {
-	data, err := json.Marshal(ledgerPage{l.key, p})
-	if err != nil {
-		return err
-	}
-	if err := os.WriteFile(l.path+".new", data, 0o640); err != nil {
-		return err
-	}
-	return os.Rename(l.path+".new", l.path)
-}
-
-func (l ledger) remove() { os.Remove(l.path) }
-
-// forgo ends the upload in parts of a value that is to be deleted.
-func (s *store) forgo(ctx context.Context, key string) error {
-	l := s.ledger(key)
-	p := l.read()
-	if p.Upload == "" {
-		return nil
-	}
-	err := s.bucket.abort(ctx, key, p)
-	s.said(err)
-	if err == nil || absent(err) {
-		l.remove()
-		return nil
-	}
-	return err
-}
 
 // Sync implements storage.Store.
 func (s *store) Sync(ctx context.Context, keys ...string) error {

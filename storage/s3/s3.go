@@ -413,7 +413,8 @@ func (s *S3) Open(ctx context.Context) (storage.Store, error) {
 // Limits implements [storage.Backend].
 func (s *S3) Limits() storage.Limits { return s.limits }
 
-// Configure implements [storage.Backend].
+// Configure implements [storage.Backend]. It fails if the bucket refuses other credentials
+// or another region.
 func (s *S3) Configure(to storage.Store) error {
 	st, ok := to.(*store)
 	if !ok {

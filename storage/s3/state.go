@@ -27,6 +27,7 @@ type state struct {
 	tried   bool          // S3 may have been sent it
 	slot    chan struct{} // closed when the slot is given back; nil: it is free
 	deletes int           // who waits for the slot to delete
+	yield   func()        // of the upload that has the slot: ends it, if it is not too late
 }
 
 func (s *store) stripe(key string) *stripe {
@@ -146,8 +147,7 @@ func (s *store) look(key string, k kind) (e entry, f finding, version uint64) {
 // believe is what the index says of a key that is not pending.
 func (s *store) believe(key string, k kind) (entry, finding) {
 	e, ok := s.index.get(key)
-	shared := s.owner.shared.Load()
-	if shared && (!ok || k != blob) {
+	if s.contested() && (!ok || k != blob) {
 		if at, known := s.asked.Get(key); !known || s.now().Sub(at) >= anew {
 			return e, unknown
 		}
@@ -200,7 +200,7 @@ func (s *store) learn(key string, version uint64, o object, data []byte, err err
 
 // ask asks S3 for a key.
 func (s *store) ask(ctx context.Context, key string, version uint64) (entry, error) {
-	o, err := s.bucket.head(ctx, key)
+	o, err := s.bucket.find(ctx, key)
 	s.said(err)
 	if err != nil && !absent(err) {
 		return entry{}, err
@@ -248,6 +248,9 @@ func (s *store) take(ctx context.Context, p *stripe, key string, deletion bool) 
 		slot := st.slot
 		if deletion {
 			st.deletes++
+			if st.yield != nil {
+				st.yield()
+			}
 		}
 		p.mu.Unlock()
 		select {
@@ -269,6 +272,6 @@ func (s *store) take(ctx context.Context, p *stripe, key string, deletion bool) 
 func (s *store) give(p *stripe, key string) {
 	st := p.states[key]
 	close(st.slot)
-	st.slot = nil
+	st.slot, st.yield = nil, nil
 	p.settle(key)
 }

@@ -76,7 +76,7 @@ func (s *store) Stat(ctx context.Context, key string) (storage.Info, error) {
 	case local:
 		return s.near.Stat(ctx, key)
 	case upload:
-		o, err := s.bucket.head(ctx, key)
+		o, err := s.bucket.find(ctx, key)
 		s.said(err)
 		return storage.Info{Key: key, Size: o.size, ModTime: o.modified}, err
 	case blob:
@@ -100,6 +100,9 @@ func (s *store) Stat(ctx context.Context, key string) (storage.Info, error) {
 			return e.info(key), nil
 		}
 		e, err := s.ask(ctx, key, version)
+		if s.resort(key, k, err) {
+			continue
+		}
 		return e.info(key), err
 	}
 	return storage.Info{}, restless(key)
@@ -206,6 +209,9 @@ func (s *store) open(ctx context.Context, key string, offset, length int64, near
 				if err == nil && data != nil {
 					return openBytes(key, data, e, offset, length)
 				}
+				if s.resort(key, k, err) {
+					continue
+				}
 				if err != nil && !errors.Is(err, storage.ErrTooLarge) {
 					return nil, storage.Info{}, err
 				}
@@ -296,6 +302,9 @@ func (s *store) Get(ctx context.Context, key string, limit int64) ([]byte, error
 			}
 		}
 		data, _, err := s.fetchSmall(ctx, key, version, limit)
+		if f == unknown && s.resort(key, k, err) {
+			continue
+		}
 		return data, err
 	}
 	return nil, restless(key)
@@ -379,7 +388,7 @@ func (s *store) Put(ctx context.Context, key string, data []byte, d storage.Dura
 	case local:
 		return s.near.Put(ctx, key, data, d)
 	case upload:
-		err := s.bucket.put(ctx, key, bytes.NewReader(data), int64(len(data)), sum(data))
+		_, err := s.bucket.put(ctx, key, bytes.NewReader(data), int64(len(data)), sum(data))
 		s.said(err)
 		if err == nil {
 			s.trace(key, int64(len(data)))
@@ -407,7 +416,7 @@ func (s *store) PutFile(ctx context.Context, key, path string, d storage.Durabil
 		if err != nil {
 			return err
 		}
-		err = s.bucket.putFile(ctx, key, path, stat.Size(), hash, parts{}, func(parts) error { return nil })
+		err = s.bucket.putFile(ctx, ctx, key, path, stat.Size(), hash, parts{}, func(parts) error { return nil })
 		s.said(err)
 		if err != nil {
 			return err

@@ -432,6 +432,12 @@ func TestPushAckLocal(t *testing.T) {
 
 // TestPartsGoOn: an upload in parts that was interrupted is gone on with, or aborted.
 func TestPartsGoOn(t *testing.T) {
+	for name, lost := range map[string]bool{"": false, "without the index": true} {
+		t.Run(name, func(t *testing.T) { testPartsGoOn(t, lost) })
+	}
+}
+
+func testPartsGoOn(t *testing.T, lost bool) {
 	d := newDouble(t, s3double.Options{}, nil)
 	dir := t.TempDir()
 	s := listedAt(t, d, dir)
@@ -452,6 +458,9 @@ func TestPartsGoOn(t *testing.T) {
 		return slices.ContainsFunc(calls, func(c s3double.Call) bool { return c.Struck && c.Status == 503 })
 	})
 	closed(t, s)
+	if lost {
+		loseIndex(t, dir)
+	}
 	end()
 	d.Forget()
 	s = listedAt(t, d, dir)

@@ -38,6 +38,18 @@ type Quirks struct {
 	AcceptEncoding string
 	// Skew is how far its clock is ahead.
 	Skew time.Duration
+	// OddETags gives objects ETags that look like MD5 sums and are none, as where they
+	// are encrypted with keys of AWS's KMS.
+	OddETags bool
+}
+
+func (q Quirks) odd(sum []byte) []byte {
+	if !q.OddETags {
+		return sum
+	}
+	sum = slices.Clone(sum)
+	slices.Reverse(sum)
+	return sum
 }
 
 // Set changes the quirks.

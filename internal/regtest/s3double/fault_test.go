@@ -3,8 +3,10 @@ package s3double_test
 import (
 	"crypto/md5"
 	"encoding/base64"
+	"net"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/caddy-registry/mirror/internal/regtest/s3double"
 )
@@ -204,4 +206,18 @@ func TestDown(t *testing.T) {
 	if n := s.Count(); n != 2 {
 		t.Errorf("%d calls", n)
 	}
+}
+
+// TestUpWaitsForItsPort: another process may have been given the port meanwhile.
+func TestUpWaitsForItsPort(t *testing.T) {
+	s := s3double.New(t, s3double.Options{})
+	c := newClient(t, s)
+	s.Down()
+	other, err := net.Listen("tcp", s.Host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.AfterFunc(300*time.Millisecond, func() { other.Close() })
+	s.Up(t)
+	c.want(200, "", "PUT", "/bucket/key", "x")
 }

@@ -128,7 +128,7 @@ func (s *Server) completeUpload(r *http.Request, call *Call, sum string, quirks 
 		whole.size += p.body.size
 		tags.Write(p.tag)
 	}
-	o := object{whole, fmt.Sprintf(`"%x-%d"`, tags.Sum(nil), len(wanted.Part)), time.Now(), u.kind}
+	o := object{whole, fmt.Sprintf(`"%x-%d"`, quirks.odd(tags.Sum(nil)), len(wanted.Part)), s.now(quirks), u.kind}
 	if err := s.store(r, call, o); err != nil {
 		return answer{}, err
 	}

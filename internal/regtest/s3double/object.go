@@ -134,12 +134,12 @@ func (c *counting) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (s *Server) putObject(r *http.Request, call *Call, sum string) (answer, error) {
+func (s *Server) putObject(r *http.Request, call *Call, sum string, quirks Quirks) (answer, error) {
 	b, tag, err := s.receive(r, call, sum, s.opts.PutLimit)
 	if err != nil {
 		return answer{}, err
 	}
-	o := object{b, fmt.Sprintf(`"%x"`, tag), time.Now(), r.Header.Get("Content-Type")}
+	o := object{b, fmt.Sprintf(`"%x"`, quirks.odd(tag)), s.now(quirks), r.Header.Get("Content-Type")}
 	if err := s.store(r, call, o); err != nil {
 		return answer{}, err
 	}

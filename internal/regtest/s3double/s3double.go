@@ -122,6 +122,9 @@ func start(opts Options, dir, address string) *Server {
 	return s
 }
 
+// patience is how long the server waits for its port.
+const patience = 20 * time.Second
+
 // Down makes the server unreachable: connections break, and none is accepted.
 func (s *Server) Down() {
 	s.mu.Lock()
@@ -157,9 +160,18 @@ func (s *Server) listen() error {
 	if s.http != nil {
 		return nil
 	}
-	listener, err := net.Listen("tcp", s.Host)
-	if err != nil {
-		return err
+	// After Down its port may for a moment be one that somebody else has been given.
+	var listener net.Listener
+	again := time.NewTicker(100 * time.Millisecond)
+	defer again.Stop()
+	for late := time.Now().Add(patience); ; <-again.C {
+		var err error
+		if listener, err = net.Listen("tcp", s.Host); err == nil {
+			break
+		}
+		if time.Now().After(late) {
+			return err
+		}
 	}
 	ctx, end := context.WithCancel(context.Background())
 	s.http = &http.Server{Handler: s, BaseContext: func(net.Listener) context.Context { return ctx }}
@@ -417,7 +429,7 @@ func (s *Server) dispatch(r *http.Request, call *Call, sum string, quirks Quirks
 	case GetObject, HeadObject:
 		return s.getObject(r, call)
 	case PutObject:
-		return s.putObject(r, call, sum)
+		return s.putObject(r, call, sum, quirks)
 	case DeleteObject:
 		s.remove(call.Bucket, call.Key)
 		return answer{status: http.StatusNoContent}, nil
