@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -26,6 +27,30 @@ func (m *Mirror) away(t Target, err error) bool {
 	}
 	m.diskTrouble("asking the store", t.Repository, err)
 	return true
+}
+
+// recordPatience is how long a distant store has to say what a mirrored repository is
+// recorded as: it is asked before the upstream is. For a hosted one there is nobody else.
+const recordPatience = 2 * time.Second
+
+var errSilent = fmt.Errorf("%w: it does not say what the repository is", storage.ErrUnavailable)
+
+// recorded asks the store what a repository is recorded as, and does not wait for ever.
+func (m *Mirror) recorded(ctx context.Context, t Target, ask func(context.Context) (tree.Record, error)) (tree.Record, error) {
+	if m.distant == nil {
+		return ask(ctx)
+	}
+	most := manifestBudget
+	if t.Upstream != nil {
+		most = m.hurry
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, most, errSilent)
+	defer cancel()
+	record, err := ask(ctx)
+	if err != nil && context.Cause(ctx) == errSilent {
+		err = errSilent
+	}
+	return record, err
 }
 
 // absent reports whether what was asked of the store counts as not held.

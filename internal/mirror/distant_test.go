@@ -256,3 +256,26 @@ func TestHostedAway(t *testing.T) {
 		t.Errorf("there is %q", keys)
 	}
 }
+
+// TestRecordSilent: nobody waits long for a store that does not say what a repository
+// is. What is mirrored comes from its upstream.
+func TestRecordSilent(t *testing.T) {
+	b, store := distantBench(t)
+	b.mirror.hurry = time.Millisecond
+	image := regtest.NewImage("app", regtest.Random("layer", 1000))
+	b.registry.Push("org/app", image, "v1")
+	record := layout.Record("reg.example/org/app")
+	store.Place(record, []byte(`{"schema":1,"class":"mirrored","upstream":"reg.example"}`))
+	store.Deliver(func(ctx context.Context, key string, _ int64) (int64, error) {
+		if key == record {
+			<-ctx.Done()
+			return 0, ctx.Err()
+		}
+		return 1 << 20, nil
+	})
+	b.wantManifest("org/app/manifests/v1", image)
+	err := b.mirror.admit(t.Context(), Target{Name: "app", Repository: "reg.example/org/app"})
+	if e := refusal(err, oci.KindManifest, "", ""); err == nil || e.Status != http.StatusServiceUnavailable || e.RetryAfter == 0 {
+		t.Errorf("%v: %+v", err, e)
+	}
+}

@@ -47,8 +47,8 @@ type Mirror struct {
 	now      func() time.Time
 	complete func(context.Context) *catalog.Catalog // Parts.Catalog
 	suspect  func(digest.Digest)                    // Parts.Suspect
-	// patience is blobPatience, but in tests.
-	patience time.Duration
+	// patience is blobPatience, and hurry is recordPatience, but in tests.
+	patience, hurry time.Duration
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -108,7 +108,7 @@ type Parts struct {
 
 // New returns a mirror.
 func New(p Parts) *Mirror {
-	m := &Mirror{tree: p.Tree, hosted: p.Hosted, distant: p.Store.Distant(), complete: p.Catalog, suspect: p.Suspect, log: p.Log, now: time.Now, patience: blobPatience, aheads: make(chan struct{}, checksAhead)}
+	m := &Mirror{tree: p.Tree, hosted: p.Hosted, distant: p.Store.Distant(), complete: p.Catalog, suspect: p.Suspect, log: p.Log, now: time.Now, patience: blobPatience, hurry: recordPatience, aheads: make(chan struct{}, checksAhead)}
 	if m.suspect == nil {
 		m.suspect = func(digest.Digest) {}
 	}
@@ -266,7 +266,7 @@ func (m *Mirror) filled(s fill.Summary) {
 // change of configuration must not mix two registries' images, nor let a
 // hosted one be taken for something that can be fetched again.
 func (m *Mirror) admit(ctx context.Context, t Target) error {
-	record, err := m.tree.Record(ctx, t.Repository)
+	record, err := m.recorded(ctx, t, func(ctx context.Context) (tree.Record, error) { return m.tree.Record(ctx, t.Repository) })
 	if m.absent(t, err) {
 		return nil
 	}
@@ -295,11 +295,13 @@ var errUnclaimed = fmt.Errorf("what the repository is recorded as is not known: 
 // claim records a mirrored repository before anything is stored in it. Where the
 // store cannot say what it is, the error is errUnclaimed.
 func (m *Mirror) claim(ctx context.Context, t Target) error {
-	record, err := m.tree.Claim(ctx, t.Repository, tree.Record{
-		Class:    tree.Mirrored,
-		Upstream: t.Upstream.Name,
-		Prefix:   t.Upstream.Prefix,
-		Created:  m.now().UTC(),
+	record, err := m.recorded(ctx, t, func(ctx context.Context) (tree.Record, error) {
+		return m.tree.Claim(ctx, t.Repository, tree.Record{
+			Class:    tree.Mirrored,
+			Upstream: t.Upstream.Name,
+			Prefix:   t.Upstream.Prefix,
+			Created:  m.now().UTC(),
+		})
 	})
 	if err == nil {
 		if err = conflict(t, record); err == nil {
