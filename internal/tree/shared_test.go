@@ -175,6 +175,10 @@ func TestSharedTags(t *testing.T) {
 	if err := p.store.Put(t.Context(), layout.TagIndexLink("apps/web", "torn", m), []byte(m), storage.Lazy); err != nil {
 		t.Fatal(err)
 	}
+	// Nor is what no client could ask for.
+	if err := p.store.Put(t.Context(), layout.Tags("apps/web")+".odd/current/link", []byte(m), storage.Lazy); err != nil {
+		t.Fatal(err)
+	}
 	if tags, err := p.other.Tags(t.Context(), "apps/web"); err != nil || !slices.Equal(tags, []string{"v1"}) {
 		t.Error(tags, err)
 	}
@@ -204,6 +208,19 @@ func TestSharedMirrored(t *testing.T) {
 	}
 	if n := p.store.gets.Load() - before; n != 0 {
 		t.Errorf("the store was asked %d times for what is mirrored and known", n)
+	}
+	body := fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"config":{"mediaType":%q,"digest":%q,"size":5},"layers":[]}`,
+		v1.MediaTypeImageManifest, v1.MediaTypeImageConfig, b)
+	m, err := p.PutManifest(ctx, "docker.io/app", digest.FromString(body), []byte(body), nil)
+	if err == nil {
+		_, err = p.other.Manifest(ctx, "docker.io/app", m.Digest)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.other.hot.cache.Wait()
+	if _, ok := p.other.Warm("docker.io/app", m.Digest, time.Time{}); !ok {
+		t.Error("a mirrored manifest does not come from memory")
 	}
 }
 
