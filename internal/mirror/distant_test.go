@@ -257,24 +257,33 @@ func TestHostedAway(t *testing.T) {
 	}
 }
 
-// TestRecordSilent: nobody waits long for a store that does not say what a repository
-// is. What is mirrored comes from its upstream.
-func TestRecordSilent(t *testing.T) {
+// TestStoreSilent: a store that takes questions and does not answer them keeps nobody
+// from what its upstream has.
+func TestStoreSilent(t *testing.T) {
 	b, store := distantBench(t)
-	b.mirror.hurry = time.Millisecond
 	image := regtest.NewImage("app", regtest.Random("layer", 1000))
 	b.registry.Push("org/app", image, "v1")
-	record := layout.Record("reg.example/org/app")
-	store.Place(record, []byte(`{"schema":1,"class":"mirrored","upstream":"reg.example"}`))
-	store.Deliver(func(ctx context.Context, key string, _ int64) (int64, error) {
-		if key == record {
-			<-ctx.Done()
-			return 0, ctx.Err()
-		}
-		return 1 << 20, nil
+	const repository = "reg.example/org/app"
+	manifest := image.Digest
+	for key, value := range map[string]string{
+		layout.Record(repository):                 `{"schema":1,"class":"mirrored","upstream":"reg.example"}`,
+		layout.TagLink(repository, "v1"):          manifest.String(),
+		layout.RevisionLink(repository, manifest): manifest.String(),
+		layout.Blob(manifest):                     string(image.Data),
+	} {
+		store.Place(key, []byte(value))
+	}
+	store.Deliver(func(ctx context.Context, _ string, _ int64) (int64, error) {
+		<-ctx.Done()
+		return 0, ctx.Err()
 	})
+	b.mirror.hurry = time.Millisecond
 	b.wantManifest("org/app/manifests/v1", image)
-	err := b.mirror.admit(t.Context(), Target{Name: "app", Repository: "reg.example/org/app"})
+	b.wantManifest("org/app/manifests/"+manifest.String(), image)
+	if put := store.Asks("put", ""); len(put) > 0 {
+		t.Errorf("put were %v", put)
+	}
+	err := b.mirror.admit(t.Context(), Target{Name: "app", Repository: repository})
 	if e := refusal(err, oci.KindManifest, "", ""); err == nil || e.Status != http.StatusServiceUnavailable || e.RetryAfter == 0 {
 		t.Errorf("%v: %+v", err, e)
 	}
