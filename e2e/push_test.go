@@ -294,6 +294,22 @@ func doing(t *testing.T, program func(args ...string) (string, error)) func(args
 	}
 }
 
+// dockerOf starts a docker that has an image, and returns what pushes that as a tag of
+// apps/web at an address, and says the digest that it has there.
+func dockerOf(t *testing.T, img *image) func(addr, tag string) string {
+	t.Helper()
+	docker := doing(t, startDocker(t, deadAddr))
+	archive := filepath.Join(workDir(t), "hello.tar")
+	writeArchive(t, archive, img)
+	docker("load", "-i", archive)
+	return func(addr, tag string) string {
+		t.Helper()
+		name := addr + "/apps/web:" + tag
+		docker("tag", "hello:latest", name)
+		return saidDigest.FindString(docker("push", name))
+	}
+}
+
 func pushWithDocker29(t *testing.T, s *shop, img *image) {
 	do := doing(t, startDocker29(t))
 	do("login", "-u", s.user, "-p", s.password, s.addr)

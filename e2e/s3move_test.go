@@ -47,15 +47,7 @@ func TestS3Interchange(t *testing.T) {
 		t.Run("registry to mirror", func(t *testing.T) {
 			s := startS3(t, kind)
 			r := startRegistryS3(t, s)
-			docker := doing(t, startDocker(t, deadAddr))
-			archive := filepath.Join(workDir(t), "hello.tar")
-			writeArchive(t, archive, first)
-			docker("load", "-i", archive)
-			push := func(addr, tag string) string {
-				t.Helper()
-				docker("tag", "hello:latest", addr+"/apps/web:"+tag)
-				return saidDigest.FindString(docker("push", addr+"/apps/web:"+tag))
-			}
+			push := dockerOf(t, first)
 			digest := push(r.addr, "1")
 			push(r.addr, "2")
 			pushIndex(t, r.addr+"/apps/web:3", second)

@@ -112,7 +112,7 @@ func (r *roster) failed(e *entry, err error, now time.Time) (final bool) {
 	case worthwhile && errors.As(err, &hint):
 		after, worthwhile = hint.Retry()
 	}
-	if !worthwhile {
+	if !worthwhile || e.given(err) {
 		e.hopeless = true
 		return false
 	}

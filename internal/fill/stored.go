@@ -128,6 +128,14 @@ func (e *entry) isStored() bool {
 	return ok
 }
 
+// given reports whether a store that nobody can take the place of is given up: it has
+// tried for itself by now, and nobody has had any of its bytes. So its client hears at
+// once that it is to come again.
+func (e *entry) given(err error) bool {
+	s, ok := e.source.(stored)
+	return ok && s.alone && !e.delivered && errors.Is(err, storage.ErrUnavailable)
+}
+
 // steady reports whether the store would be asked now.
 func (r *roster) steady(now time.Time) bool {
 	e, _, _ := r.pick(now)

@@ -151,7 +151,8 @@ func TestStoredCut(t *testing.T) {
 }
 
 // TestStoredDown: where the store cannot be reached, or has nothing, the next source
-// is asked at once. Where there is none, its error says so.
+// is asked at once. Where there is none, its error says so: a store that cannot be
+// reached is not asked again meanwhile, and nobody waits for it.
 func TestStoredDown(t *testing.T) {
 	for _, size := range []int{1000, 3 * mib} {
 		data, d := random(size)
@@ -169,13 +170,48 @@ func TestStoredDown(t *testing.T) {
 		f.Release()
 		eventually(t, "the commit", func() bool { return x.linked("down", d) })
 
-		x, _ = newDistantTable(t)
-		f = x.join(t, d, size, "alone", x.Stored(layout.Blob(d), true))
-		if got, err := read(t, f, 0, size, true); len(got) > 0 || err == nil {
-			t.Errorf("%d bytes, %v", len(got), err)
+		for _, down := range []bool{false, true} {
+			x, store = newDistantTable(t)
+			store.Down(down)
+			f = x.join(t, d, size, "alone", x.Stored(layout.Blob(d), true))
+			if got, err := read(t, f, 0, size, true); len(got) > 0 || err == nil || errors.Is(err, storage.ErrUnavailable) != down {
+				t.Errorf("%d bytes, %v", len(got), err)
+			}
+			f.Release()
+			if n := len(gets(store, d)); n != 1 {
+				t.Errorf("it is down: %v, and was asked %d times", down, n)
+			}
 		}
-		f.Release()
 	}
+}
+
+// TestStoredBack: a store that breaks off in the middle, and is down for a moment then,
+// is waited for where nobody else has the rest.
+func TestStoredBack(t *testing.T) {
+	x, store := newDistantTable(t)
+	const size, cut = 3 * mib, mib + 12_345
+	data, d := random(size)
+	store.Place(layout.Blob(d), data)
+	refused := 0
+	store.Deliver(func(_ context.Context, _ string, at int64) (int64, error) {
+		if at < cut {
+			return cut - at, nil
+		}
+		if refused == 0 {
+			store.Trouble(func(storagetest.Asked) error {
+				if refused++; refused > 2 {
+					return nil
+				}
+				return storage.ErrUnavailable
+			})
+			return 0, io.ErrUnexpectedEOF
+		}
+		return size, nil
+	})
+	f := x.join(t, d, size, "r", x.Stored(layout.Blob(d), true))
+	whole(t, f, data)
+	f.Release()
+	eventually(t, "the commit", func() bool { return x.linked("r", d) })
 }
 
 // TestStoredSlow: a store that does not begin, or stops in the middle, is given up for

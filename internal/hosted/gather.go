@@ -28,7 +28,7 @@ const (
 	maxSweeps = 1_000
 )
 
-// errSpoilt: the pieces of an upload are not what was put.
+// errSpoilt: what there is of an upload is certainly not what was sent.
 var errSpoilt = errors.New("it is spoilt")
 
 // gather fetches the pieces that this process does not have, and proves the whole
@@ -39,48 +39,91 @@ func (u *Upload) gather(ctx context.Context, room *room) error {
 	if err := u.allow(ctx, 0); err != nil {
 		return err
 	}
+	mixed := len(sh.held) > 0
+	if err := u.complete(ctx, room); err != nil {
+		return u.unusable(ctx, err)
+	}
+	err := u.proof(ctx)
+	if errors.Is(err, errSpoilt) && mixed {
+		// It may be what was here before: then what is in the bucket is right.
+		u.mu.Lock()
+		clear(sh.held)
+		u.mu.Unlock()
+		if err := u.complete(ctx, room); err != nil {
+			return u.unusable(ctx, err)
+		}
+		err = u.proof(ctx)
+	}
+	if errors.Is(err, errSpoilt) {
+		// Or what this request has brought, which its client still has.
+		sum, failed := sh.acked.sums()
+		if failed == nil {
+			failed = u.prove(ctx, sh.acked.Offset, sum)
+		}
+		if failed == nil {
+			return errors.New("the disk has not kept what was uploaded; try again")
+		}
+		err = failed
+	}
+	if err != nil {
+		return u.unusable(ctx, err)
+	}
+	failpoint.Hit("upload.gathered")
+	return nil
+}
+
+// proof proves what has come, unless it is proven.
+func (u *Upload) proof(ctx context.Context) error {
+	if u.proven {
+		return nil
+	}
+	if err := u.prove(ctx, u.Offset(), u.sums); err != nil {
+		return err
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.proven = true
+	return nil
+}
+
+// complete fetches the pieces that are not in the file.
+func (u *Upload) complete(ctx context.Context, room *room) error {
+	sh := u.shared
 	var missing int64
 	for _, p := range sh.acked.Pieces {
 		if !sh.held[p.Name] {
 			missing += p.Size
 		}
 	}
-	if missing > 0 {
-		if err := room.set(ctx, missing); err != nil {
-			return err
-		}
-		f, err := os.OpenFile(u.path, os.O_CREATE|os.O_WRONLY, 0o600)
-		if err != nil {
-			return full(err)
-		}
-		defer f.Close()
-		var at int64
-		for _, p := range sh.acked.Pieces {
-			if !sh.held[p.Name] {
-				if err := u.fetch(ctx, f, p, at); err != nil {
-					return u.unusable(ctx, err)
-				}
-				room.use(p.Size)
-				u.mu.Lock()
-				sh.held[p.Name], u.proven = true, false
-				u.mu.Unlock()
-			}
-			at += p.Size
-		}
+	if missing == 0 {
+		return nil
 	}
-	if !u.proven {
-		if err := u.prove(ctx); err != nil {
-			if ctx.Err() != nil {
+	if err := room.set(ctx, missing); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(u.path, os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return full(err)
+	}
+	defer f.Close()
+	var at int64
+	for _, p := range sh.acked.Pieces {
+		if !sh.held[p.Name] {
+			if err := u.fetch(ctx, f, p, at); err != nil {
 				return err
 			}
-			return u.unusable(ctx, fmt.Errorf("%w: what was fetched of it has other bytes than were sent", errSpoilt))
+			room.use(p.Size)
+			u.mu.Lock()
+			sh.held[p.Name], u.proven = true, false
+			u.mu.Unlock()
 		}
+		at += p.Size
 	}
-	failpoint.Hit("upload.gathered")
 	return nil
 }
 
-// unusable ends an upload of which some is lost.
+// unusable ends an upload of which some is certainly lost. Whatever else has failed, it
+// can be gone on with.
 func (u *Upload) unusable(ctx context.Context, err error) error {
 	if !errors.Is(err, errSpoilt) {
 		return err

@@ -300,7 +300,11 @@ func (h *Registry) Upload(ctx context.Context, repository, id string) (*Upload, 
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if !u.gone && !u.known {
-		if err := u.recall(); err != nil {
+		err := u.recall()
+		if _, unread := errors.AsType[*fs.PathError](err); unread && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("reading how far an upload has come: %w", err)
+		}
+		if err != nil {
 			h.log.Warn("an upload cannot be gone on with", zap.String("upload", id), zap.Error(err))
 			u.drop()
 		}
@@ -392,7 +396,6 @@ func (u *Upload) hold(ctx context.Context, interrupt func()) (release func(), er
 		}
 	}
 	u.holder = mine
-	proven := u.proven
 	u.mu.Unlock()
 	release = func() { u.release(mine) }
 	if u.shared != nil {
@@ -402,12 +405,9 @@ func (u *Upload) hold(ctx context.Context, interrupt func()) (release func(), er
 		}
 		return release, nil
 	}
-	if proven {
-		return release, nil
-	}
 	// Another request may wait for this; it is not in vain.
-	err = u.prove(ctx)
-	if err != nil && ctx.Err() == nil {
+	err = u.proof(ctx)
+	if errors.Is(err, errSpoilt) || errors.Is(err, fs.ErrNotExist) {
 		u.registry.log.Warn("an upload cannot be gone on with", zap.String("upload", u.id), zap.Error(err))
 		u.mu.Lock()
 		u.drop()

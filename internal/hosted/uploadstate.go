@@ -146,25 +146,22 @@ func (u *Upload) recall() error {
 	return nil
 }
 
-// prove reads what has come, and fails if it is not what the hashes were made of.
-// Only a loss of power makes that so: the state may have survived one, and the
-// bytes it speaks of not.
-func (u *Upload) prove(ctx context.Context) error {
+// prove reads what has come up to an offset. The error wraps errSpoilt if it is not
+// what hashes were made of. After a loss of power that is so where the state has
+// survived, and the bytes it speaks of have not.
+func (u *Upload) prove(ctx context.Context, end int64, of sums) error {
 	f, err := os.Open(u.path)
 	if err != nil {
-		return err
+		return fmt.Errorf("reading what has come of an upload: %w", err)
 	}
 	defer f.Close()
-	is, err := oci.DigestOf(ctx, digest.Canonical, io.LimitReader(f, u.ends.Load()))
+	is, err := oci.DigestOf(ctx, digest.Canonical, io.LimitReader(f, end))
 	if err != nil {
-		return err
+		return fmt.Errorf("reading what has come of an upload: %w", err)
 	}
-	if is != digest.NewDigest(digest.Canonical, u.sums.sha256) {
-		return errors.New("some of it was lost when the machine stopped")
+	if is != digest.NewDigest(digest.Canonical, of.sha256) {
+		return fmt.Errorf("%w: it has other bytes than were sent", errSpoilt)
 	}
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	u.proven = true
 	return nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -26,6 +27,54 @@ func (m *Mirror) away(t Target, err error) bool {
 	}
 	m.diskTrouble("asking the store", t.Repository, err)
 	return true
+}
+
+// A store that takes questions and does not answer them keeps nobody from what the
+// upstream has.
+const (
+	// storePatience is how long a distant store has to answer what is asked of it about
+	// a mirrored repository before the upstream is asked. Where there is none it has
+	// four times as long. storeHaste is how long it has for storePause after it has not
+	// answered.
+	storePatience = 2 * time.Second
+	storeHaste    = 200 * time.Millisecond
+	storePause    = 30 * time.Second
+)
+
+var errSilent = fmt.Errorf("%w: it does not answer", storage.ErrUnavailable)
+
+// soon bounds the asking of the store for one value of a repository, or many. done ends
+// it, and gives its error a meaning: see absent. For a hosted one there is nobody else to
+// ask.
+func (m *Mirror) soon(ctx context.Context, t Target, many bool) (_ context.Context, done func(error) error) {
+	if m.distant == nil {
+		return ctx, func(err error) error { return err }
+	}
+	most := 4 * m.hurry
+	if t.Upstream != nil {
+		most = m.hurry
+		if m.hushed() {
+			most = min(most, storeHaste)
+		}
+	}
+	began := time.Now()
+	ctx, cancel := context.WithTimeoutCause(ctx, most, errSilent)
+	return ctx, func(err error) error {
+		defer cancel()
+		if err == nil || context.Cause(ctx) != errSilent {
+			return err
+		}
+		if t.Upstream != nil && !many {
+			m.silent.Store(began.UnixNano())
+		}
+		return errSilent
+	}
+}
+
+// hushed reports whether the store has lately not answered: nothing is stored in it of
+// what is mirrored then, since that takes more questions.
+func (m *Mirror) hushed() bool {
+	return m.distant != nil && time.Since(time.Unix(0, m.silent.Load())) < storePause
 }
 
 // absent reports whether what was asked of the store counts as not held.
@@ -55,8 +104,9 @@ func (m *Mirror) fromStore(ctx context.Context, t Target, d digest.Digest, known
 		size = info.Size
 	}
 	if size < 0 {
-		info, err := m.tree.StatBlob(ctx, known.Canonical)
-		if err != nil {
+		asking, done := m.soon(ctx, t, false)
+		info, err := m.tree.StatBlob(asking, known.Canonical)
+		if err = done(err); err != nil {
 			return fill.Want{}, err
 		}
 		size = info.Size

@@ -228,8 +228,9 @@ func (m *Mirror) damaged(t Target, d digest.Digest, known tree.Member, size int6
 // member proves that a blob belongs to the repository: from what is stored, or
 // for a mirrored one by asking the upstream.
 func (m *Mirror) member(ctx context.Context, t Target, d digest.Digest) (tree.Member, error) {
-	known, ok, err := m.tree.Member(ctx, t.Repository, d)
-	if ok || err != nil && !m.absent(t, err) {
+	asking, done := m.soon(ctx, t, true) // it may take the manifests to tell
+	known, ok, err := m.tree.Member(asking, t.Repository, d)
+	if err = done(err); ok || err != nil && !m.absent(t, err) {
 		return known, err
 	}
 	if t.Upstream == nil {
@@ -253,8 +254,9 @@ func (m *Mirror) describeBlob(ctx context.Context, t Target, d digest.Digest) (i
 		return 0, miss, err
 	}
 	if known.Canonical != "" {
-		info, err := m.tree.StatBlob(ctx, known.Canonical)
-		if err == nil && !intact(known, info.Size) {
+		asking, done := m.soon(ctx, t, false)
+		info, err := m.tree.StatBlob(asking, known.Canonical)
+		if err = done(err); err == nil && !intact(known, info.Size) {
 			err = m.damaged(t, d, known, info.Size)
 		}
 		if err == nil && t.Upstream == nil {

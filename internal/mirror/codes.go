@@ -231,7 +231,7 @@ func refusal(err error, kind oci.Kind, userAgent, about string) *oci.Error {
 		}
 	}
 	e := &oci.Error{Status: says.status, Code: says.code, Message: f.message, RetryAfter: f.after}
-	if says.status == http.StatusTooManyRequests && f.after == 0 {
+	if f.after == 0 && (says.status == http.StatusTooManyRequests || f.situation == storeAway) {
 		e.RetryAfter = askAgain
 	}
 	if about != "" {

@@ -192,7 +192,7 @@ func TestStoreLength(t *testing.T) {
 // 503; and what is wrong there is not found.
 func TestHostedAway(t *testing.T) {
 	b, store := distantBench(t)
-	b.mirror.patience = time.Second / 10
+	b.mirror.patience = time.Minute
 	layer := regtest.Random("layer", 2<<20)
 	wrong := bytes.Clone(layer.Data[:1000])
 	small := regtest.Random("small", 1000)
@@ -231,15 +231,17 @@ func TestHostedAway(t *testing.T) {
 		}
 		return nil
 	})
-	if e, _ := get(layer); e == nil || e.Status != http.StatusServiceUnavailable || strings.Contains(e.Message, "upstream") {
+	if e, _ := get(layer); e == nil || e.Status != http.StatusServiceUnavailable || e.RetryAfter == 0 || strings.Contains(e.Message, "upstream") {
 		t.Errorf("%+v", e)
 	}
 	b.agent = "containers/5.36"
 	if e, _ := get(layer); e == nil || e.Status != http.StatusTooManyRequests || e.RetryAfter == 0 {
 		t.Errorf("%+v", e)
 	}
+	if asked := store.Asks("get", layout.Blob(layer.Digest)); len(asked) != 2 {
+		t.Errorf("for two answers it was asked %d times", len(asked))
+	}
 	store.Down(false)
-	b.mirror.patience = time.Minute
 	if e, data := get(layer); e != nil || !bytes.Equal(data, layer.Data) {
 		t.Errorf("%+v, %d bytes", e, len(data))
 	}
@@ -252,5 +254,47 @@ func TestHostedAway(t *testing.T) {
 	})
 	if keys := b.within(store, layout.Repositories); len(keys) > 0 {
 		t.Errorf("there is %q", keys)
+	}
+}
+
+// TestStoreSilent: a store that takes questions and does not answer them keeps nobody
+// from what its upstream has.
+func TestStoreSilent(t *testing.T) {
+	b, store := distantBench(t)
+	image := regtest.NewImage("app", regtest.Random("layer", 1000))
+	b.registry.Push("org/app", image, "v1")
+	const repository = "reg.example/org/app"
+	manifest := image.Digest
+	for key, value := range map[string]string{
+		layout.Record(repository):                 `{"schema":1,"class":"mirrored","upstream":"reg.example"}`,
+		layout.TagLink(repository, "v1"):          manifest.String(),
+		layout.RevisionLink(repository, manifest): manifest.String(),
+		layout.Blob(manifest):                     string(image.Data),
+	} {
+		store.Place(key, []byte(value))
+	}
+	store.Deliver(func(ctx context.Context, _ string, _ int64) (int64, error) {
+		<-ctx.Done()
+		return 0, ctx.Err()
+	})
+	b.mirror.hurry = time.Millisecond
+	b.wantManifest("org/app/manifests/v1", image)
+	b.wantManifest("org/app/manifests/"+manifest.String(), image)
+	if put := store.Asks("put", ""); len(put) > 0 {
+		t.Errorf("put were %v", put)
+	}
+	err := b.mirror.admit(t.Context(), Target{Name: "app", Repository: repository})
+	if e := refusal(err, oci.KindManifest, "", ""); err == nil || e.Status != http.StatusServiceUnavailable || e.RetryAfter == 0 {
+		t.Errorf("%v: %+v", err, e)
+	}
+	// And nothing is stored for a while, though it may answer again.
+	store.Deliver(nil)
+	b.mirror.silent.Store(time.Now().UnixNano())
+	if err := b.mirror.claim(t.Context(), Target{Upstream: b.upstream, Name: "org/app", Repository: repository}); !errors.Is(err, errUnclaimed) {
+		t.Errorf("claimed: %v", err)
+	}
+	b.mirror.silent.Store(time.Now().Add(-storePause).UnixNano())
+	if err := b.mirror.claim(t.Context(), Target{Upstream: b.upstream, Name: "org/app", Repository: repository}); err != nil {
+		t.Errorf("not claimed: %v", err)
 	}
 }

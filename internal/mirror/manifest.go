@@ -98,8 +98,9 @@ func notHosted(err error) error {
 
 // byDigest answers from the store, or by one GET for all who ask.
 func (m *Mirror) byDigest(ctx context.Context, t Target, d digest.Digest, head, force bool) (*manifestAnswer, error) {
-	had, err := m.tree.Manifest(ctx, t.Repository, d)
-	if err == nil {
+	asking, done := m.soon(ctx, t, false)
+	had, err := m.tree.Manifest(asking, t.Repository, d)
+	if err = done(err); err == nil {
 		return held(had, hit), nil
 	}
 	if !m.absent(t, err) {
@@ -123,7 +124,9 @@ func (m *Mirror) byDigest(ctx context.Context, t Target, d digest.Digest, head, 
 	fetched, err := share(ctx, m, "get "+ref.Join(t.Repository), func(ctx context.Context) (*tree.Manifest, error) {
 		// Whoever fetched it may have ended between the look above and this
 		// flight (groupcache's race).
-		if had, err := m.tree.Manifest(ctx, t.Repository, d); err == nil {
+		asking, done := m.soon(ctx, t, false)
+		had, err := m.tree.Manifest(asking, t.Repository, d)
+		if done(err) == nil {
 			return had, nil
 		}
 		return m.fetch(ctx, t, ref, true)

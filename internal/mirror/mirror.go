@@ -47,8 +47,9 @@ type Mirror struct {
 	now      func() time.Time
 	complete func(context.Context) *catalog.Catalog // Parts.Catalog
 	suspect  func(digest.Digest)                    // Parts.Suspect
-	// patience is blobPatience, but in tests.
-	patience time.Duration
+	// patience is blobPatience, and hurry is storePatience, but in tests.
+	patience, hurry time.Duration
+	silent          atomic.Int64 // when the store was last asked something that it has not answered, by Unix in ns
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -108,7 +109,7 @@ type Parts struct {
 
 // New returns a mirror.
 func New(p Parts) *Mirror {
-	m := &Mirror{tree: p.Tree, hosted: p.Hosted, distant: p.Store.Distant(), complete: p.Catalog, suspect: p.Suspect, log: p.Log, now: time.Now, patience: blobPatience, aheads: make(chan struct{}, checksAhead)}
+	m := &Mirror{tree: p.Tree, hosted: p.Hosted, distant: p.Store.Distant(), complete: p.Catalog, suspect: p.Suspect, log: p.Log, now: time.Now, patience: blobPatience, hurry: storePatience, aheads: make(chan struct{}, checksAhead)}
 	if m.suspect == nil {
 		m.suspect = func(digest.Digest) {}
 	}
@@ -266,8 +267,9 @@ func (m *Mirror) filled(s fill.Summary) {
 // change of configuration must not mix two registries' images, nor let a
 // hosted one be taken for something that can be fetched again.
 func (m *Mirror) admit(ctx context.Context, t Target) error {
-	record, err := m.tree.Record(ctx, t.Repository)
-	if m.absent(t, err) {
+	asking, done := m.soon(ctx, t, false)
+	record, err := m.tree.Record(asking, t.Repository)
+	if err = done(err); m.absent(t, err) {
 		return nil
 	}
 	if err != nil {
@@ -295,12 +297,18 @@ var errUnclaimed = fmt.Errorf("what the repository is recorded as is not known: 
 // claim records a mirrored repository before anything is stored in it. Where the
 // store cannot say what it is, the error is errUnclaimed.
 func (m *Mirror) claim(ctx context.Context, t Target) error {
-	record, err := m.tree.Claim(ctx, t.Repository, tree.Record{
+	if m.hushed() {
+		m.unclaimed.Add(t.Repository, t)
+		return errUnclaimed
+	}
+	asking, done := m.soon(ctx, t, false)
+	record, err := m.tree.Claim(asking, t.Repository, tree.Record{
 		Class:    tree.Mirrored,
 		Upstream: t.Upstream.Name,
 		Prefix:   t.Upstream.Prefix,
 		Created:  m.now().UTC(),
 	})
+	err = done(err)
 	if err == nil {
 		if err = conflict(t, record); err == nil {
 			m.unclaimed.Remove(t.Repository)

@@ -244,6 +244,7 @@ func (x *exchange) serve() error {
 	if x.route.Kind == oci.KindBlob {
 		budget = x.mirror.patience
 	}
+	budget -= x.mirror.now().Sub(x.began)
 	ctx, cancel := context.WithTimeoutCause(x.r.Context(), budget, errNoAnswer)
 	defer cancel()
 	if !x.opened {

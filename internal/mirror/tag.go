@@ -24,14 +24,13 @@ func (m *Mirror) known(ctx context.Context, t Target, tag string) (tagState, boo
 			return state, true, nil
 		}
 		untagged := m.untagged.Load()
-		d, err := m.tree.Tag(ctx, t.Repository, tag)
-		if m.absent(t, err) {
-			return tagState{}, false, nil
+		asking, done := m.soon(ctx, t, false)
+		d, err := m.tree.Tag(asking, t.Repository, tag)
+		var record tree.TagRecord
+		if err == nil {
+			record, err = m.tree.TagRecord(asking, t.Repository, tag)
 		}
-		if err != nil {
-			return tagState{}, false, err
-		}
-		record, err := m.tree.TagRecord(ctx, t.Repository, tag)
+		err = done(err)
 		if m.absent(t, err) { // removed since
 			return tagState{}, false, nil
 		}
@@ -74,8 +73,9 @@ func (m *Mirror) tag(ctx context.Context, t Target, tag string, head, force bool
 	}
 	var had *tree.Manifest
 	if standing <= due {
-		had, err = m.tree.Manifest(ctx, t.Repository, state.digest)
-		if err != nil && !m.absent(t, err) {
+		asking, done := m.soon(ctx, t, false)
+		had, err = m.tree.Manifest(asking, t.Repository, state.digest)
+		if err = done(err); err != nil && !m.absent(t, err) {
 			return nil, err
 		}
 		if had == nil && !state.gone.IsZero() { // what is not held cannot be kept
@@ -190,7 +190,9 @@ func (m *Mirror) discover(ctx context.Context, t Target, tag string, head, force
 	}
 	fetched, err := share(ctx, m, "get "+ref.Join(t.Repository), func(ctx context.Context) (*tree.Manifest, error) {
 		if state, ok := m.justChecked(t, tag); ok {
-			if had, err := m.tree.Manifest(ctx, t.Repository, state.digest); err == nil {
+			asking, done := m.soon(ctx, t, false)
+			had, err := m.tree.Manifest(asking, t.Repository, state.digest)
+			if done(err) == nil {
 				return had, nil
 			}
 		}
@@ -287,7 +289,9 @@ func (m *Mirror) remember(ctx context.Context, t Target, tag string, state tagSt
 	}
 	// Whoever stores the manifest settles what is pending then. It may have been
 	// stored before the tag was pending.
-	if held, err := m.tree.Manifest(ctx, t.Repository, state.digest); err == nil && !held.Unstored {
+	asking, done := m.soon(ctx, t, false)
+	held, err := m.tree.Manifest(asking, t.Repository, state.digest)
+	if done(err) == nil && !held.Unstored {
 		m.settle(ctx, waiting)
 	}
 	return state

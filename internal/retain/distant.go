@@ -107,7 +107,7 @@ func (k *Keeper) look() {
 func (k *Keeper) outage(why string) {
 	a := &k.afar
 	a.mu.Lock()
-	told := !a.out.IsZero() && k.now().Sub(a.out).Abs() < outageAgain
+	told := !a.out.IsZero() && k.now().Sub(a.out) < outageAgain
 	if !told {
 		a.out = k.now()
 	}

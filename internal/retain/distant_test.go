@@ -320,6 +320,151 @@ func (b *kept) wasNever() bool {
 	return b.before.IsZero() && !b.journal.closed && b.journal.complete.IsZero()
 }
 
+// TestSharedUntilLooked: nothing is deleted between the end of another process and when
+// the keeper has heard of it.
+func TestSharedUntilLooked(t *testing.T) {
+	t.Parallel()
+	b, afar := keepAfar(t, func(b *kept) { b.paces.look = time.Hour })
+	b.ready()
+	afar.change(func() { afar.shared = true })
+	if _, err := b.GC(false); !errors.Is(err, ErrShared) {
+		t.Errorf("before the keeper has looked: %v", err)
+	}
+	b.look()
+	if e := b.happens("storage_shared"); e["shared"] != true {
+		t.Errorf("event: %v", e)
+	}
+	afar.change(func() { afar.shared = false })
+	if _, err := b.GC(false); !errors.Is(err, ErrShared) {
+		t.Errorf("afterwards, and before the keeper has looked: %v", err)
+	}
+	b.look()
+	b.ready()
+	b.done(b.GC(false))
+	if e := b.happens("storage_shared"); e["shared"] != false {
+		t.Errorf("event: %v", e)
+	}
+	before := b.logged.Len()
+	b.look()
+	if told := b.logged.All()[before:]; len(told) > 0 {
+		t.Errorf("nothing has changed, and it tells %v", told)
+	}
+}
+
+// TestNothingAfar: nobody looks again and again at a store that is on a local disk.
+func TestNothingAfar(t *testing.T) {
+	t.Parallel()
+	b := keep(t)
+	b.watchAfar(t.Context()) // returns
+}
+
+// TestSharedPromises: what another process may have told a client to be there is kept
+// for as long as that client may take.
+func TestSharedPromises(t *testing.T) {
+	t.Parallel()
+	b, afar := keepAfar(t, withGrace, func(b *kept) { b.paces.look = time.Hour })
+	ctx := t.Context()
+	b.ready()
+	b.repository("apps/web", "")
+	d := b.blobAlone(content(1, 2000))
+	if err := b.tree.LinkBlob(ctx, "apps/web", d, d); err != nil {
+		t.Fatal(err)
+	}
+	b.flush()
+	afar.change(func() { afar.shared = true })
+	b.look()
+	b.clock.pass(10 * day)
+	afar.change(func() { afar.shared = false })
+	b.look()
+	b.ready()
+	link := layout.LayerLink("apps/web", d)
+	if b.done(b.GC(false)); !b.exists(link) {
+		t.Error("what may have been promised just now is gone")
+	}
+	b.clock.pass(2 * day)
+	if b.done(b.GC(false)); b.exists(link) {
+		t.Error("what nobody has named since is still there")
+	}
+}
+
+// TestOutage: an outage is told once, and again when it lasts; its end is told once,
+// and so is the next one.
+func TestOutage(t *testing.T) {
+	t.Parallel()
+	b, afar := keepAfar(t, func(b *kept) { b.paces.look = time.Hour })
+	b.ready()
+	tells := func(want string) {
+		t.Helper()
+		before := b.logged.Len()
+		b.look()
+		b.look()
+		var said []string
+		for _, entry := range b.logged.All()[before:] {
+			said = append(said, entry.Message[:len("the store can")+3])
+		}
+		if got := strings.Join(said, ", "); got != want {
+			t.Errorf("it said %q, want %q", got, want)
+		}
+	}
+	tells("")
+	afar.change(func() { afar.away = b.clock.time() })
+	tells("")
+	b.clock.pass(outageLeast)
+	tells("the store cannot")
+	b.clock.pass(outageAgain - time.Second)
+	tells("")
+	b.clock.pass(time.Second)
+	tells("the store cannot")
+	afar.change(func() { afar.away = time.Time{} })
+	tells("the store can be")
+	afar.change(func() { afar.away = b.clock.time() })
+	b.clock.pass(outageLeast)
+	tells("the store cannot")
+}
+
+// TestOutageMet: where a store does not say how it stands, whoever meets an outage tells
+// of it, and nobody of its end.
+func TestOutageMet(t *testing.T) {
+	t.Parallel()
+	var afar *bucket
+	b := keep(t, withGrace, func(b *kept) {
+		b.paces.look = time.Hour
+		b.wrap = func(s storage.Store) storage.Store {
+			afar = &bucket{Store: s, near: map[string][]byte{}}
+			return silent{afar, afar}
+		}
+	})
+	b.ready()
+	if _, ok := b.Backlog(); ok {
+		t.Fatal("it says how it stands")
+	}
+	b.blobAlone(content(1, 2000))
+	b.flush()
+	b.clock.pass(2 * day)
+	afar.change(func() { afar.away = b.clock.time() })
+	for range 2 {
+		j, err := b.GC(false)
+		if j = b.ended(j, err); !strings.Contains(j.Error, storage.ErrUnavailable.Error()) {
+			t.Errorf("gc: %+v", j)
+		}
+		b.look()
+	}
+	if n := b.logged.FilterMessageSnippet("cannot be reached").FilterLevelExact(zap.WarnLevel).Len(); n != 1 {
+		t.Errorf("told %d times", n)
+	}
+	if b.unreachable(errors.New("damaged")) {
+		t.Error("anything counts as an outage")
+	}
+}
+
+// silent is a distant store that does not say how it stands.
+type silent struct {
+	storage.Store
+	afar *bucket
+}
+
+func (s silent) Distant() storage.Distant { return s.afar }
+
 // TestListed: the catalog is compared with what is in a distant store once that is
 // known, and nothing is deleted before.
 func TestListed(t *testing.T) {

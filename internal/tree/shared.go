@@ -3,7 +3,6 @@ package tree
 import (
 	"context"
 	"strings"
-	"sync"
 	"sync/atomic"
 
 	"github.com/caddy-registry/mirror/internal/layout"
@@ -20,13 +19,13 @@ import (
 type sharing struct {
 	distant storage.Distant // nil: nobody may
 	last    atomic.Bool     // as was seen last
-	turning sync.Mutex      // of whoever changes last
 }
 
 // Shared reports whether another process may be writing to the store now. It costs
-// nothing to ask. Whenever that has changed, everything is forgotten that memory
-// has of repositories, before this returns; so it is asked before memory is. While it was so memory was not kept
-// right, and what another process has found out by itself when it was not is old.
+// nothing to ask. Whenever that has changed, everything is forgotten that memory has
+// of repositories, before this returns; so it is asked before memory is. While it was
+// so memory was not kept right, and what another process has found out by itself when
+// it was not is old.
 func (t *Tree) Shared() bool {
 	s := &t.sharing
 	if s.distant == nil {
@@ -34,23 +33,11 @@ func (t *Tree) Shared() bool {
 	}
 	now := s.distant.Shared()
 	if now != s.last.Load() {
-		now = t.turn()
+		t.forgetAll()
+		// Last: whoever finds it changed finds everything forgotten. Those who come
+		// until then forget as well.
+		s.last.Store(now)
 	}
-	return now
-}
-
-// turn forgets, if there is reason to, and returns whether the store is shared.
-func (t *Tree) turn() bool {
-	s := &t.sharing
-	s.turning.Lock()
-	defer s.turning.Unlock()
-	now := s.distant.Shared()
-	if now == s.last.Load() {
-		return now
-	}
-	t.forgetAll()
-	// Last: whoever finds it changed finds everything forgotten.
-	s.last.Store(now)
 	return now
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"runtime"
 	"slices"
 	"sync/atomic"
 	"testing"
@@ -24,13 +25,18 @@ type common struct {
 	storage.Store
 	shared atomic.Bool
 	gets   atomic.Int64
+	read   func(key string) // called when a value has been read; nil: nothing is
 }
 
 func (c *common) Distant() storage.Distant { return far{c} }
 
 func (c *common) Get(ctx context.Context, key string, limit int64) ([]byte, error) {
 	c.gets.Add(1)
-	return c.Store.Get(ctx, key, limit)
+	value, err := c.Store.Get(ctx, key, limit)
+	if c.read != nil {
+		c.read(key)
+	}
+	return value, err
 }
 
 // far is the common store as a distant one. Only Shared is asked.
@@ -134,6 +140,15 @@ func TestShared(t *testing.T) {
 	if _, ok := p.other.Warm("apps/web", m, time.Time{}); ok {
 		t.Error("a manifest comes from memory alone")
 	}
+	// Of this one memory has had nothing before it was there.
+	m2, b2 := p.push(p.Tree, "apps/new", "v1", "another layer")
+	if got := p.look(p.other, "apps/new", "v1", m2, b2); got != all {
+		t.Fatal(got)
+	}
+	p.other.hot.cache.Wait()
+	if _, ok := p.other.Warm("apps/new", m2, time.Time{}); ok {
+		t.Error("a manifest comes from memory alone, since its repository is known")
+	}
 	if _, err := p.DeleteManifest(ctx, "apps/web", m, nil); err != nil {
 		t.Fatal(err)
 	}
@@ -158,6 +173,10 @@ func TestSharedTags(t *testing.T) {
 	p.store.shared.Store(true)
 	m, _ := p.push(p.Tree, "apps/web", "v1", "layer")
 	if err := p.store.Put(t.Context(), layout.TagIndexLink("apps/web", "torn", m), []byte(m), storage.Lazy); err != nil {
+		t.Fatal(err)
+	}
+	// Nor is what no client could ask for.
+	if err := p.store.Put(t.Context(), layout.Tags("apps/web")+".odd/current/link", []byte(m), storage.Lazy); err != nil {
 		t.Fatal(err)
 	}
 	if tags, err := p.other.Tags(t.Context(), "apps/web"); err != nil || !slices.Equal(tags, []string{"v1"}) {
@@ -189,6 +208,19 @@ func TestSharedMirrored(t *testing.T) {
 	}
 	if n := p.store.gets.Load() - before; n != 0 {
 		t.Errorf("the store was asked %d times for what is mirrored and known", n)
+	}
+	body := fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"config":{"mediaType":%q,"digest":%q,"size":5},"layers":[]}`,
+		v1.MediaTypeImageManifest, v1.MediaTypeImageConfig, b)
+	m, err := p.PutManifest(ctx, "docker.io/app", digest.FromString(body), []byte(body), nil)
+	if err == nil {
+		_, err = p.other.Manifest(ctx, "docker.io/app", m.Digest)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.other.hot.cache.Wait()
+	if _, ok := p.other.Warm("docker.io/app", m.Digest, time.Time{}); !ok {
+		t.Error("a mirrored manifest does not come from memory")
 	}
 }
 
@@ -231,6 +263,86 @@ func TestSharedTurns(t *testing.T) {
 	}
 	if record, err := p.other.Record(ctx, "apps/db"); err != nil || record.Class != Hosted {
 		t.Error("what was recorded meanwhile is not known:", record, err)
+	}
+}
+
+// TestSharedScans: what the manifests of a mirrored repository name is found out again
+// when another process has come.
+func TestSharedScans(t *testing.T) {
+	p := newPair(t)
+	ctx := t.Context()
+	if err := p.PutRecord(ctx, "docker.io/app", Record{Class: Mirrored, Upstream: "docker.io"}); err != nil {
+		t.Fatal(err)
+	}
+	layer := digest.FromString("layer")
+	if _, is, err := p.other.Member(ctx, "docker.io/app", layer); is || err != nil {
+		t.Fatal(is, err)
+	}
+	body := fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"config":{"mediaType":%q,"digest":%q,"size":5},"layers":[]}`,
+		v1.MediaTypeImageManifest, v1.MediaTypeImageConfig, layer)
+	if _, err := p.PutManifest(ctx, "docker.io/app", digest.FromString(body), []byte(body), nil); err != nil {
+		t.Fatal(err)
+	}
+	p.store.shared.Store(true)
+	if known, is, err := p.other.Member(ctx, "docker.io/app", layer); !is || err != nil || known.Size != 5 {
+		t.Error(known, is, err)
+	}
+}
+
+// TestSharedForgets: nobody finds that the store has come to be shared, or not, before
+// everything has been forgotten.
+func TestSharedForgets(t *testing.T) {
+	p := newPair(t)
+	guards := &p.other.guards
+	first, last := &guards[0], &guards[len(guards)-1]
+	p.store.shared.Store(true)
+	last.mu.Lock()
+	forgotten := make(chan bool)
+	go func() { forgotten <- p.other.Shared() }()
+	for first.mu.TryLock() { // until it forgets
+		first.mu.Unlock()
+		runtime.Gosched()
+	}
+	if p.other.sharing.last.Load() {
+		t.Error("the store counts as shared while memory is being cleared")
+	}
+	last.mu.Unlock()
+	if !<-forgotten || !p.other.sharing.last.Load() {
+		t.Error("the store does not count as shared")
+	}
+}
+
+// TestSharedReads: what was being read when another process left is not remembered.
+func TestSharedReads(t *testing.T) {
+	p := newPair(t)
+	ctx := t.Context()
+	p.store.shared.Store(true)
+	p.other.Shared()
+	reading, goOn := make(chan struct{}), make(chan struct{})
+	p.store.read = func(key string) {
+		if key == layout.Record("apps/web") {
+			reading <- struct{}{}
+			<-goOn
+		}
+	}
+	done := make(chan error)
+	go func() {
+		_, err := p.other.Record(ctx, "apps/web")
+		done <- err
+	}()
+	<-reading
+	p.store.read = nil
+	if err := p.Host(ctx, "apps/web"); err != nil {
+		t.Fatal(err)
+	}
+	p.store.shared.Store(false)
+	p.other.Shared()
+	close(goOn)
+	if err := <-done; !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal("it was there from the beginning:", err)
+	}
+	if record, err := p.other.Record(ctx, "apps/web"); err != nil || record.Class != Hosted {
+		t.Error("that it was not there is remembered:", record, err)
 	}
 }
 
