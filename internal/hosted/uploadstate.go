@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -189,11 +190,22 @@ func newSums(algorithm digest.Algorithm) (sums, error) {
 	return s, nil
 }
 
+// apart is from how many bytes on two hashes are worth two cores.
+const apart = 64 << 10
+
 func (s *sums) write(p []byte) {
-	s.sha256.Write(p)
-	if s.other != nil {
+	if s.other == nil {
+		s.sha256.Write(p)
+		return
+	}
+	var other sync.WaitGroup
+	if len(p) >= apart {
+		other.Go(func() { s.other.Write(p) })
+	} else {
 		s.other.Write(p)
 	}
+	s.sha256.Write(p)
+	other.Wait()
 }
 
 // sum is the sha256 of everything, and the digest by an algorithm, for which the

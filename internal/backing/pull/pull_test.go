@@ -542,11 +542,12 @@ func TestStall(t *testing.T) {
 func TestPerHost(t *testing.T) {
 	data := random(9, 4*mib)
 	fifth := make(chan struct{})
+	five := sync.OnceFunc(func() { close(fifth) })
 	var under atomic.Int64
 	u := serve(t, data, func(u *unkind) {
 		u.before = func(w http.ResponseWriter, r *http.Request) bool {
 			if under.Add(1) == 5 {
-				close(fifth)
+				five()
 			}
 			timer := time.NewTimer(100 * time.Millisecond) // for a fifth one to come
 			defer timer.Stop()
