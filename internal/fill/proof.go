@@ -5,8 +5,11 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"sync"
 
 	"github.com/opencontainers/go-digest"
+
+	"github.com/caddy-registry/mirror/internal/oci"
 )
 
 // proof is the digest of content up to an offset. It is both the digest asked
@@ -41,12 +44,27 @@ func cloned(h hash.Hash) hash.Hash {
 }
 
 func (p *proof) Write(b []byte) (int, error) {
-	p.sha256.Write(b)
-	if p.asked != nil {
-		p.asked.Write(b)
+	if p.asked == nil {
+		p.sha256.Write(b)
+	} else {
+		p.both(b)
 	}
 	p.at += int64(len(b))
 	return len(b), nil
+}
+
+// apart is from how many bytes on two hashes are worth two cores.
+const apart = 64 << 10
+
+func (p *proof) both(b []byte) {
+	var asked sync.WaitGroup
+	if len(b) >= apart {
+		asked.Go(func() { p.asked.Write(b) })
+	} else {
+		p.asked.Write(b)
+	}
+	p.sha256.Write(b)
+	asked.Wait()
 }
 
 // follow hashes what a file has, from where the proof is up to an offset.
@@ -108,6 +126,19 @@ func (f *Fill) hashable() int64 {
 		return min(contiguous, f.last())
 	}
 	return contiguous
+}
+
+// file is check for content that is taken, of which the sha512 is known too.
+func (p *proof) file(d digest.Digest, from string) (oci.File, error) {
+	f := oci.File{Size: p.at, SHA256: digest.NewDigest(digest.SHA256, p.sha256), SHA512: digest.NewDigest(digest.SHA512, p.asked)}
+	if d != "" && d != f.SHA256 && d != f.SHA512 {
+		got := f.SHA256
+		if d.Algorithm() == digest.SHA512 {
+			got = f.SHA512
+		}
+		return oci.File{}, fmt.Errorf("%w: %s delivered %s for %s", ErrDigest, from, got, d)
+	}
+	return f, nil
 }
 
 // check compares with the digest that was asked for, and returns the one the

@@ -1,7 +1,8 @@
 // Package hosted takes in what is pushed: blobs in uploads that outlive the
-// process, manifests and tags; and removes what is to be deleted. It knows no
-// HTTP: package mirror speaks the protocol and turns its errors into what a
-// client is told.
+// process, manifests and tags; and removes what is to be deleted. What comes by
+// another way than the registry API is received, and kept where it is to be
+// ([Registry.Receive], [Upload.Keep]). It knows no HTTP: package mirror speaks the
+// protocol and turns its errors into what a client is told.
 package hosted
 
 import (
@@ -118,6 +119,10 @@ type Options struct {
 	// Sparse takes manifests in whose config or layers the repository does not
 	// have. Without it only children and subjects may be missing.
 	Sparse bool
+	// Closed, unless it is empty, refuses whatever changes the repository by the
+	// registry API: it is the sentence that says why, and what to do instead. The
+	// repository's [Owner] may.
+	Closed string
 }
 
 // Set replaces the settings.
