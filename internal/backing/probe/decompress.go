@@ -7,7 +7,6 @@ import (
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
-	"github.com/ulikunitz/xz"
 )
 
 // maxWindow is how far back what is compressed may refer, in bytes: what "zstd
@@ -27,18 +26,20 @@ func Compression(head []byte) string {
 	return ""
 }
 
-// Decompress returns a reader of what is in a file compressed by one of those. It uses
-// bounded memory.
+// Decompress returns a reader of all that is in a file compressed by one of those:
+// what consists of several members, streams or frames is all of them. A file that ends
+// too early, or is damaged, is an error. It uses little more memory than maxWindow, and
+// closing it frees that.
 func Decompress(kind string, r io.Reader) (io.ReadCloser, error) {
 	switch kind {
 	case "gz":
-		return gzip.NewReader(r)
-	case "xz":
-		x, err := xz.NewReader(r)
+		g, err := gzip.NewReader(r)
 		if err != nil {
-			return nil, err
+			return nil, unexpected(err)
 		}
-		return io.NopCloser(x), nil
+		return g, nil
+	case "xz":
+		return newXZ(r)
 	case "zst":
 		d, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
