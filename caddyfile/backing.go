@@ -8,13 +8,6 @@ import (
 	"github.com/caddy-registry/mirror/module"
 )
 
-func init() {
-	httpcaddyfile.RegisterHandlerDirective("backing_images", parseBackingSite)
-	// Before the mirror, so that the two can share a site: each passes on what is
-	// not its own.
-	httpcaddyfile.RegisterDirectiveOrder("backing_images", httpcaddyfile.Before, "registry_mirror")
-}
-
 // parseBackingImages reads the app's options of backing images.
 func parseBackingImages(d *caddyfile.Dispenser) (*module.BackingImages, error) {
 	if d.NextArg() {

@@ -22,8 +22,11 @@ import (
 func init() {
 	httpcaddyfile.RegisterGlobalOption("registry", parseApp)
 	httpcaddyfile.RegisterHandlerDirective("registry_mirror", parseMirror)
+	httpcaddyfile.RegisterHandlerDirective("backing_images", parseBackingSite)
 	// After authentication, and before what answers every path, so that it can
 	// stand in a site that already has something to say.
+	// The first of the two comes first; each passes on what is not its own.
+	httpcaddyfile.RegisterDirectiveOrder("backing_images", httpcaddyfile.Before, "respond")
 	httpcaddyfile.RegisterDirectiveOrder("registry_mirror", httpcaddyfile.Before, "respond")
 }
 
