@@ -22,6 +22,9 @@ packages=(
   mount e2fsprogs       # small filesystems
   gcc libc6-dev         # for go test -race
   strace                # counts system calls
+  curl
+  qemu-utils qemu-block-extra # disk images, and how qemu reads them over HTTP
+  qemu-system-x86 busybox-static cpio # a kernel that has an NFS client
 )
 
 [ "$(id -u)" = 0 ] || { echo "e2e/install.sh: installing packages needs root" >&2; exit 1; }
