@@ -5,22 +5,34 @@ import (
 	"io"
 
 	"github.com/opencontainers/go-digest"
+	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/storage"
 )
 
 // A Library is the backing images of a store. It outlives configurations.
-type Library struct{ parts Parts }
+type Library struct {
+	parts     Parts
+	registrar *registrar
+}
 
 // New returns a library, which does nothing before Set.
-func New(p Parts) *Library { return &Library{parts: p} }
+func New(p Parts) *Library {
+	l := &Library{parts: p, registrar: newRegistrar(p)}
+	l.registrar.version, l.registrar.open = l.Version, l.Open
+	return l
+}
 
 // Set replaces the settings. With the first that have a Prefix the library reads its
 // records and goes on with jobs of an earlier process.
-func (l *Library) Set(s Settings) {}
+func (l *Library) Set(s Settings) {
+	if err := l.registrar.set(s); err != nil {
+		l.parts.Log.Error("a Longhorn cannot be used", zap.Error(err))
+	}
+}
 
 // Close ends what is under way; jobs go on in the next process.
-func (l *Library) Close() {}
+func (l *Library) Close() { l.registrar.close() }
 
 // Query chooses images.
 type Query struct {
