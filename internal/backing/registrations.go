@@ -410,6 +410,21 @@ func (l *Library) Register(ctx context.Context, name, reference string, o Regist
 	return l.registrar.register(ctx, v, o)
 }
 
+// registrations are those of a version.
+func (l *Library) registrations(name, version string) []Registration {
+	return l.registrar.of(name, version)
+}
+
+// forget lets go of the registrations of a version that is no more.
+func (l *Library) forget(ctx context.Context, name, version string) error {
+	for _, told := range l.registrar.of(name, version) {
+		if err := l.registrar.forget(ctx, place{name, version, told.Cluster}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // registerAll registers a version that has been made with clusters. All are tried.
 func (l *Library) registerAll(ctx context.Context, v Version, clusters []string) error {
 	var failed error
@@ -536,195 +551,4 @@ func (r *registrar) plan(ctx context.Context, c *cluster, v Version, o Registrat
 		record.URL = address(s.PublicURL, v, record.Token)
 	}
 	return record, nil
-}
-
-// Unregister deletes a version's backing image in Longhorn, and then its registration.
-// What stands against it is an Error with code InUse and its Blockers. It waits until
-// Longhorn has deleted it, or ctx ends: it goes on then behind the caller.
-func (l *Library) Unregister(ctx context.Context, name, reference, cluster string) error {
-	v, err := l.Version(ctx, name, reference)
-	if err != nil {
-		return err
-	}
-	return l.registrar.unregister(ctx, v, cluster)
-}
-
-// unregisterAll unregisters a version everywhere.
-func (r *registrar) unregisterAll(ctx context.Context, v Version) error {
-	if err := r.load(ctx); err != nil {
-		return err
-	}
-	for _, told := range r.of(v.Name, v.Version) {
-		if err := r.unregister(ctx, v, told.Cluster); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (r *registrar) unregister(ctx context.Context, v Version, name string) error {
-	if err := r.load(ctx); err != nil {
-		return err
-	}
-	c, err := r.find(name)
-	if err != nil {
-		return err
-	}
-	p := place{v.Name, v.Version, c.Name}
-	if err := r.dismiss(ctx, c, p); err != nil {
-		return err
-	}
-	c.wake()
-	for {
-		c.registering.Lock()
-		gone, err := r.remove(ctx, c, p)
-		c.registering.Unlock()
-		if gone || err != nil {
-			return err
-		}
-		timer := time.NewTimer(r.pace.poll)
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return fail(Busy, "Longhorn %s has not deleted the image yet; it goes on: %w", c.Name, ctx.Err())
-		}
-	}
-}
-
-// dismiss notes that a registration is to go, if no volume uses its image.
-func (r *registrar) dismiss(ctx context.Context, c *cluster, p place) error {
-	c.registering.Lock()
-	defer c.registering.Unlock()
-	r.mu.Lock()
-	held := r.held[p]
-	if held == nil {
-		r.mu.Unlock()
-		return fail(NotFound, "%s %s is not registered with %s", p.image, p.version, c.Name)
-	}
-	record := held.record
-	r.mu.Unlock()
-	blockers, err := c.users(ctx, record.SHA512, record.Name)
-	if err != nil {
-		return err
-	}
-	blockers = slices.DeleteFunc(blockers, func(b Blocker) bool { return b.Kind != "volume" })
-	if len(blockers) > 0 {
-		return inUse(blockers, "volumes in Longhorn %s use %s", c.Name, record.Name)
-	}
-	record.Removing = true
-	if err := r.write(ctx, record); err != nil {
-		return err
-	}
-	failpoint.Hit("backing.unregistering")
-	return nil
-}
-
-// remove takes a removal on: it asks Longhorn to delete the image, or finds that it
-// is gone. A refusal ends the removal, and everything is as it was. The caller holds
-// the cluster's lock.
-func (r *registrar) remove(ctx context.Context, c *cluster, p place) (gone bool, err error) {
-	r.mu.Lock()
-	held := r.held[p]
-	if held == nil || !held.record.Removing {
-		r.mu.Unlock()
-		return held == nil, nil
-	}
-	held.state = Removing
-	record := held.record
-	r.mu.Unlock()
-	image, err := c.client.Image(ctx, record.Name)
-	if sum := cmp.Or(image.CurrentChecksum, image.ExpectedChecksum); err == nil && sum != "" && sum != record.SHA512.Encoded() {
-		return true, r.forget(ctx, p) // it is somebody else's
-	}
-	if err == nil && image.DeletionTimestamp == "" {
-		if err = c.client.Delete(ctx, record.Name); err == nil {
-			return false, nil
-		}
-	}
-	switch {
-	case err == nil:
-		return false, nil
-	case errors.Is(err, longhorn.ErrNotFound):
-		failpoint.Hit("backing.unregistered")
-		return true, r.forget(ctx, p)
-	case errors.Is(err, longhorn.ErrRefused):
-		record.Removing = false
-		if err := r.write(ctx, record); err != nil {
-			return false, err
-		}
-		return false, inUse([]Blocker{{Kind: "replica", Name: record.Name, Cluster: c.Name}}, "%w", err)
-	}
-	return false, told(err)
-}
-
-func inUse(blockers []Blocker, format string, args ...any) *Error {
-	e := fail(InUse, format, args...)
-	e.Blockers = blockers
-	return e
-}
-
-// told is an error of a call to Longhorn as clients are told.
-func told(err error) error {
-	if errors.Is(err, longhorn.ErrAway) {
-		return fail(LonghornAway, "%w", err)
-	}
-	return fail(LonghornError, "%w", err)
-}
-
-// blockers is what stands against deleting a version. Where a configured Longhorn
-// cannot be asked the answer is an error, and nothing may be deleted.
-func (r *registrar) blockers(ctx context.Context, v Version) ([]Blocker, error) {
-	if err := r.load(ctx); err != nil {
-		return nil, err
-	}
-	var found []Blocker
-	names := map[string][]string{}
-	for _, told := range r.of(v.Name, v.Version) {
-		found = append(found, Blocker{Kind: "registration", Name: told.Name, Cluster: told.Cluster})
-		names[told.Cluster] = append(names[told.Cluster], told.Name)
-	}
-	if v.Digests.SHA512 == "" {
-		return found, nil
-	}
-	r.mu.Lock()
-	clusters := make([]*cluster, 0, len(r.clusters))
-	for _, c := range r.clusters {
-		clusters = append(clusters, c)
-	}
-	r.mu.Unlock()
-	slices.SortFunc(clusters, func(a, b *cluster) int { return cmp.Compare(a.Name, b.Name) })
-	for _, c := range clusters {
-		users, err := c.users(ctx, v.Digests.SHA512, append(names[c.Name], longhornNameOf(v.Name, v.Digests.SHA512))...)
-		if err != nil {
-			return nil, err
-		}
-		found = append(found, users...)
-	}
-	return found, nil
-}
-
-// users are the volumes of a cluster that use an image by one of its names, and what
-// there are backups of that can only be restored on it.
-func (c *cluster) users(ctx context.Context, sha512 digest.Digest, names ...string) ([]Blocker, error) {
-	volumes, err := c.client.Volumes(ctx)
-	if err != nil {
-		return nil, told(err)
-	}
-	backups, err := c.client.BackupVolumes(ctx)
-	if err != nil {
-		return nil, told(err)
-	}
-	var found []Blocker
-	for _, v := range volumes {
-		if slices.Contains(names, v.BackingImage) {
-			found = append(found, Blocker{Kind: "volume", Name: v.Name, Cluster: c.Name})
-		}
-	}
-	for _, b := range backups {
-		if slices.Contains(names, b.BackingImageName) || b.BackingImageChecksum == sha512.Encoded() {
-			found = append(found, Blocker{Kind: "backup", Name: b.Name, Cluster: c.Name})
-		}
-	}
-	return found, nil
 }

@@ -74,7 +74,7 @@ func newTestRegistrar(t *testing.T, store storage.Store, v Version, data []byte,
 }
 
 // files serves data under the address that a version has, and counts.
-func files(t *testing.T, data []byte) func(context.Context, string, string) (net.Conn, error) {
+func serveFiles(t *testing.T, data []byte) func(context.Context, string, string) (net.Conn, error) {
 	t.Helper()
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !strings.HasPrefix(r.URL.Path, "/v1/files/") {
@@ -120,7 +120,7 @@ func (r *registry) until(state RegistrationState) Registration {
 	return last
 }
 
-func code(err error) Code {
+func codeOf(err error) Code {
 	var e *Error
 	if errors.As(err, &e) {
 		return e.Code
@@ -128,7 +128,7 @@ func code(err error) Code {
 	return ""
 }
 
-var image = regtest.Random("image", 1<<20).Data
+var diskImage = regtest.Random("image", 1<<20).Data
 
 // TestLife: in every release a version is registered, downloaded or uploaded,
 // becomes ready, and is deleted.
@@ -136,10 +136,10 @@ func TestLife(t *testing.T) {
 	for _, profile := range fake.Profiles {
 		for _, mode := range []Mode{Download, PushUpload} {
 			t.Run(string(profile)+" "+string(mode), func(t *testing.T) {
-				m := fake.New(t, fake.Options{Profile: profile, Dial: files(t, image)})
+				m := fake.New(t, fake.Options{Profile: profile, Dial: serveFiles(t, diskImage)})
 				m.WrongLinks()
-				v := testVersion(image)
-				r := newTestRegistrar(t, openStore(t, t.TempDir()), v, image, Cluster{Name: "default", URL: m.URL + "/v1/"})
+				v := testVersion(diskImage)
+				r := newTestRegistrar(t, openStore(t, t.TempDir()), v, diskImage, Cluster{Name: "default", URL: m.URL + "/v1/"})
 				first := r.register(RegistrationOptions{Mode: mode, MinNumberOfCopies: 2})
 				if want := "ubuntu-24-04-" + v.Digests.SHA512.Encoded()[:8]; first.Name != want || first.State != Pending {
 					t.Errorf("%+v; want %s", first, want)
@@ -154,10 +154,10 @@ func TestLife(t *testing.T) {
 					}
 				}
 				data, _, _, _ := m.Content(first.Name)
-				if !bytes.Equal(data, image) {
+				if !bytes.Equal(data, diskImage) {
 					t.Error("Longhorn has other bytes")
 				}
-				if blockers, err := r.blockers(t.Context(), v); err != nil || len(blockers) != 1 || blockers[0].Kind != "registration" {
+				if blockers, err := r.blockers(t.Context(), []Version{v}); err != nil || len(blockers) != 1 || blockers[0].Kind != "registration" {
 					t.Error(blockers, err)
 				}
 				if err := r.unregister(t.Context(), v, ""); err != nil {
@@ -184,17 +184,17 @@ func TestLife(t *testing.T) {
 func TestStates(t *testing.T) {
 	start := func(t *testing.T, o fake.Options, data []byte) (*fake.Manager, *registry) {
 		m := fake.New(t, o)
-		return m, newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(image), data, Cluster{Name: "default", URL: m.URL})
+		return m, newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(diskImage), data, Cluster{Name: "default", URL: m.URL})
 	}
 	t.Run("failed, with Longhorn's words", func(t *testing.T) {
-		_, r := start(t, fake.Options{Dial: files(t, image[:512]), Second: time.Hour}, image)
+		_, r := start(t, fake.Options{Dial: serveFiles(t, diskImage[:512]), Second: time.Hour}, diskImage)
 		r.register(RegistrationOptions{})
 		if told := r.until(RegFailed); !strings.Contains(told.Message, "doesn't match the file actual checksum") {
 			t.Error(told.Message)
 		}
 	})
 	t.Run("refused", func(t *testing.T) {
-		m, r := start(t, fake.Options{}, image)
+		m, r := start(t, fake.Options{}, diskImage)
 		m.Rename(func(string) string { return "-bad" })
 		r.register(RegistrationOptions{})
 		if told := r.until(RegFailed); told.Message != "Longhorn refuses: invalid name -bad" {
@@ -202,7 +202,7 @@ func TestStates(t *testing.T) {
 		}
 	})
 	t.Run("renamed", func(t *testing.T) {
-		m, r := start(t, fake.Options{Dial: files(t, image)}, image)
+		m, r := start(t, fake.Options{Dial: serveFiles(t, diskImage)}, diskImage)
 		m.Rename(func(name string) string { return "x-" + name })
 		asked := r.register(RegistrationOptions{})
 		if told := r.until(InLonghorn); told.Name != "x-"+asked.Name {
@@ -210,7 +210,7 @@ func TestStates(t *testing.T) {
 		}
 	})
 	t.Run("degraded and back", func(t *testing.T) {
-		m, r := start(t, fake.Options{Dial: files(t, image)}, image)
+		m, r := start(t, fake.Options{Dial: serveFiles(t, diskImage)}, diskImage)
 		name := r.register(RegistrationOptions{}).Name
 		r.until(InLonghorn)
 		m.SetUnknown(name, true)
@@ -219,7 +219,7 @@ func TestStates(t *testing.T) {
 		r.until(InLonghorn)
 	})
 	t.Run("lost, and downloaded again from the same address", func(t *testing.T) {
-		m, r := start(t, fake.Options{Dial: files(t, image)}, image)
+		m, r := start(t, fake.Options{Dial: serveFiles(t, diskImage)}, diskImage)
 		name := r.register(RegistrationOptions{}).Name
 		r.until(InLonghorn)
 		m.LoseAll(name)
@@ -234,7 +234,7 @@ func TestStates(t *testing.T) {
 		}
 	})
 	t.Run("missing, and made again on demand", func(t *testing.T) {
-		m, r := start(t, fake.Options{Dial: files(t, image)}, image)
+		m, r := start(t, fake.Options{Dial: serveFiles(t, diskImage)}, diskImage)
 		name := r.register(RegistrationOptions{}).Name
 		r.until(InLonghorn)
 		m.Remove(name)
@@ -246,7 +246,7 @@ func TestStates(t *testing.T) {
 		r.until(InLonghorn)
 	})
 	t.Run("drifted, and made again on demand", func(t *testing.T) {
-		m, r := start(t, fake.Options{Dial: files(t, image)}, image)
+		m, r := start(t, fake.Options{Dial: serveFiles(t, diskImage)}, diskImage)
 		name := r.register(RegistrationOptions{}).Name
 		r.until(InLonghorn)
 		m.Remove(name)
@@ -263,8 +263,8 @@ func TestStates(t *testing.T) {
 		}
 	})
 	t.Run("stuck", func(t *testing.T) {
-		odd := image[:4097]
-		m := fake.New(t, fake.Options{Dial: files(t, odd)})
+		odd := diskImage[:4097]
+		m := fake.New(t, fake.Options{Dial: serveFiles(t, odd)})
 		v := testVersion(odd)
 		v.Size = 4096 // as a record that is wrong says
 		r := newRegistrar(Parts{Store: openStore(t, t.TempDir())})
@@ -280,7 +280,7 @@ func TestStates(t *testing.T) {
 		}
 	})
 	t.Run("conflict", func(t *testing.T) {
-		m, r := start(t, fake.Options{Dial: files(t, image)}, image)
+		m, r := start(t, fake.Options{Dial: serveFiles(t, diskImage)}, diskImage)
 		name := longhornNameOf(r.v.Name, r.v.Digests.SHA512)
 		client := longhornClient(t, m.URL)
 		if _, err := client.Create(t.Context(), longhorn.Input{Name: name, SourceType: "upload", ExpectedChecksum: strings.Repeat("ab", 64)}); err != nil {
@@ -293,7 +293,7 @@ func TestStates(t *testing.T) {
 		}
 	})
 	t.Run("adopted", func(t *testing.T) {
-		m, r := start(t, fake.Options{Dial: files(t, image)}, image)
+		m, r := start(t, fake.Options{Dial: serveFiles(t, diskImage)}, diskImage)
 		name := longhornNameOf(r.v.Name, r.v.Digests.SHA512)
 		client := longhornClient(t, m.URL)
 		if _, err := client.Create(t.Context(), longhorn.Input{Name: name, SourceType: "download", ExpectedChecksum: r.v.Digests.SHA512.Encoded(),
@@ -330,18 +330,18 @@ func TestFaults(t *testing.T) {
 		"half of all": {func(m *fake.Manager) { m.Break(fake.Fault{Path: "/v1/volumes", Status: 503}); m.Stop() }, func(m *fake.Manager) { m.Heal(); m.Start() }},
 	} {
 		t.Run(name, func(t *testing.T) {
-			m := fake.New(t, fake.Options{Dial: files(t, image)})
-			r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(image), image, Cluster{Name: "default", URL: m.URL})
+			m := fake.New(t, fake.Options{Dial: serveFiles(t, diskImage)})
+			r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(diskImage), diskImage, Cluster{Name: "default", URL: m.URL})
 			r.register(RegistrationOptions{Ensure: true})
 			r.until(InLonghorn)
 			c.spoil(m)
 			if told := r.until(Unknown); !strings.Contains(told.Message, "cannot be asked") {
 				t.Error(told.Message)
 			}
-			if _, err := r.blockers(t.Context(), r.v); code(err) != LonghornAway {
+			if _, err := r.blockers(t.Context(), []Version{r.v}); codeOf(err) != LonghornAway {
 				t.Errorf("blockers: %v", err)
 			}
-			if err := r.unregister(t.Context(), r.v, "default"); code(err) != LonghornAway {
+			if err := r.unregister(t.Context(), r.v, "default"); codeOf(err) != LonghornAway {
 				t.Errorf("unregister: %v", err)
 			}
 			c.heal(m)
@@ -352,10 +352,10 @@ func TestFaults(t *testing.T) {
 		})
 	}
 	t.Run("an answer that is lost", func(t *testing.T) {
-		m := fake.New(t, fake.Options{Dial: files(t, image)})
+		m := fake.New(t, fake.Options{Dial: serveFiles(t, diskImage)})
 		m.Break(fake.Fault{Method: "POST", Lose: true, Times: 1})
 		m.Lag(3)
-		r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(image), image, Cluster{Name: "default", URL: m.URL})
+		r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(diskImage), diskImage, Cluster{Name: "default", URL: m.URL})
 		r.register(RegistrationOptions{})
 		r.until(InLonghorn)
 		if n := len(m.Requests("POST", "")); n != 1 || len(m.Names()) != 1 {
@@ -365,11 +365,11 @@ func TestFaults(t *testing.T) {
 	t.Run("an upload that is cut", func(t *testing.T) {
 		m := fake.New(t, fake.Options{})
 		var once sync.Once
-		r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(image), image, Cluster{Name: "default", URL: m.URL, Mode: PushUpload})
+		r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(diskImage), diskImage, Cluster{Name: "default", URL: m.URL, Mode: PushUpload})
 		r.open = func(context.Context, Version) (io.ReadCloser, storage.Info, error) {
-			data := image
-			once.Do(func() { data = image[:len(image)/2] })
-			return io.NopCloser(bytes.NewReader(data)), storage.Info{Size: int64(len(image))}, nil
+			data := diskImage
+			once.Do(func() { data = diskImage[:len(diskImage)/2] })
+			return io.NopCloser(bytes.NewReader(data)), storage.Info{Size: int64(len(diskImage))}, nil
 		}
 		r.register(RegistrationOptions{})
 		r.until(InLonghorn)
@@ -378,9 +378,9 @@ func TestFaults(t *testing.T) {
 		}
 	})
 	t.Run("a token", func(t *testing.T) {
-		m := fake.New(t, fake.Options{Dial: files(t, image)})
+		m := fake.New(t, fake.Options{Dial: serveFiles(t, diskImage)})
 		m.Require("Bearer token-a:b")
-		r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(image), image, Cluster{Name: "default", URL: m.URL, Token: "token-a:b"})
+		r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(diskImage), diskImage, Cluster{Name: "default", URL: m.URL, Token: "token-a:b"})
 		r.register(RegistrationOptions{})
 		r.until(InLonghorn)
 	})
@@ -388,8 +388,8 @@ func TestFaults(t *testing.T) {
 
 // TestBlockers: what uses an image keeps it.
 func TestBlockers(t *testing.T) {
-	m := fake.New(t, fake.Options{Dial: files(t, image)})
-	r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(image), image, Cluster{Name: "default", URL: m.URL})
+	m := fake.New(t, fake.Options{Dial: serveFiles(t, diskImage)})
+	r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(diskImage), diskImage, Cluster{Name: "default", URL: m.URL})
 	name := r.register(RegistrationOptions{}).Name
 	r.until(InLonghorn)
 	m.SetVolume("pvc-1", name)
@@ -397,7 +397,7 @@ func TestBlockers(t *testing.T) {
 	m.SetBackup("b-1", name, "")
 	m.SetBackup("b-2", "renamed", r.v.Digests.SHA512.Encoded())
 	m.SetBackup("b-3", "another", strings.Repeat("ab", 64))
-	blockers, err := r.blockers(t.Context(), r.v)
+	blockers, err := r.blockers(t.Context(), []Version{r.v})
 	if got := fmt.Sprint(blockers); err != nil || got != fmt.Sprintf("[{registration %s default} {volume pvc-1 default} {backup b-1 default} {backup b-2 default}]", name) {
 		t.Error(got, err)
 	}
@@ -443,14 +443,14 @@ func TestPreflight(t *testing.T) {
 		{"http://a.test", func(_ *Version, o *RegistrationOptions) { o.Cluster = "nowhere" }, NotFound},
 		{"http://a.test", func(_ *Version, o *RegistrationOptions) { o.Mode = "carry" }, Malformed},
 	} {
-		r := newTestRegistrar(t, store, testVersion(image), image, Cluster{Name: "default", URL: m.URL})
+		r := newTestRegistrar(t, store, testVersion(diskImage), diskImage, Cluster{Name: "default", URL: m.URL})
 		public, _ := url.Parse(c.public)
 		r.set(Settings{Prefix: "p", PublicURL: public, Compat: Enforce, Clusters: []Cluster{{Name: "default", URL: m.URL}}})
 		var o RegistrationOptions
 		if c.change != nil {
 			c.change(&r.v, &o)
 		}
-		if _, err := r.registrar.register(t.Context(), r.v, o); code(err) != c.want || len(r.of(r.v.Name, r.v.Version)) != 0 {
+		if _, err := r.registrar.register(t.Context(), r.v, o); codeOf(err) != c.want || len(r.of(r.v.Name, r.v.Version)) != 0 {
 			t.Errorf("%s %+v: %v; want %s", c.public, o, err, c.want)
 		}
 	}
@@ -462,12 +462,12 @@ func TestPreflight(t *testing.T) {
 // TestPrivateAddress: the token in an address is kept, so that the address is the
 // same for as long as Longhorn has it.
 func TestPrivateAddress(t *testing.T) {
-	m := fake.New(t, fake.Options{Dial: files(t, image)})
+	m := fake.New(t, fake.Options{Dial: serveFiles(t, diskImage)})
 	store := openStore(t, t.TempDir())
 	public, _ := url.Parse("http://images.test/base/")
 	made := 0
 	open := func() *registry {
-		r := newTestRegistrar(t, store, testVersion(image), image)
+		r := newTestRegistrar(t, store, testVersion(diskImage), diskImage)
 		r.token = func(context.Context, string, string) (string, error) {
 			made++
 			return fmt.Sprintf("token%d", made), nil
@@ -507,7 +507,7 @@ func TestKilledRegistering(t *testing.T) {
 			select {}
 		}
 	})
-	r := newTestRegistrar(t, openStore(t, dir), testVersion(image), image, Cluster{Name: "default", URL: os.Getenv(killURL)})
+	r := newTestRegistrar(t, openStore(t, dir), testVersion(diskImage), diskImage, Cluster{Name: "default", URL: os.Getenv(killURL)})
 	r.register(RegistrationOptions{})
 	if strings.HasPrefix(os.Getenv(killPoint), "backing.unregister") {
 		r.until(InLonghorn)
@@ -521,7 +521,7 @@ func TestKilledRegistering(t *testing.T) {
 func TestKillRegistering(t *testing.T) {
 	for _, point := range []string{"backing.registering", "backing.registered", "backing.unregistering", "backing.unregistered"} {
 		t.Run(point, func(t *testing.T) {
-			m := fake.New(t, fake.Options{Dial: files(t, image)})
+			m := fake.New(t, fake.Options{Dial: serveFiles(t, diskImage)})
 			if point == "backing.registered" {
 				m.Rename(func(name string) string { return "x-" + name })
 			}
@@ -534,7 +534,7 @@ func TestKillRegistering(t *testing.T) {
 				t.Fatalf("it was not killed: %v\n%s", err, said)
 			}
 			store := openStore(t, dir)
-			r := newTestRegistrar(t, store, testVersion(image), image, Cluster{Name: "default", URL: m.URL})
+			r := newTestRegistrar(t, store, testVersion(diskImage), diskImage, Cluster{Name: "default", URL: m.URL})
 			if strings.HasPrefix(point, "backing.unregister") {
 				if err := r.load(t.Context()); err != nil {
 					t.Fatal(err)
