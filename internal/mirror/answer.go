@@ -9,6 +9,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/caddy-registry/mirror/internal/content"
 	"github.com/caddy-registry/mirror/internal/oci"
 )
 
@@ -112,7 +113,7 @@ func (x *exchange) sendManifest(answer *manifestAnswer, ref oci.Reference, head 
 	if !answer.kept.IsZero() {
 		header.Add("Warning", `299 - "`+warning("upstream "+x.target.Upstream.Name+" says since "+answer.kept.UTC().Format(time.RFC3339)+" that it has no such tag; it is kept here")+`"`)
 	}
-	if matches(x.r.Header["If-None-Match"], etag) {
+	if content.Matches(x.r.Header["If-None-Match"], etag) {
 		x.w.WriteHeader(http.StatusNotModified)
 		return nil
 	}
@@ -158,16 +159,4 @@ func warning(s string) string {
 		return r
 	}, s)
 	return s[:min(len(s), 400)]
-}
-
-// matches reports whether an If-None-Match header names the tag.
-func matches(values []string, etag string) bool {
-	for _, value := range values {
-		for item := range strings.SplitSeq(value, ",") {
-			if item = strings.TrimPrefix(strings.TrimSpace(item), "W/"); item == etag || item == "*" {
-				return true
-			}
-		}
-	}
-	return false
 }

@@ -4,38 +4,21 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"os"
 
 	"github.com/dustin/go-humanize"
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
 
+	"github.com/caddy-registry/mirror/internal/content"
 	"github.com/caddy-registry/mirror/internal/fill"
 	"github.com/caddy-registry/mirror/internal/oci"
-	"github.com/caddy-registry/mirror/internal/section"
 	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/storage"
 )
 
-// content is a blob that can be sent: held, or on its way.
-type content interface {
-	io.Closer
-	size() int64
-	// prepare says which spans will be read, and waits until the first of them
-	// begins to be there, or certainly will not. With proven, the end of the
-	// blob comes only once its digest is proven. ctx bounds the waiting, and
-	// sending the reading.
-	prepare(ctx, sending context.Context, spans []oci.Span, proven bool) error
-	// reader returns a reader of the span of that number, of those that were
-	// prepared. Where the bytes lie in a file it gives [section.Writer]s sections
-	// of that. Only one reader is used at a time, and once.
-	reader(i int) (io.Reader, error)
-}
-
 // blob finds a blob, and starts a fill if it is not held.
-func (m *Mirror) blob(ctx context.Context, t Target, d digest.Digest) (content, cache, error) {
+func (m *Mirror) blob(ctx context.Context, t Target, d digest.Digest) (content.Content, cache, error) {
 	known, err := m.member(ctx, t, d)
 	if err != nil {
 		return nil, miss, err
@@ -55,7 +38,7 @@ func (m *Mirror) blob(ctx context.Context, t Target, d digest.Digest) (content, 
 				r.Close()
 				return nil, miss, err
 			}
-			return &heldBlob{r: r, bytes: info.Size}, hit, nil
+			return content.Held(r, info.Size), hit, nil
 		}
 		if distant {
 			var want fill.Want
@@ -92,12 +75,12 @@ func (m *Mirror) blob(ctx context.Context, t Target, d digest.Digest) (content, 
 }
 
 // join joins a fill.
-func (m *Mirror) join(want fill.Want, c cache) (content, cache, error) {
+func (m *Mirror) join(want fill.Want, c cache) (content.Content, cache, error) {
 	f, err := m.fills.Join(want)
 	if err != nil {
 		return nil, miss, err
 	}
-	return &liveBlob{fill: f, bytes: want.Size}, c, nil
+	return content.Live(f, want.Size), c, nil
 }
 
 // askedFor notes that a client has been given a blob that is held, and links one that
@@ -278,67 +261,4 @@ func (m *Mirror) describeBlob(ctx context.Context, t Target, d digest.Digest) (i
 	}
 	size, err := m.upstreamSize(ctx, t, d)
 	return size, miss, err
-}
-
-// heldBlob is a blob in the store.
-type heldBlob struct {
-	r     io.ReadCloser
-	bytes int64
-	spans []oci.Span
-}
-
-func (b *heldBlob) Close() error { return b.r.Close() }
-func (b *heldBlob) size() int64  { return b.bytes }
-
-func (b *heldBlob) prepare(_, _ context.Context, spans []oci.Span, _ bool) error {
-	b.spans = spans
-	return nil
-}
-
-func (b *heldBlob) reader(i int) (io.Reader, error) {
-	span := b.spans[i]
-	seeker, ok := b.r.(io.ReadSeeker)
-	if !ok {
-		return nil, errors.New("mirror: the store's reader cannot seek")
-	}
-	if _, err := seeker.Seek(span.Offset, io.SeekStart); err != nil {
-		return nil, err
-	}
-	end := span.Offset + span.Length
-	if file, ok := b.r.(*os.File); ok {
-		return section.New(file, end, end == b.bytes), nil
-	}
-	return io.LimitReader(seeker, span.Length), nil
-}
-
-// liveBlob is a blob that is being filled. All its readers are there from the
-// beginning, so that what they ask for is fetched side by side.
-type liveBlob struct {
-	fill    *fill.Fill
-	bytes   int64
-	readers []*fill.Reader
-}
-
-func (b *liveBlob) Close() error {
-	for _, r := range b.readers {
-		r.Close()
-	}
-	b.fill.Release()
-	return nil
-}
-
-func (b *liveBlob) size() int64 { return b.bytes }
-
-func (b *liveBlob) prepare(ctx, sending context.Context, spans []oci.Span, proven bool) error {
-	for _, span := range spans {
-		b.readers = append(b.readers, b.fill.NewReader(sending, span.Offset, span.Length, proven))
-	}
-	return b.readers[0].Ready(ctx)
-}
-
-func (b *liveBlob) reader(i int) (io.Reader, error) {
-	if i > 0 {
-		b.readers[i-1].Close()
-	}
-	return b.readers[i], nil
 }

@@ -209,13 +209,13 @@ func TestHostedAway(t *testing.T) {
 		content, _, err := b.mirror.blob(ctx, site, blob.Digest)
 		if err == nil {
 			defer content.Close()
-			err = content.prepare(ctx, t.Context(), []oci.Span{{Length: content.size()}}, true)
+			err = content.Prepare(ctx, t.Context(), []oci.Span{{Length: content.Size()}}, true)
 			err = b.mirror.lost(site, blob.Digest, err)
 		}
 		if err != nil {
 			return refusal(err, oci.KindBlob, b.agent, ""), nil
 		}
-		r, err := content.reader(0)
+		r, err := content.Reader(0)
 		if err != nil {
 			t.Fatal(err)
 		}

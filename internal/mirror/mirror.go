@@ -151,6 +151,9 @@ func (m *Mirror) Note(c tree.Change) {
 // for those that fills under way have set aside.
 func (m *Mirror) Partial() int64 { return m.fills.Partial() }
 
+// Fills is the one table of what is being fetched, for others who fetch into the store.
+func (m *Mirror) Fills() *fill.Table { return m.fills }
+
 // begin keeps the mirror open for something that no request waits for, until
 // wg.Done. It fails when the mirror is being closed.
 func (m *Mirror) begin() bool {

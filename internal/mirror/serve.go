@@ -2,18 +2,16 @@ package mirror
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 
 	"github.com/caddy-registry/mirror/internal/access"
+	"github.com/caddy-registry/mirror/internal/content"
 	"github.com/caddy-registry/mirror/internal/oci"
 )
 
@@ -286,14 +284,14 @@ func (x *exchange) json(body []byte) error {
 	return nil
 }
 
-func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) (err error) {
+func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) error {
 	header := x.w.Header()
 	etag := quoted(d)
 	describe := func(c cache) {
 		x.cached(c)
 		x.blobHeaders(d)
 	}
-	unchanged := matches(x.r.Header.Values("If-None-Match"), etag)
+	unchanged := content.Matches(x.r.Header.Values("If-None-Match"), etag)
 	if !unchanged {
 		if done, err := x.redirect(ctx, d, head); done || err != nil {
 			return err
@@ -313,138 +311,25 @@ func (x *exchange) blob(ctx context.Context, d digest.Digest, head bool) (err er
 		x.w.WriteHeader(http.StatusOK)
 		return nil
 	}
-	content, c, err := x.mirror.blob(ctx, x.target, d)
+	found, c, err := x.mirror.blob(ctx, x.target, d)
 	if err != nil {
 		return err
 	}
-	defer content.Close()
-	size := content.size()
-	var ranges oci.RangeRequest
-	if ifRange := x.r.Header.Get("If-Range"); ifRange == "" || ifRange == etag {
-		ranges, err = oci.ParseRange(x.r.Header.Get("Range"), size)
-		if errors.Is(err, oci.ErrRange) {
-			header.Set("Content-Range", "bytes */"+strconv.FormatInt(size, 10))
-		}
-		if err != nil {
-			return err
-		}
+	defer found.Close()
+	answer, err := content.Choose(x.w, x.r, found, content.Validator{ETag: etag})
+	if err != nil {
+		return err
 	}
-	// Whoever asked for the rest, or for everything, could take it for the
-	// whole. A bounded part or an archive's end is not.
-	spans, proven := ranges.Spans, ranges.Open
-	var sum int64
-	for _, span := range spans {
-		sum += span.Length
-	}
-	if len(spans) == 0 || len(spans) > 1 && sum > size {
-		// More than everything in parts is answered with everything.
-		spans, sum = []oci.Span{{Length: size}}, -1
-	}
-	proven = proven || sum == size || sum < 0
-	sending, stop := context.WithCancel(x.r.Context())
-	defer stop()
-	if err := content.prepare(ctx, sending, spans, proven); err != nil {
+	err = answer.Prepare(ctx)
+	defer answer.End()
+	if err != nil {
 		return x.mirror.lost(x.target, d, err)
 	}
 	describe(c)
-	x.pulled(d, "", size, "")
-	switch {
-	case sum < 0:
+	x.pulled(d, "", found.Size(), "")
+	if answer.Whole() {
 		x.mirror.ahead(x.target, d)
-		return x.send(content, size, http.StatusOK)
-	case len(spans) == 1:
-		header.Set("Content-Range", spans[0].ContentRange(size))
-		return x.send(content, spans[0].Length, http.StatusPartialContent)
-	default:
-		parts := &parts{content: content, spans: spans}
-		defer func() {
-			stop()
-			if err = parts.end(); errors.Is(err, context.Canceled) {
-				err = nil // it was we who stopped, since nobody takes more
-			}
-			x.report.Abort = err != nil
-		}()
-		http.ServeContent(x.w, x.r, "", time.Time{}, parts)
-		return nil
 	}
-}
-
-// send sends one span. The length is declared beforehand, always; a body that
-// cannot be completed breaks the connection and is never ended short.
-func (x *exchange) send(content content, length int64, status int) error {
-	reader, err := content.reader(0)
-	if err != nil {
-		return err
-	}
-	x.w.Header().Set("Content-Length", strconv.FormatInt(length, 10))
-	x.w.WriteHeader(status)
-	n, err := io.Copy(x.w, reader)
-	if err == nil && n != length {
-		err = fmt.Errorf("%d of %d bytes sent: %w", n, length, io.ErrUnexpectedEOF)
-	}
-	if err != nil {
-		x.report.Abort = true
-	}
+	x.report.Abort, err = answer.Send()
 	return err
-}
-
-// parts is the spans of a content, as http.ServeContent comes to them: it
-// seeks to the beginning of one after another. It does so in a goroutine of its
-// own, for which it does not wait when the client is gone.
-type parts struct {
-	content content
-	spans   []oci.Span
-
-	mu     sync.Mutex
-	next   int
-	offset int64
-	reader io.Reader
-	err    error // the first failure
-}
-
-// end waits for a Read under way, whose context has ended, and lets every later
-// one fail. It returns the first failure.
-func (p *parts) end() error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	err := p.err
-	p.err = errEnded
-	return err
-}
-
-var errEnded = errors.New("the answer has ended")
-
-func (p *parts) Seek(offset int64, whence int) (int64, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	switch whence {
-	case io.SeekCurrent:
-		offset += p.offset
-	case io.SeekEnd:
-		offset += p.content.size()
-	}
-	p.offset, p.reader = offset, nil
-	return offset, nil
-}
-
-func (p *parts) Read(b []byte) (int, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.reader == nil && p.err == nil {
-		if p.next == len(p.spans) || p.spans[p.next].Offset != p.offset {
-			p.err = fmt.Errorf("no part was prepared at %d", p.offset)
-		} else {
-			p.reader, p.err = p.content.reader(p.next)
-			p.next++
-		}
-	}
-	if p.err != nil {
-		return 0, p.err
-	}
-	n, err := p.reader.Read(b)
-	p.offset += int64(n)
-	if err != nil && err != io.EOF {
-		p.err = err
-	}
-	return n, err
 }
