@@ -28,3 +28,10 @@ func Hashed(f *Fill) int64 {
 	}
 	return f.proof.at
 }
+
+// Under is how many fills are under way.
+func Under(t *Table) int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.live) + len(t.ending)
+}

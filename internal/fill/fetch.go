@@ -107,7 +107,11 @@ func (f *Fill) swap(ctx context.Context, key string) {
 // fetchLarge lets larger content come into the spool as it is wanted, and
 // follows it with the digest and the ledger.
 func (f *Fill) fetchLarge() error {
-	algorithm := f.key.digest.Algorithm()
+	taken := f.key.take != ""
+	algorithm := digest.SHA512
+	if !taken {
+		algorithm = f.key.digest.Algorithm()
+	}
 	if f.key.size > f.table.limits.trust && !f.vouched() {
 		// The map of it takes memory, and a manifest says what it likes.
 		t := tap{fill: f, ctx: f.ctx, end: 1}
@@ -122,7 +126,7 @@ func (f *Fill) fetchLarge() error {
 	f.mu.Unlock()
 	sum := newProof(algorithm)
 	s, err := f.openSpool()
-	if f.ctx.Err() != nil && err != nil {
+	if err != nil && (taken || f.ctx.Err() != nil) {
 		return err
 	}
 	if err != nil {
@@ -143,7 +147,7 @@ func (f *Fill) fetchLarge() error {
 	err = f.follow(s, sum)
 	f.table.large.Add(-1)
 	if err != nil {
-		if errors.Is(err, storage.ErrFull) || errors.As(err, new(*diskError)) {
+		if !taken && (errors.Is(err, storage.ErrFull) || errors.As(err, new(*diskError))) {
 			f.stop(err)
 			return f.pass(err, s, sum)
 		}
@@ -156,6 +160,13 @@ func (f *Fill) fetchLarge() error {
 	f.note(s)
 	from := f.from
 	f.mu.Unlock()
+	if taken {
+		file, err := sum.file(f.key.digest, from)
+		if err != nil {
+			return f.judge(s, err)
+		}
+		return f.hand(s, file)
+	}
 	canonical, err := sum.check(f.key.digest, from)
 	if err != nil {
 		return f.judge(s, err)
@@ -191,6 +202,10 @@ func (f *Fill) follow(s *spool, sum *proof) error {
 	for {
 		f.mu.Lock()
 		hashable, changed := f.hashable(), f.changed
+		if f.size == 0 {
+			f.mu.Unlock()
+			return nil
+		}
 		f.note(s)
 		wanted, err := f.wanted()
 		mine := err == nil && !f.hashing && sum.at < hashable
@@ -252,7 +267,7 @@ func (f *Fill) wanted() (bool, error) {
 		return false, f.full
 	case f.users > 1 || f.ahead || f.finishing:
 		return true, nil
-	case f.got >= f.size/2:
+	case f.got >= f.size/2 && f.key.take == "":
 		f.finishing, f.settled = true, false
 		f.schedule()
 		return true, nil

@@ -9,7 +9,7 @@
 //
 // # States
 //
-//	joined ──► fetching ──► verified ──► committed
+//	joined ──► fetching ──► verified ──► committed (stored, or taken)
 //	   │          │
 //	   │          ├──► passing ──► paused or failed
 //	   │          ├──► paused ─ ─ ► the next fill of the key
@@ -47,6 +47,19 @@
 //   - failed: err is set, and the fill has left the table, so that the next
 //     Join starts anew: from the files, unless it was the content that was
 //     wrong.
+//
+// # What is taken
+//
+// Content that somebody pulls ([Table.Pull]) is fetched and proven as any other, but
+// always into a spool file, however small, with both the sha256 and the sha512; and it
+// is not stored, but taken by those who pull, who are asked one after the other in
+// verified. That the file is whole, and its digests, is in the ledger before: a ledger
+// that says so without a file is of one that was taken by somebody who did not get to
+// say so, and only taken again. Committed is when the last has been asked and one has
+// taken it; otherwise the fill pauses with the whole file, unless all have refused
+// it. There is no passing, since nobody reads: that the disk takes no more is a
+// failure, and the files stay. And a fill that nobody pulls any more pauses, however
+// much is there.
 //
 // # Lock
 //
@@ -108,6 +121,7 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/failpoint"
 	"github.com/caddy-registry/mirror/internal/layout"
+	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/storage"
 )
 
@@ -229,6 +243,15 @@ type Want struct {
 	Sources []Source
 	// Connections is how many spans are fetched at once; 0: 1.
 	Connections int
+	// Name is what content is known by whose digest nobody knows, instead of Digest:
+	// its address and a validator, say. The same name promises the same bytes. It is
+	// written down nowhere but as a hash. Only Pull takes it.
+	Name string
+	// Take gets the whole file, proven if there is a Digest, with the digests that it
+	// has: instead of what is done for Repository. It moves the file away, or has no
+	// need of it, and returns nil; see [Table.Pull]. ctx ends with that of Pull, and
+	// with the table.
+	Take func(ctx context.Context, file oci.File) error
 	// Anew says that what the store has is wrong, and is to be replaced.
 	Anew bool
 }
@@ -282,6 +305,7 @@ type Fill struct {
 	connections  int
 	anew         bool            // Want.Anew, of the first joiner
 	repositories map[string]bool // joined → linked
+	takers       []*taker        // of content that is taken: who waits for it
 	hurried      chan struct{}   // Span.Hurry of small content that comes in the background, or nil
 	progress                     // of larger content
 	spool        *os.File        // its data
@@ -308,7 +332,7 @@ type content interface {
 }
 
 // join adds a joiner unless the fill is over. t.mu is held.
-func (f *Fill) join(want Want, user bool) bool {
+func (f *Fill) join(want Want, user bool, tk *taker) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.state == failed || f.state == paused {
@@ -316,7 +340,9 @@ func (f *Fill) join(want Want, user bool) bool {
 	}
 	f.sources.add(want.Sources)
 	f.connections = max(f.connections, want.Connections)
-	if _, ok := f.repositories[want.Repository]; !ok {
+	if tk != nil {
+		f.takers = append(f.takers, tk)
+	} else if _, ok := f.repositories[want.Repository]; !ok {
 		f.repositories[want.Repository] = false
 	}
 	if user {
@@ -385,6 +411,14 @@ func (f *Fill) run() {
 	defer f.table.forget(f)
 	if f.before != nil {
 		<-f.before
+	}
+	if f.key.take != "" {
+		if err := f.pull(); err != nil {
+			f.fail(err)
+			f.ended = err
+		}
+		f.cancel(nil)
+		return
 	}
 	held, err := f.held()
 	if err == nil && !held {

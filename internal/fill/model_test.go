@@ -33,7 +33,7 @@ var (
 )
 
 // TestModel runs schedules of readers that come, read some part at some speed
-// and leave, of sources that are cut, slow, wrong, deaf to ranges or down, of a disk
+// and leave, of some that pull and take the file, refuse it or fail to, of sources that are cut, slow, wrong, deaf to ranges or down, of a disk
 // that fills up, and of restarts, each against what must always hold:
 //
 //   - what a reader gets is the content, unless it asked for a part only and
@@ -42,6 +42,8 @@ var (
 //     right;
 //   - with a source that works in the end, nobody is told an error;
 //   - without faults no byte is sent twice;
+//   - what is taken is the content, unless nobody knows its digest and some source is
+//     wrong, and who pulls is told what its own Take said;
 //   - what is stored is the content, and every repository that joined is linked
 //     to it;
 //   - nothing is left: no goroutine, no reservation, no file but for the next
@@ -95,6 +97,11 @@ type model struct {
 	boot    string
 	links   map[string]bool
 	joined  map[string]bool
+
+	pulls     pulling
+	byName    bool // who pulls does not know the digest
+	elsewhere bool // the file has been taken
+	consumed  int  // how often the content was of no use any more
 }
 
 func newModel(t *testing.T, dir string, seed uint64) *model {
@@ -113,6 +120,10 @@ func newModel(t *testing.T, dir string, seed uint64) *model {
 	m.store = &modelStore{dir: dir, values: map[string][]byte{}, room: 1 << 40}
 	if m.chance(8) {
 		m.store.room = int64(m.n(len(m.content) * 3 / 2))
+	}
+	m.pulls, m.byName = pulling(m.n(4)), m.chance(2)
+	if m.pulls == somePull {
+		m.faults = true // they fetch it as well as those who read
 	}
 	for range m.n(3) + 1 {
 		m.sources = append(m.sources, m.source())
@@ -200,7 +211,7 @@ func (m *model) run() {
 // round lets some readers come and go.
 func (m *model) round() {
 	m.closes = m.chance(10)
-	if m.chance(6) {
+	if m.chance(6) && m.pulls != allPull {
 		m.table.Ahead(m.want(m.n(5)))
 	}
 	var wg sync.WaitGroup
@@ -211,7 +222,11 @@ func (m *model) round() {
 		}
 		wg.Go(func() {
 			wait(m.t.Context(), late)
-			m.reader()
+			if m.pulls == allPull || m.pulls == somePull && m.chance(2) {
+				m.puller()
+			} else {
+				m.reader()
+			}
 		})
 	}
 	if m.closes {
@@ -390,14 +405,14 @@ func (m *model) settled() {
 	}
 	if m.distant != nil {
 		sent += m.distant.sent
-		if !m.faults && !m.store.full && m.distant.wholes > 1 && m.distant.parts == 0 {
+		if !m.faults && !m.store.full && m.distant.wholes > 1+m.consumed && m.distant.parts == 0 {
 			t.Errorf("the store was asked %d times for the whole", m.distant.wholes)
 		}
 	}
-	if !m.faults && !m.store.full && sent > len(m.content) {
+	if !m.faults && !m.store.full && sent > len(m.content)*(1+m.consumed) {
 		t.Errorf("%d bytes were sent for a content of %d", sent, len(m.content))
 	}
-	if left, _ := os.ReadDir(m.store.spool()); len(left) > 2 || len(left) > 0 && m.store.values[key] != nil && !m.store.full && !m.crashed && m.digest.Algorithm() == digest.SHA256 {
+	if left, _ := os.ReadDir(m.store.spool()); len(left) > 4 || len(left) > 2 && m.pulls != somePull || len(left) > 0 && m.pulls < somePull && m.store.values[key] != nil && !m.store.full && !m.crashed && m.digest.Algorithm() == digest.SHA256 {
 		t.Errorf("left in the spool: %v", left)
 	}
 	os.RemoveAll(m.store.spool())

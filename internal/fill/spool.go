@@ -61,6 +61,9 @@ type line struct {
 
 	// Pairs of a segment's number and the CRC-32C of its bytes.
 	Segments [][2]int64 `json:"segments,omitempty"`
+	// What the whole is, in a line written before somebody takes the file.
+	SHA256 digest.Digest `json:"sha256,omitempty"`
+	SHA512 digest.Digest `json:"sha512,omitempty"`
 	// Lost are segments that turned out not to be what was noted.
 	Lost []int64 `json:"lost,omitempty"`
 }

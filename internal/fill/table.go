@@ -32,14 +32,25 @@ const (
 // key is what makes two wants one fill. Size belongs to it so that a manifest
 // that lies about a size can spoil nobody's fill but its own.
 type key struct {
-	digest digest.Digest
+	digest digest.Digest // empty: nobody knows
 	size   int64
+	take   string // of content that is taken, and not stored; see Want.taken
 }
 
 // name is that of the key's files in the spool directory.
 func (k key) name() string {
+	if k.take != "" {
+		name := takePrefix + k.take
+		if k.digest != "" {
+			name += "-" + k.digest.Algorithm().String() + "-" + k.digest.Encoded()
+		}
+		return name + "-" + strconv.FormatInt(k.size, 10)
+	}
 	return k.digest.Algorithm().String() + "-" + k.digest.Encoded() + "-" + strconv.FormatInt(k.size, 10)
 }
+
+// takePrefix begins the names of the files of content that is taken.
+const takePrefix = "take-"
 
 // A Table holds the live fills of a store.
 type Table struct {
@@ -73,7 +84,8 @@ type Table struct {
 // NewTable returns a table that commits to the given store. link makes
 // committed content a member of a repository: asked is the digest it was asked
 // for by, canonical the sha256 it lies under. done, which may be nil, is
-// called at the end of each fill that asked a source. room, which may be nil, is
+// called at the end of each fill that asked a source, but for those that somebody
+// pulls, who is told. room, which may be nil, is
 // asked to make room for n bytes where there is none, and reports whether it is
 // worth trying again.
 //
@@ -95,7 +107,7 @@ func NewTable(store storage.Store, link func(ctx context.Context, repository str
 
 // Join returns the fill of the wanted content, starting one if there is none.
 // The caller releases the fill.
-func (t *Table) Join(want Want) (*Fill, error) { return t.join(want, true) }
+func (t *Table) Join(want Want) (*Fill, error) { return t.join(want, nil) }
 
 // Ahead fetches content that somebody will soon ask for, in the background. Once
 // somebody has come for it and left, it is a fill as any other. Unless there is
@@ -105,7 +117,7 @@ func (t *Table) Ahead(want Want) {
 	busy := len(t.live) >= maxLive/2
 	t.mu.Unlock()
 	if !busy {
-		t.join(want, false) // closed, or busy after all
+		t.ahead(want) // closed, or busy after all
 	}
 }
 
@@ -113,7 +125,7 @@ func (t *Table) Ahead(want Want) {
 // or why it is not.
 func (t *Table) Fetch(ctx context.Context, want Want) error {
 	for {
-		f, err := t.join(want, false)
+		f, err := t.ahead(want)
 		if err != nil {
 			return err
 		}
@@ -129,7 +141,18 @@ func (t *Table) Fetch(ctx context.Context, want Want) error {
 	}
 }
 
-func (t *Table) join(want Want, user bool) (*Fill, error) {
+// ahead joins without a user.
+func (t *Table) ahead(want Want) (*Fill, error) { return t.enter(want, false, nil) }
+
+// join joins with a user, who pulls, or with nil, who reads.
+func (t *Table) join(want Want, tk *taker) (*Fill, error) {
+	return t.enter(want, true, tk)
+}
+
+func (t *Table) enter(want Want, user bool, tk *taker) (*Fill, error) {
+	if tk == nil && (want.Take != nil || want.Name != "") {
+		return nil, errors.New("fill: what is to be taken is pulled, and not joined")
+	}
 	if want.Size < 0 || want.Size > maxSize {
 		return nil, fmt.Errorf("%w: %d bytes", ErrTooLarge, want.Size)
 	}
@@ -138,8 +161,8 @@ func (t *Table) join(want Want, user bool) (*Fill, error) {
 	if t.ctx.Err() != nil {
 		return nil, ErrClosed
 	}
-	k := key{want.Digest, want.Size}
-	if f := t.live[k]; f != nil && f.join(want, user) {
+	k := key{want.Digest, want.Size, want.taken()}
+	if f := t.live[k]; f != nil && f.join(want, user, tk) {
 		return f, nil
 	}
 	if len(t.live)+len(t.ending) >= maxLive {
@@ -160,7 +183,7 @@ func (t *Table) join(want Want, user bool) (*Fill, error) {
 	f.progress.width = 1
 	f.connections = 1
 	f.anew = want.Anew
-	f.join(want, user)
+	f.join(want, user, tk)
 	if last := t.ending[k]; last != nil {
 		f.before = last.gone
 	}
@@ -277,7 +300,7 @@ func (t *Table) sweep() {
 	}
 	for i, name := range names {
 		info, err := os.Stat(filepath.Join(t.spool, name+ledgerSuffix))
-		if err == nil {
+		if err == nil && !strings.HasPrefix(name, takePrefix) { // one that was taken has left its ledger
 			_, err = os.Stat(filepath.Join(t.spool, name))
 		}
 		if err != nil || time.Since(info.ModTime()) > t.limits.keep || len(names)-i > maxParked {

@@ -118,6 +118,10 @@ type Options struct {
 	// Sparse takes manifests in whose config or layers the repository does not
 	// have. Without it only children and subjects may be missing.
 	Sparse bool
+	// Closed, unless it is empty, refuses whatever changes the repository by the
+	// registry API: it is the sentence that says why, and what to do instead. The
+	// repository's [Owner] may.
+	Closed string
 }
 
 // Set replaces the settings.

@@ -42,12 +42,19 @@ type Push struct {
 // Both survive a loss of power once it returns. To push the same again changes
 // nothing.
 //
-// An error wraps [ErrManifest], [ErrDigest], [ErrTooLarge], [ErrImmutable] or
-// [storage.ErrFull], or is a [Missing]. Whether tags may be moved is looked at
+// An error wraps [ErrManifest], [ErrDigest], [ErrTooLarge], [ErrImmutable],
+// [ErrClosedToPush] or [storage.ErrFull], or is a [Missing]. Whether tags may be moved is looked at
 // before anything is stored, and again when each is set: who loses a race for an
 // immutable tag has stored the manifest, and is told.
 func (h *Registry) PutManifest(ctx context.Context, p Push) (*tree.Manifest, error) {
 	options := h.options(p.Repository)
+	if err := options.closed(); err != nil {
+		return nil, err
+	}
+	return h.putManifest(ctx, p, options)
+}
+
+func (h *Registry) putManifest(ctx context.Context, p Push, options Options) (*tree.Manifest, error) {
 	if most := h.MaxManifest(p.Repository); int64(len(p.Body)) > most {
 		return nil, fmt.Errorf("a manifest of more than %d bytes is %w: see max_manifest_size", most, ErrTooLarge)
 	}

@@ -78,6 +78,7 @@ type Upload struct {
 	known  bool      // what follows is known; an earlier process's is read when it is asked for
 
 	repository string
+	received   bool // begun by Receive
 	started    time.Time
 	sums       sums
 	// proven says that the file has what sums has been made of: after another
@@ -232,26 +233,38 @@ func (h *Registry) newUpload(repository string, algorithm digest.Algorithm) (*Up
 // have; empty: sha256. With any other digest what has come is read once more at
 // the end.
 func (h *Registry) Begin(ctx context.Context, repository string, algorithm digest.Algorithm) (*Upload, error) {
+	if err := h.options(repository).closed(); err != nil {
+		return nil, err
+	}
 	u, err := h.newUpload(repository, algorithm)
 	if err != nil {
 		return nil, err
 	}
-	us := &h.uploads
-	h.uncrowd()
 	if key := h.signing(); key != nil {
+		h.uncrowd()
 		return h.beginShared(ctx, u, key)
 	}
+	if err := h.enterHere(u); err != nil {
+		return nil, err
+	}
+	return u, nil
+}
+
+// enterHere has this process know of a new upload, and later ones on this machine.
+func (h *Registry) enterHere(u *Upload) error {
+	h.uncrowd()
+	us := &h.uploads
 	us.mu.Lock()
 	defer us.mu.Unlock()
 	if err := us.takes(); err != nil {
-		return nil, err
+		return err
 	}
 	if err := u.note(); err != nil {
-		return nil, fmt.Errorf("beginning an upload: %w", full(err))
+		return fmt.Errorf("beginning an upload: %w", full(err))
 	}
 	us.open[u.id] = u
 	h.sweepLater()
-	return u, nil
+	return nil
 }
 
 // uncrowd gives up an idle upload where there may be no more.
@@ -288,9 +301,10 @@ func (h *Registry) Upload(ctx context.Context, repository, id string) (*Upload, 
 	if !validID(id) {
 		return nil, fmt.Errorf("%w: no upload has such a name", ErrNoUpload)
 	}
-	h.uploads.mu.Lock()
-	u := h.uploads.open[id]
-	h.uploads.mu.Unlock()
+	if err := h.options(repository).closed(); err != nil {
+		return nil, err
+	}
+	u := h.found(id)
 	if u == nil {
 		if key := h.signing(); key != nil {
 			return h.join(ctx, repository, id, key)
@@ -299,22 +313,38 @@ func (h *Registry) Upload(ctx context.Context, repository, id string) (*Upload, 
 	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if !u.gone && !u.known {
-		if err := u.recall(); err != nil {
-			h.log.Warn("an upload cannot be gone on with", zap.String("upload", id), zap.Error(err))
-			u.drop()
-		}
-	}
-	if u.gone || u.repository != repository {
+	if u.recalled(); u.gone || u.received || u.repository != repository {
 		return nil, ErrNoUpload
 	}
 	return u, nil
+}
+
+// found returns what this process knows of under a name, or nil.
+func (h *Registry) found(id string) *Upload {
+	h.uploads.mu.Lock()
+	defer h.uploads.mu.Unlock()
+	return h.uploads.open[id]
+}
+
+// recalled makes known what an earlier process has left of an upload, which is gone
+// where that cannot be used. u.mu is held.
+func (u *Upload) recalled() {
+	if u.gone || u.known {
+		return
+	}
+	if err := u.recall(); err != nil {
+		u.registry.log.Warn("an upload cannot be gone on with", zap.String("upload", u.id), zap.Error(err))
+		u.drop()
+	}
 }
 
 // Mount makes a blob of one repository one of another, and returns its size. The
 // error is fs.ErrNotExist if the one does not have it, or its bytes are not held or
 // not right; and storage.ErrFull if the other may not take so much.
 func (h *Registry) Mount(ctx context.Context, repository, from string, d digest.Digest) (int64, error) {
+	if err := h.options(repository).closed(); err != nil {
+		return 0, err
+	}
 	// What was mirrored before a loss of power may be damaged, and what is hosted
 	// nobody can fetch again.
 	known, ok, err := h.tree.Member(ctx, from, d)

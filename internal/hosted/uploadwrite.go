@@ -112,6 +112,9 @@ func (u *Upload) Finish(ctx context.Context, d digest.Digest, body Body) (int64,
 // Push stores a blob that comes as a whole. Of one that fails nothing stays. See
 // [Upload.Finish].
 func (h *Registry) Push(ctx context.Context, repository string, d digest.Digest, body Body) (int64, error) {
+	if err := h.options(repository).closed(); err != nil {
+		return 0, err
+	}
 	u, err := h.newUpload(repository, d.Algorithm())
 	if err != nil {
 		return 0, err
@@ -153,14 +156,8 @@ func (u *Upload) commit(ctx context.Context, d digest.Digest) error {
 	if u.stored != nil {
 		return u.link(ctx, d)
 	}
-	if size == 0 { // then there may be no file
-		f, err := os.OpenFile(u.path, os.O_CREATE|os.O_WRONLY, 0o600)
-		if err != nil {
-			return full(err)
-		}
-		if err := f.Close(); err != nil {
-			return err
-		}
+	if err := u.exist(); err != nil {
+		return err
 	}
 	canonical, got, err := u.sum(ctx, d.Algorithm())
 	if err != nil {

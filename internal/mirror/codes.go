@@ -46,6 +46,7 @@ const (
 	oversized    // what was pushed
 	immutableTag // that is to be moved or removed
 	deleteOff    // in the repository
+	closed       // a repository that is not changed by this API
 	stillNamed   // a blob that is to be deleted
 	noRoom       // for what is pushed
 	tooMany      // uploads that are not finished
@@ -101,6 +102,7 @@ var codes = map[situation]struct {
 	oversized:       {manifest: cell{http.StatusRequestEntityTooLarge, oci.CodeSizeInvalid}},
 	immutableTag:    {manifest: cell{http.StatusForbidden, oci.CodeDenied}},
 	deleteOff:       {manifest: cell{http.StatusMethodNotAllowed, oci.CodeUnsupported}},
+	closed:          {manifest: cell{http.StatusForbidden, oci.CodeDenied}},
 	stillNamed:      {manifest: cell{http.StatusMethodNotAllowed, oci.CodeUnsupported}, remedy: "delete the manifests that name it first"},
 	noRoom:          {manifest: cell{http.StatusInsufficientStorage, oci.CodeDenied}},
 	tooMany:         {manifest: cell{http.StatusTooManyRequests, oci.CodeTooManyRequests}, remedy: "finish them, cancel them with DELETE, or wait until they expire"},
@@ -207,6 +209,8 @@ func judge(err error) *failure {
 		f.situation = immutableTag
 	case errors.Is(err, hosted.ErrNoDelete):
 		f.situation = deleteOff
+	case errors.Is(err, hosted.ErrClosedToPush):
+		f.situation = closed
 	case errors.Is(err, hosted.ErrNamed):
 		f.situation = stillNamed
 	case errors.Is(err, storage.ErrFull):

@@ -51,6 +51,7 @@ func TestCodes(t *testing.T) {
 		oversized:       {"413 SIZE_INVALID", "413 SIZE_INVALID", "413 SIZE_INVALID"},
 		immutableTag:    {"403 DENIED", "403 DENIED", "403 DENIED"},
 		deleteOff:       {"405 UNSUPPORTED", "405 UNSUPPORTED", "405 UNSUPPORTED"},
+		closed:          {"403 DENIED", "403 DENIED", "403 DENIED"},
 		stillNamed:      {"405 UNSUPPORTED", "405 UNSUPPORTED", "405 UNSUPPORTED"},
 		noRoom:          {"507 DENIED", "507 DENIED", "507 DENIED"},
 		tooMany:         {"429 TOOMANYREQUESTS", "429 TOOMANYREQUESTS", "429 TOOMANYREQUESTS"},

@@ -230,7 +230,7 @@ func (x *exchange) mount(ctx context.Context, d digest.Digest, from string) bool
 func (x *exchange) mountFrom(ctx context.Context, d digest.Digest, source Target) bool {
 	size, err := x.mirror.hosted.Mount(ctx, x.target.Repository, source.Repository, d)
 	if err != nil {
-		if !errors.Is(err, fs.ErrNotExist) {
+		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, hosted.ErrClosedToPush) {
 			x.mirror.log.Warn("mounting a blob", zap.String("from", source.Repository), zap.String("to", x.target.Repository), zap.Error(err))
 		}
 		return false
