@@ -114,11 +114,11 @@ func (m *mirror) form(fields map[string]string, file []byte, header ...string) *
 	}
 	part.Write(file)
 	w.Close()
-	return m.request("POST", "/v1/backing-images", body.Bytes(), append(header, "Content-Type", w.FormDataContentType())...)
+	return m.sendBody("POST", "/v1/backing-images", body.Bytes(), append(header, "Content-Type", w.FormDataContentType())...)
 }
 
-// request sends a request with a body.
-func (m *mirror) request(method, path string, body []byte, header ...string) *answer {
+// sendBody sends a request with a body.
+func (m *mirror) sendBody(method, path string, body []byte, header ...string) *answer {
 	m.t.Helper()
 	req, err := http.NewRequest(method, m.URL+path, bytes.NewReader(body))
 	if err != nil {
@@ -141,7 +141,7 @@ var bearer = []string{"Authorization", "Bearer " + imageToken}
 // put makes a version by PUT, and returns its answer.
 func (m *mirror) put(name string, file []byte) map[string]any {
 	m.t.Helper()
-	a := m.request("PUT", "/v1/backing-images/"+name+"/content", file, bearer...)
+	a := m.sendBody("PUT", "/v1/backing-images/"+name+"/content", file, bearer...)
 	if a.StatusCode != 201 {
 		m.t.Fatalf("PUT: %d %s", a.StatusCode, a.body)
 	}
@@ -225,7 +225,7 @@ func TestBackingImage(t *testing.T) {
 		t.Error("another layer")
 	}
 	for _, try := range [][2]string{{"PUT", "/manifests/mine"}, {"DELETE", "/manifests/stable"}, {"POST", "/blobs/uploads/"}, {"DELETE", "/blobs/" + manifest.Layers[0].Digest}} {
-		if a := m.request(try[0], "/v2/backing-images/base-ubuntu-20.04"+try[1], a.body, "Content-Type", "application/vnd.oci.image.manifest.v1+json"); a.StatusCode != 403 || !bytes.Contains(a.body, []byte("image")) {
+		if a := m.sendBody(try[0], "/v2/backing-images/base-ubuntu-20.04"+try[1], a.body, "Content-Type", "application/vnd.oci.image.manifest.v1+json"); a.StatusCode != 403 || !bytes.Contains(a.body, []byte("image")) {
 			t.Errorf("%s %s: %d %s", try[0], try[1], a.StatusCode, a.body)
 		}
 	}
@@ -236,11 +236,11 @@ func TestBackingImage(t *testing.T) {
 		t.Errorf("1,000 bytes: %s", code)
 	}
 	// A tag stands against its deletion.
-	if a := m.request("DELETE", "/v1/backing-images/base-ubuntu-20.04/versions/v1", nil, bearer...); a.StatusCode != 409 {
+	if a := m.sendBody("DELETE", "/v1/backing-images/base-ubuntu-20.04/versions/v1", nil, bearer...); a.StatusCode != 409 {
 		t.Errorf("with a tag: %d %s", a.StatusCode, a.body)
 	}
-	m.request("DELETE", "/v1/backing-images/base-ubuntu-20.04/tags/stable", nil, bearer...)
-	if a := m.request("DELETE", "/v1/backing-images/base-ubuntu-20.04/versions/v1", nil, bearer...); a.StatusCode != 204 {
+	m.sendBody("DELETE", "/v1/backing-images/base-ubuntu-20.04/tags/stable", nil, bearer...)
+	if a := m.sendBody("DELETE", "/v1/backing-images/base-ubuntu-20.04/versions/v1", nil, bearer...); a.StatusCode != 204 {
 		t.Errorf("without: %d %s", a.StatusCode, a.body)
 	}
 	m.want(404, "GET", "/v1/backing-images/base-ubuntu-20.04/download")
@@ -273,7 +273,7 @@ func TestBackingRules(t *testing.T) {
 	m := startImages(t, "", "api_token "+imageToken+"\naccess {\nallow any to user:token on ours-*\nallow pull on ours-a\n}")
 	file := diskImage("x", 1<<16)
 	m.put("ours-a", file)
-	if a := m.request("PUT", "/v1/backing-images/theirs/content", file, bearer...); a.StatusCode != 403 {
+	if a := m.sendBody("PUT", "/v1/backing-images/theirs/content", file, bearer...); a.StatusCode != 403 {
 		t.Errorf("another name: %d %s", a.StatusCode, a.body)
 	}
 	m.put("ours-b", file)
@@ -290,7 +290,7 @@ func TestBackingPathToken(t *testing.T) {
 	m := startImages(t, "", "api_token "+imageToken+"\naccess {\nallow any to user:token\n}")
 	file := diskImage("x", 1<<16)
 	m.put("private", file)
-	a := m.request("POST", "/v1/backing-images/private/tokens", []byte(`{"note":"lab"}`), append([]string{"Content-Type", "application/json"}, bearer...)...)
+	a := m.sendBody("POST", "/v1/backing-images/private/tokens", []byte(`{"note":"lab"}`), append([]string{"Content-Type", "application/json"}, bearer...)...)
 	var made struct{ Token string }
 	if err := json.Unmarshal(a.body, &made); err != nil || made.Token == "" {
 		t.Fatalf("%d %s", a.StatusCode, a.body)
@@ -325,11 +325,11 @@ func TestBackingNobody(t *testing.T) {
 func TestBackingMaxSize(t *testing.T) {
 	m := startImages(t, "max_size 3MiB\nmax_image_size 2MiB", "api_token "+imageToken)
 	m.put("a", diskImage("a", 2<<20))
-	if a := m.request("PUT", "/v1/backing-images/b/content", diskImage("b", 2<<20), bearer...); a.StatusCode != 507 {
+	if a := m.sendBody("PUT", "/v1/backing-images/b/content", diskImage("b", 2<<20), bearer...); a.StatusCode != 507 {
 		t.Errorf("beyond the budget: %d %s", a.StatusCode, a.body)
 	}
 	m.put("a", diskImage("less", 1<<19))
-	if a := m.request("PUT", "/v1/backing-images/c/content", diskImage("c", 3<<20), bearer...); a.StatusCode != 413 {
+	if a := m.sendBody("PUT", "/v1/backing-images/c/content", diskImage("c", 3<<20), bearer...); a.StatusCode != 413 {
 		t.Errorf("too large: %d %s", a.StatusCode, a.body)
 	}
 }
@@ -363,7 +363,7 @@ func TestBackingConflicts(t *testing.T) {
 // begin begins an upload by tus, and returns its path.
 func (m *mirror) begin(name string, size int) string {
 	m.t.Helper()
-	a := m.request("POST", "/v1/uploads", nil, append([]string{"Tus-Resumable", "1.0.0", "Upload-Length", strconv.Itoa(size),
+	a := m.sendBody("POST", "/v1/uploads", nil, append([]string{"Tus-Resumable", "1.0.0", "Upload-Length", strconv.Itoa(size),
 		"Upload-Metadata", "name " + base64.StdEncoding.EncodeToString([]byte(name))}, bearer...)...)
 	if a.StatusCode != 201 {
 		m.t.Fatalf("beginning an upload: %d %s", a.StatusCode, a.body)
@@ -431,18 +431,18 @@ func TestBackingReload(t *testing.T) {
 
 	// An upload that is cut goes on under another configuration.
 	path = m.begin("cut", len(sent))
-	half := m.request("PATCH", path, sent[:1<<19], append([]string{"Tus-Resumable", "1.0.0", "Upload-Offset", "0", "Content-Type", "application/offset+octet-stream"}, bearer...)...)
+	half := m.sendBody("PATCH", path, sent[:1<<19], append([]string{"Tus-Resumable", "1.0.0", "Upload-Offset", "0", "Content-Type", "application/offset+octet-stream"}, bearer...)...)
 	if half.StatusCode != 204 || half.Header.Get("Upload-Offset") != strconv.Itoa(1<<19) {
 		t.Fatalf("half: %d %s %s", half.StatusCode, half.Header, half.body)
 	}
 	if err := m.loadImages("", "api_token "+imageToken); err != nil {
 		t.Fatal(err)
 	}
-	head := m.request("HEAD", path, nil, append([]string{"Tus-Resumable", "1.0.0"}, bearer...)...)
+	head := m.sendBody("HEAD", path, nil, append([]string{"Tus-Resumable", "1.0.0"}, bearer...)...)
 	if head.Header.Get("Upload-Offset") != strconv.Itoa(1<<19) {
 		t.Errorf("after the reload: %d %s", head.StatusCode, head.Header)
 	}
-	if a := m.request("PATCH", path, sent[1<<19:], append([]string{"Tus-Resumable", "1.0.0", "Upload-Offset", strconv.Itoa(1 << 19), "Content-Type", "application/offset+octet-stream"}, bearer...)...); a.StatusCode/100 != 2 {
+	if a := m.sendBody("PATCH", path, sent[1<<19:], append([]string{"Tus-Resumable", "1.0.0", "Upload-Offset", strconv.Itoa(1 << 19), "Content-Type", "application/offset+octet-stream"}, bearer...)...); a.StatusCode/100 != 2 {
 		t.Errorf("the rest: %d %s", a.StatusCode, a.body)
 	}
 	if a := m.want(200, "GET", "/v1/backing-images/cut/download"); !bytes.Equal(a.body, sent) {
@@ -470,7 +470,7 @@ func TestBackingTwoSites(t *testing.T) {
 		t.Error("other bytes")
 	}
 	other.want(403, "GET", "/v1/backing-images/closed/download")
-	if a := other.request("PUT", "/v1/backing-images/open/content", file, bearer...); a.StatusCode != 403 {
+	if a := other.sendBody("PUT", "/v1/backing-images/open/content", file, bearer...); a.StatusCode != 403 {
 		t.Errorf("the other site's token: %d", a.StatusCode)
 	}
 	// They are there for the next process, too.
@@ -496,7 +496,7 @@ func TestBackingPull(t *testing.T) {
 	}))
 	defer source.Close()
 	ask := fmt.Sprintf(`{"name":"pulled","tags":["latest"],"source":{"type":"url","url":%q}}`, source.URL+"/x.img")
-	a := m.request("POST", "/v1/backing-images", []byte(ask), append([]string{"Content-Type", "application/json"}, bearer...)...)
+	a := m.sendBody("POST", "/v1/backing-images", []byte(ask), append([]string{"Content-Type", "application/json"}, bearer...)...)
 	if a.StatusCode != 202 {
 		t.Fatalf("%d %s", a.StatusCode, a.body)
 	}
