@@ -233,7 +233,7 @@ func (e *endpoint) do(ctx context.Context, c call) (*http.Response, error) {
 		var known *Error
 		if !errors.As(err, &known) {
 			known = &Error{Kind: Unavailable, Err: cleanURL(err)}
-			if errors.Is(err, errGuard) {
+			if errors.Is(err, ErrGuard) {
 				known.Kind = Refused
 			}
 		} else {
@@ -385,7 +385,7 @@ func (e *endpoint) request(ctx context.Context, c call, at *url.URL, authorizati
 		io.CopyN(io.Discard, resp.Body, 16<<10)
 		resp.Body.(*body).ReadCloser.Close()
 		if err == nil && hop == maxRedirects {
-			err = fmt.Errorf("%w: more than %d redirects", errGuard, maxRedirects)
+			err = fmt.Errorf("%w: more than %d redirects", ErrGuard, maxRedirects)
 		}
 		if err != nil {
 			cancel(nil)

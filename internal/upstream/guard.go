@@ -25,10 +25,12 @@ type guard struct {
 	base          *url.URL // the endpoint, as the operator wrote it
 	allowPrivate  bool
 	trustNetworks []netip.Prefix
+	// strict refuses what nobody may reach through us, whatever is allowed.
+	strict bool
 }
 
-// errGuard is wrapped by what the guard refuses.
-var errGuard = errors.New("refused")
+// ErrGuard is wrapped by what a guard refuses.
+var ErrGuard = errors.New("refused")
 
 // trusts reports a target that is the endpoint itself: same scheme, host and
 // port.
@@ -47,26 +49,28 @@ func (g *guard) check(ctx context.Context, target *url.URL, proxied bool) error 
 	case target.Scheme == "https":
 	case target.Scheme == "http" && g.allowPrivate && g.base.Scheme == "http":
 	default:
-		return fmt.Errorf("%w: %s://%s is not https", errGuard, target.Scheme, target.Host)
+		return fmt.Errorf("%w: %s://%s is not https", ErrGuard, target.Scheme, target.Host)
 	}
+	return g.checkHost(ctx, target, proxied)
+}
+
+// checkHost is check without regard to the scheme.
+func (g *guard) checkHost(ctx context.Context, target *url.URL, proxied bool) error {
 	if target.User != nil || target.Hostname() == "" {
-		return fmt.Errorf("%w: an address with user information, or without a host", errGuard)
+		return fmt.Errorf("%w: an address with user information, or without a host", ErrGuard)
 	}
 	host := strings.TrimSuffix(target.Hostname(), ".")
 	if ip, err := netip.ParseAddr(host); err == nil {
 		return g.checkAddr(ip)
 	}
 	if numeric(host) {
-		return fmt.Errorf("%w: %s is an address in disguise", errGuard, host)
+		return fmt.Errorf("%w: %s is an address in disguise", ErrGuard, host)
 	}
-	if !proxied {
+	if !proxied || g.allowPrivate && !g.strict {
 		return nil
 	}
-	if g.allowPrivate {
-		return nil
-	}
-	if privateName(host) {
-		return fmt.Errorf("%w: %s is a name of a private network; allow_private permits it", errGuard, host)
+	if !g.allowPrivate && privateName(host) {
+		return fmt.Errorf("%w: %s is a name of a private network; allow_private permits it", ErrGuard, host)
 	}
 	// The proxy resolves the name. What this machine can resolve is checked;
 	// what it cannot, it has no private answer for.
@@ -88,18 +92,28 @@ func (g *guard) check(ctx context.Context, target *url.URL, proxied bool) error 
 func (g *guard) control(_, address string, _ syscall.RawConn) error {
 	at, err := netip.ParseAddrPort(address)
 	if err != nil {
-		return fmt.Errorf("%w: %s is not an address", errGuard, address)
+		return fmt.Errorf("%w: %s is not an address", ErrGuard, address)
 	}
 	return g.checkAddr(at.Addr())
 }
 
 func (g *guard) checkAddr(ip netip.Addr) error {
 	ip = ip.Unmap().WithZone("")
+	if g.strict && never(ip) {
+		return fmt.Errorf("%w: nothing is fetched from %s, where machines are asked about themselves", ErrGuard, ip)
+	}
 	if g.allowPrivate || public(ip) || slices.ContainsFunc(g.trustNetworks, func(p netip.Prefix) bool { return p.Contains(ip) }) {
 		return nil
 	}
-	return fmt.Errorf("%w: %s is not a public address; allow_private or trust_networks permit it", errGuard, ip)
+	return fmt.Errorf("%w: %s is not a public address; allow_private or trust_networks permit it", ErrGuard, ip)
 }
+
+// Ranges whose addresses lead to an IPv4 address.
+var (
+	compatible = netip.MustParsePrefix("::/96")
+	nat64      = netip.MustParsePrefix("64:ff9b::/96")
+	sixToFour  = netip.MustParsePrefix("2002::/16")
+)
 
 // special are ranges that netip calls global unicast and that still lead
 // inside, or carry another address inside them.
@@ -109,11 +123,11 @@ var special = []netip.Prefix{
 	netip.MustParsePrefix("192.0.0.0/24"),
 	netip.MustParsePrefix("198.18.0.0/15"),
 	netip.MustParsePrefix("240.0.0.0/4"),
-	netip.MustParsePrefix("::/96"),
-	netip.MustParsePrefix("64:ff9b::/96"),
+	compatible,
+	nat64,
 	netip.MustParsePrefix("64:ff9b:1::/48"),
 	netip.MustParsePrefix("2001::/32"), // Teredo
-	netip.MustParsePrefix("2002::/16"), // 6to4
+	sixToFour,
 	netip.MustParsePrefix("fec0::/10"),
 }
 
@@ -171,7 +185,7 @@ func (g *guard) checkRealm(realm *url.URL, withCredentials bool) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("%w: the token server %s belongs to another domain than %s, and will not be given its credentials", errGuard, theirs, ours)
+	return fmt.Errorf("%w: the token server %s belongs to another domain than %s, and will not be given its credentials", ErrGuard, theirs, ours)
 }
 
 // hostPort is the host in lower case with the port written out.
@@ -223,4 +237,58 @@ func (t *transports) retire() {
 	t.retired.Store(true)
 	t.direct.CloseIdleConnections()
 	t.guarded.CloseIdleConnections()
+}
+
+// A Guard looks at addresses that were named by somebody who need not be the operator,
+// so that nobody reaches the machine's own network through us. Private addresses are
+// refused unless they are allowed; those of this link, and those where clouds tell
+// machines their secrets, always. What it refuses wraps [ErrGuard].
+type Guard struct{ guard guard }
+
+// NewGuard returns a guard.
+func NewGuard(allowPrivate bool) *Guard {
+	return &Guard{guard{base: &url.URL{}, allowPrivate: allowPrivate, strict: true}}
+}
+
+// Check looks at a target before anything is sent. proxied says that a proxy will dial
+// it: then its name is judged here.
+func (g *Guard) Check(ctx context.Context, target *url.URL, proxied bool) error {
+	return g.guard.checkHost(ctx, target, proxied)
+}
+
+// Control is for a net.Dialer: it looks at an address that is dialled.
+func (g *Guard) Control(network, address string, c syscall.RawConn) error {
+	return g.guard.control(network, address, c)
+}
+
+// metadata are addresses beside the link-local ones where clouds tell machines about
+// themselves.
+var metadata = []netip.Addr{
+	netip.MustParseAddr("100.100.100.200"), // Alibaba
+	netip.MustParseAddr("192.0.0.192"),     // Oracle
+	netip.MustParseAddr("168.63.129.16"),   // Azure
+	netip.MustParseAddr("fd00:ec2::254"),   // AWS
+	netip.MustParseAddr("fd20:ce::254"),    // Google
+}
+
+// never reports addresses that nobody has a file at.
+func never(ip netip.Addr) bool {
+	if inner, ok := embedded(ip); ok && never(inner) {
+		return true
+	}
+	return ip.IsLinkLocalUnicast() || ip.IsMulticast() || ip.IsUnspecified() || slices.Contains(metadata, ip)
+}
+
+// embedded is the IPv4 address that an IPv6 address leads to: NAT64 (RFC 6052), 6to4
+// (RFC 3056), or IPv4-compatible.
+func embedded(ip netip.Addr) (netip.Addr, bool) {
+	b := ip.As16()
+	switch {
+	case !ip.Is6() || ip.IsLoopback() || ip.IsUnspecified():
+	case compatible.Contains(ip), nat64.Contains(ip):
+		return netip.AddrFrom4([4]byte(b[12:])), true
+	case sixToFour.Contains(ip):
+		return netip.AddrFrom4([4]byte(b[2:6])), true
+	}
+	return netip.Addr{}, false
 }

@@ -114,10 +114,10 @@ func TestGuardAddresses(t *testing.T) {
 	}
 	for _, s := range privateAddrs {
 		ip := netip.MustParseAddr(s)
-		if err := g.checkAddr(ip); !errors.Is(err, errGuard) {
+		if err := g.checkAddr(ip); !errors.Is(err, ErrGuard) {
 			t.Errorf("%s: %v, want it refused", s, err)
 		}
-		if err := g.control("tcp", netip.AddrPortFrom(ip, 443).String(), nil); !errors.Is(err, errGuard) {
+		if err := g.control("tcp", netip.AddrPortFrom(ip, 443).String(), nil); !errors.Is(err, ErrGuard) {
 			t.Errorf("dialling %s: %v, want it refused", s, err)
 		}
 		if err := open.checkAddr(ip); err != nil {
@@ -125,7 +125,7 @@ func TestGuardAddresses(t *testing.T) {
 		}
 	}
 	for _, s := range []string{"", "localhost:443", "10.0.0.1", "/run/docker.sock"} {
-		if err := open.control("tcp", s, nil); !errors.Is(err, errGuard) {
+		if err := open.control("tcp", s, nil); !errors.Is(err, ErrGuard) {
 			t.Errorf("dialling %q: %v, want it refused", s, err)
 		}
 	}
@@ -237,8 +237,8 @@ func TestGuardCheck(t *testing.T) {
 		if (err == nil) != c.allowed {
 			t.Errorf("%s: %s: %v, want allowed: %v", c.why, c.target, err, c.allowed)
 		}
-		if err != nil && !errors.Is(err, errGuard) {
-			t.Errorf("%s: %s: %v does not wrap errGuard", c.why, c.target, err)
+		if err != nil && !errors.Is(err, ErrGuard) {
+			t.Errorf("%s: %s: %v does not wrap ErrGuard", c.why, c.target, err)
 		}
 	}
 }
@@ -280,8 +280,8 @@ func TestGuardRealm(t *testing.T) {
 		if (err == nil) != c.allowed {
 			t.Errorf("%s names the realm %s: %v, want allowed: %v", c.base, c.realm, err, c.allowed)
 		}
-		if err != nil && !errors.Is(err, errGuard) {
-			t.Errorf("%v does not wrap errGuard", err)
+		if err != nil && !errors.Is(err, ErrGuard) {
+			t.Errorf("%v does not wrap ErrGuard", err)
 		}
 		if err := g.checkRealm(mustURL(t, c.realm), false); err != nil {
 			t.Errorf("%s names the realm %s, without credentials: %v", c.base, c.realm, err)
@@ -388,7 +388,7 @@ func TestRoundTripRefusesDerivedPrivate(t *testing.T) {
 		if err == nil {
 			resp.Body.Close()
 		}
-		if !errors.Is(err, errGuard) {
+		if !errors.Is(err, ErrGuard) {
 			t.Errorf("%s: %s: %v, want it refused", c.why, c.target, err)
 		}
 		if reached {
@@ -427,7 +427,7 @@ func TestRoundTripProxied(t *testing.T) {
 		if got := asked.Load(); got != want {
 			t.Errorf("%s: the proxy was asked %d times, want %d (%v)", target, got, want, err)
 		}
-		if want == 0 && !errors.Is(err, errGuard) {
+		if want == 0 && !errors.Is(err, ErrGuard) {
 			t.Errorf("%s: %v, want it refused", target, err)
 		}
 	}
@@ -460,7 +460,7 @@ func TestDerivedTargetsAreRefused(t *testing.T) {
 		}
 		_, err = u.Manifest(t.Context(), repository, oci.Reference{Digest: digest.FromString("x")}, true)
 		var refusal *Error
-		if !errors.As(err, &refusal) || refusal.Kind != Refused || !errors.Is(err, errGuard) {
+		if !errors.As(err, &refusal) || refusal.Kind != Refused || !errors.Is(err, ErrGuard) {
 			t.Errorf("%s: %v, want it refused", repository, err)
 		}
 		if _, worthwhile := refusal.Retry(); worthwhile {

@@ -232,7 +232,7 @@ func (t *tokens) fetch(request *url.URL) (any, error) {
 	}
 	if err != nil {
 		kind := Unavailable
-		if errors.Is(err, errGuard) {
+		if errors.Is(err, ErrGuard) {
 			kind = Refused
 		}
 		return nil, &Error{Kind: kind, Reason: "its token server " + request.Host, Err: err}
