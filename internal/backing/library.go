@@ -93,9 +93,6 @@ func (l *Library) Set(s Settings) {
 	l.mu.Lock()
 	l.settings = s
 	l.mu.Unlock()
-	if err := l.registrar.set(s); err != nil {
-		l.parts.Log.Error("a Longhorn cannot be registered with; correct its address", zap.Error(err))
-	}
 	if s.Prefix != "" && !running {
 		ctx, stop := context.WithCancel(context.Background())
 		l.mu.Lock()
@@ -103,12 +100,9 @@ func (l *Library) Set(s Settings) {
 		l.mu.Unlock()
 		l.wait.Add(1)
 		go l.run(ctx)
-<<<<<<< HEAD
-=======
 	}
 	if err := l.registrar.set(s); err != nil {
 		l.parts.Log.Error("a Longhorn cannot be used", zap.Error(err))
->>>>>>> g-mod
 	}
 }
 
@@ -119,11 +113,7 @@ func (l *Library) Close() {
 	l.mu.Lock()
 	l.closed = true
 	l.mu.Unlock()
-<<<<<<< HEAD
-	l.registrar.close()
-=======
 	l.registrar.close() // which asks the library
->>>>>>> g-mod
 	l.halt()
 }
 
@@ -161,6 +151,7 @@ func (l *Library) run(ctx context.Context) {
 		}
 	}
 	l.resumeJobs(ctx)
+	l.begin(ctx)
 	for {
 		l.resumeDeletions(ctx)
 		l.sweep(ctx)
