@@ -68,7 +68,7 @@ e2e: ## as root on Debian 12: install real clients and servers, and test with th
 	go test -tags e2e -count=1 -timeout 20m $(TESTFLAGS) ./e2e || status=1; \
 	exit $$status
 
-bench: ## measure pushes, and a store of a million manifests; takes some minutes and 12 GB
+bench: ## measure pushes, backing images, and a store of a million manifests; takes some minutes and 12 GB
 	go test -tags bench -count=1 -timeout 60m -v ./bench
 
 fmt: ## format the source

@@ -23,6 +23,7 @@ packages=(
   gcc libc6-dev         # for go test -race
   strace                # counts system calls
   curl
+  nginx                 # what `make bench` compares backing images with
   qemu-utils qemu-block-extra # disk images, and how qemu reads them over HTTP
   qemu-system-x86 busybox-static # a machine whose kernel has an NFS client
 )

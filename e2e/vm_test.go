@@ -36,9 +36,10 @@ func (m vm) run(t *testing.T) string {
 	}
 	defer initramfs.Close()
 	out := &archive{Writer: bufio.NewWriter(initramfs)}
-	for _, path := range []string{"bin", "proc", "sys", "dev", "tmp", "mnt", "srv", "data", "lib"} {
+	for _, path := range []string{"bin", "proc", "sys", "dev", "tmp", "mnt", "srv", "data", "lib", "etc"} {
 		out.add(path, 0o40755, nil)
 	}
+	out.add("etc/hosts", 0o100644, []byte("127.0.0.1 localhost\n"))
 	out.file("bin/busybox", tool(t, "busybox"))
 	for name, path := range m.files {
 		out.file("bin/"+name, path)

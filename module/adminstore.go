@@ -42,6 +42,8 @@ type storeStatus struct {
 	LastScrub time.Time       `json:"last_scrub,omitzero"`
 	Damaged   []retain.Damage `json:"damaged"`
 	Webhooks  []webhookStatus `json:"webhooks,omitempty"`
+	// Backing is absent where there are no backing images.
+	Backing *backingUsed `json:"backing_images,omitempty"`
 	// Off is why nothing is deleted, while another process uses the store.
 	Off string `json:"off,omitempty"`
 	// Distant is absent of a store that is on a local disk.
@@ -129,6 +131,9 @@ func (in *visit) storeStatus(ctx context.Context) (storeStatus, error) {
 		if b.Err != nil {
 			status.Distant.Unavailable, status.Distant.Trouble = b.Since, b.Err.Error()
 		}
+	}
+	if status.Backing, err = in.backingUsed(ctx); err != nil {
+		return storeStatus{}, err
 	}
 	for _, webhook := range in.sender.Status() {
 		status.Webhooks = append(status.Webhooks, webhookStatus(webhook))

@@ -60,7 +60,7 @@ func readDraft(cmd *cobra.Command, name string) (draft, error) {
 // fields are the draft as the fields of a form, or the metadata of an upload.
 func (d draft) fields() map[string]string {
 	all := map[string]string{
-		"name": d.name, "version": d.version, "tags": strings.Join(d.tags, ","), "labels": strings.Join(d.labels, ","),
+		"name": d.name, "version": d.version, "tag": strings.Join(d.tags, ","), "labels": strings.Join(d.labels, ","),
 		"register": strings.Join(d.register, ","), "sha512": d.sha512, "sha256": d.sha256, "decompress": d.decompress,
 	}
 	for key, value := range all {
@@ -226,14 +226,22 @@ func (a *imageAPI) upload(ctx context.Context, d draft, f *os.File, total int64,
 				offset = now
 				continue
 			}
-			return a.uploaded(ctx, d, resp)
+			made := madeBy(resp)
+			if made == "" {
+				return backing.Version{}, fmt.Errorf("%s does not say what the upload has become; see `caddy registry image show %s`", a.base, d.name)
+			}
+			return a.at(ctx, made)
 		}
 		if ctx.Err() != nil {
 			return backing.Version{}, errors.New("interrupted; the server keeps what has come for a day")
 		}
 		before := offset
 		if p, ok := errors.AsType[*problem](err); !ok || p.Status == http.StatusConflict && p.Code == "" {
-			if now, askErr := a.offset(ctx, location); askErr == nil {
+			now, made, askErr := a.offset(ctx, location)
+			if askErr == nil && made != "" {
+				return a.at(ctx, made) // only its answer was lost
+			}
+			if askErr == nil {
 				offset = now
 			} else if p, ok := errors.AsType[*problem](askErr); ok && p.Status < 500 {
 				return backing.Version{}, fmt.Errorf("the upload was cut (%w), and the server has it no more: %w; see `caddy registry image show %s` whether it was taken", err, askErr, d.name)
@@ -286,33 +294,43 @@ func (a *imageAPI) patch(ctx context.Context, location string, f *os.File, offse
 	return a.send(req)
 }
 
-// offset asks how much of an upload has come.
-func (a *imageAPI) offset(ctx context.Context, location string) (int64, error) {
+// offset asks how much of an upload has come, or where the version is that it has
+// become.
+func (a *imageAPI) offset(ctx context.Context, location string) (n int64, made string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, headerPatience)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodHead, location, nil)
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
 	req.Header.Set("Tus-Resumable", "1.0.0")
 	resp, err := a.send(req)
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
 	resp.Body.Close()
-	return strconv.ParseInt(resp.Header.Get("Upload-Offset"), 10, 64)
+	n, err = strconv.ParseInt(resp.Header.Get("Upload-Offset"), 10, 64)
+	return n, madeBy(resp), err
 }
 
-// uploaded finds the version that an upload has become: the answer says where it is.
-func (a *imageAPI) uploaded(ctx context.Context, d draft, resp *http.Response) (backing.Version, error) {
-	var v backing.Version
-	if at, err := url.Parse(cmp.Or(resp.Header.Get("Content-Location"), resp.Header.Get("Location"))); err == nil {
-		if i := strings.Index(at.Path, "/v1/backing-images/"); i >= 0 {
-			err := a.ask(ctx, http.MethodGet, at.Path[i:], nil, &v)
-			return v, err
-		}
+// madeBy is the path of the version that an upload has become, or empty.
+func madeBy(resp *http.Response) string {
+	to, err := resp.Request.URL.Parse(resp.Header.Get("Backing-Image-Location"))
+	if err != nil {
+		return ""
 	}
-	return a.version(ctx, imageRef{d.name, d.version})
+	// Behind a proxy there may be a path before it.
+	if i := strings.Index(to.EscapedPath(), "/v1/backing-images/"); i >= 0 {
+		return to.EscapedPath()[i:]
+	}
+	return ""
+}
+
+// at is the version at a path.
+func (a *imageAPI) at(ctx context.Context, path string) (backing.Version, error) {
+	var v backing.Version
+	err := a.ask(ctx, http.MethodGet, path, nil, &v)
+	return v, err
 }
 
 // pullRequest asks for a pull.
@@ -363,18 +381,18 @@ func imagePull(cmd *cobra.Command, args []string) error {
 	}
 	ctx, stop := untilInterrupted(cmd)
 	defer stop()
-	var begun backing.Version
+	var begun backing.Job
 	if err := server.ask(ctx, http.MethodPost, "/v1/backing-images", asked, &begun); err != nil {
 		return err
 	}
-	if detach || begun.Job == "" {
+	if detach {
 		if done, err := printJSON(cmd, begun); done || err != nil {
 			return err
 		}
-		fmt.Fprintln(cmd.OutOrStdout(), begun.Job)
+		fmt.Fprintln(cmd.OutOrStdout(), begun.ID)
 		return nil
 	}
-	job, err := server.followJob(ctx, begun.Job, bar(cmd, -1, "pulling"))
+	job, err := server.followJob(ctx, begun.ID, bar(cmd, -1, "pulling"))
 	if err != nil {
 		return err
 	}

@@ -198,6 +198,10 @@ func (s storeStatus) print(w io.Writer, now time.Time) error {
 			}
 		})
 	}
+	if b := s.Backing; err == nil && b != nil {
+		fmt.Fprintln(w)
+		err = b.print(w)
+	}
 	if err == nil && len(s.Webhooks) > 0 {
 		fmt.Fprintln(w)
 		err = table(w, func(line func(...string)) {

@@ -50,6 +50,7 @@ func (*collector) Describe(descs chan<- *prometheus.Desc) {
 		storePending, storePendingBytes, storePendingAge, storeNear, storeNearMax, storeUnavailable, storeShared, storeCalls,
 		evictedRoots, evictedBlobs, evictedBytes, upstreamBytes, hostedBytes, hostedLimit, upstreamLimit,
 		webhookPending, webhookSent, webhookFailed, webhookDropped,
+		backingCount, backingVersions, backingBytes, backingRegistrations, backingJobs,
 	} {
 		descs <- desc
 	}

@@ -77,6 +77,7 @@ func (s *state) collect(into chan<- prometheus.Metric) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), statusPatience)
 	defer cancel()
+	s.collectBacking(ctx, send)
 	kept, err := s.works.Load().keeper.Status(ctx)
 	if err != nil {
 		return // the log tells of a catalog that fails

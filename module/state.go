@@ -13,6 +13,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/backing"
+	images "github.com/caddy-registry/mirror/internal/backing/api"
 	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/mirror"
 	"github.com/caddy-registry/mirror/internal/notify"
@@ -61,7 +62,10 @@ type opened struct {
 	hosted *hosted.Registry
 	mirror *mirror.Mirror
 	images *backing.Library
-	sender *notify.Sender // to webhooks
+	api    *images.API // of images
+	// hasImages says that the configuration that runs has backing images.
+	hasImages atomic.Bool
+	sender    *notify.Sender // to webhooks
 }
 
 // lasting has every state that is not closed, by the identity of its store. It
@@ -215,6 +219,9 @@ func (s *state) open(ctx context.Context) (*opened, error) {
 	o.mirror = mirror.New(mirror.Parts{Store: o.keeper.Store(), Tree: o.tree, Hosted: o.hosted, Room: o.hosted.Room, Catalog: o.keeper.Listing, Suspect: o.keeper.Suspect, Log: s.log})
 	m.Store(o.mirror)
 	o.images = backing.New(backing.Parts{Store: o.keeper.Store(), Tree: o.tree, Hosted: o.hosted, Fills: o.mirror.Fills(), Log: s.log})
+	if o.api, err = images.New(images.Parts{Library: o.images, Fills: o.mirror.Fills(), Ready: o.ready, Log: s.log}); err != nil {
+		return nil, err // it is of the program
+	}
 	o.keeper.Begin(o.tree, retain.Hooks{
 		Catalog: s.openCatalog,
 		Heal: func(ctx context.Context, repository string, d digest.Digest, size int64) error {
@@ -296,6 +303,7 @@ func (s *state) set(to tuning) {
 	o.hosted.Set(to.hosted)
 	o.keeper.Set(to.keep)
 	o.images.Set(to.backing) // behind what it works with
+	o.hasImages.Store(to.backing.Prefix != "")
 	s.warnCatalog(to.catalog)
 }
 

@@ -223,6 +223,27 @@ func (r Rules) Named(a Action) bool {
 	})
 }
 
+// Anywhere reports whether there may be a repository that a caller may do one thing
+// with.
+func (r Rules) Anywhere(c Caller, a Action) bool {
+	if c.Err != nil {
+		return false
+	}
+	for i := range r {
+		rule := &r[i]
+		if rule.Actions&a == 0 || !rule.means(c) {
+			continue
+		}
+		if rule.Allow {
+			return true
+		}
+		if rule.everywhere() {
+			return false
+		}
+	}
+	return false
+}
+
 // allows reports whether a rule of a kind allows something, and those before it
 // do not settle it.
 func (r Rules) allows(a Action, kind func(*Rule) bool) bool {

@@ -1,5 +1,6 @@
 // Package content sends blobs: those that are held and those that are on their way,
-// whole or by ranges, and never a body that ends short as if it were complete.
+// whole or by ranges, and never a body that ends short as if it were complete. It also
+// answers those who are sending one, and need not.
 package content
 
 import (

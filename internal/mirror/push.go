@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/caddy-registry/mirror/internal/content"
 	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/notify"
 	"github.com/caddy-registry/mirror/internal/oci"
@@ -51,7 +52,7 @@ func (x *exchange) changed(ref oci.Reference) error {
 		x.notify(notify.Delete, ref.Digest, "", 0, "", "")
 	}
 	x.w.Header().Set("Content-Length", "0")
-	x.hasten()
+	content.Hasten(x.w, x.r)
 	x.w.WriteHeader(http.StatusAccepted)
 	return nil
 }

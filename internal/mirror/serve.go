@@ -64,7 +64,7 @@ func (s *Site) ServeHTTP(m *Mirror, w http.ResponseWriter, r *http.Request, rout
 	header := w.Header()
 	set(header, "Docker-Distribution-Api-Version", "registry/2.0")
 	if r.ContentLength != 0 {
-		r.Body = &incoming{ReadCloser: r.Body}
+		r.Body = content.Incoming(r.Body)
 	}
 	x := &exchange{site: s, mirror: m, w: w, r: r, route: route, caller: caller, began: m.now()}
 	if err := x.serve(); err != nil {
@@ -77,7 +77,7 @@ func (s *Site) ServeHTTP(m *Mirror, w http.ResponseWriter, r *http.Request, rout
 			m.learnLack(x.target, route.Kind, route.Ref, x.began, err)
 		}
 		if x.listens() && !x.report.Abort {
-			x.hasten()
+			content.Hasten(w, r)
 			refusal(err, route.Kind, r.UserAgent(), x.about()).Write(w, r)
 		}
 	}
@@ -159,6 +159,13 @@ func allow(route oci.Route) string {
 		return "GET, HEAD, DELETE"
 	}
 	return "GET, HEAD"
+}
+
+// listens reports whether the client may still read an answer. The context of a
+// request ends when its body breaks off, and whoever has sent only half of one and
+// hears nothing would take it for success.
+func (x *exchange) listens() bool {
+	return x.r.Context().Err() == nil || x.r.Method != http.MethodGet && x.r.Method != http.MethodHead
 }
 
 func (x *exchange) serve() error {

@@ -12,6 +12,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
 
+	"github.com/caddy-registry/mirror/internal/content"
 	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/notify"
 	"github.com/caddy-registry/mirror/internal/oci"
@@ -45,7 +46,7 @@ func (x *exchange) upload() error {
 		err = x.finishUpload(ctx, u)
 	case http.MethodDelete:
 		if err = u.Cancel(ctx); err == nil {
-			x.hasten()
+			content.Hasten(x.w, x.r)
 			x.w.WriteHeader(http.StatusNoContent)
 		}
 	default:
@@ -70,7 +71,7 @@ func (x *exchange) whereabouts(u *hosted.Upload) {
 
 func (x *exchange) uploading(u *hosted.Upload, status int) error {
 	x.whereabouts(u)
-	x.hasten()
+	content.Hasten(x.w, x.r)
 	if status != http.StatusNoContent {
 		set(x.w.Header(), "Content-Length", "0")
 	}
@@ -84,7 +85,7 @@ func (x *exchange) created(d digest.Digest) {
 	set(header, "Location", "/v2/"+x.route.Name+"/blobs/"+string(d))
 	set(header, "Docker-Content-Digest", string(d))
 	set(header, "Content-Length", "0")
-	x.hasten()
+	content.Hasten(x.w, x.r)
 	x.w.WriteHeader(http.StatusCreated)
 }
 

@@ -1,4 +1,4 @@
-package mirror
+package content
 
 import (
 	"io"
@@ -13,6 +13,9 @@ type incoming struct {
 	ended bool
 }
 
+// Incoming wraps the body of a request, for [Hasten].
+func Incoming(body io.ReadCloser) io.ReadCloser { return &incoming{ReadCloser: body} }
+
 func (b *incoming) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	b.ended = b.ended || err != nil
@@ -23,20 +26,21 @@ func (b *incoming) Read(p []byte) (int, error) {
 // connection to be of use again.
 const drained = 256 << 10
 
-// hasten has the answer sent at once to a client that may wait for it before it
+// Hasten has the answer sent at once to a client that may wait for it before it
 // sends its body, or has much of it left to send. net/http would read some of the
 // body before, which is not to come; it does not know such a client where the body
-// has been wrapped, as Caddy does. The connection ends with the answer.
-func (x *exchange) hasten() {
-	if x.r.ProtoMajor != 1 || x.r.ContentLength == 0 {
+// has been wrapped, as Caddy does. The connection ends with the answer. The body is
+// one of [Incoming], or counts as not read.
+func Hasten(w http.ResponseWriter, r *http.Request) {
+	if r.ProtoMajor != 1 || r.ContentLength == 0 {
 		return
 	}
-	if b, ok := x.r.Body.(*incoming); ok && b.ended {
+	if b, ok := r.Body.(*incoming); ok && b.ended {
 		return
 	}
-	if x.r.ContentLength < 0 || x.r.ContentLength > drained || x.r.Header["Expect"] != nil {
-		x.w.Header().Set("Connection", "close")
-		linger(x.w)
+	if r.ContentLength < 0 || r.ContentLength > drained || r.Header["Expect"] != nil {
+		w.Header().Set("Connection", "close")
+		linger(w)
 	}
 }
 
@@ -54,11 +58,4 @@ func linger(w http.ResponseWriter) {
 		w = wrapped.Unwrap()
 	}
 	http.MaxBytesReader(w, io.NopCloser(strings.NewReader("x")), 0).Read(make([]byte, 1))
-}
-
-// listens reports whether the client may still read an answer. The context of a
-// request ends when its body breaks off, and whoever has sent only half of one and
-// hears nothing would take it for success.
-func (x *exchange) listens() bool {
-	return x.r.Context().Err() == nil || x.r.Method != http.MethodGet && x.r.Method != http.MethodHead
 }
