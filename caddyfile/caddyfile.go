@@ -1,5 +1,5 @@
 // Package caddyfile teaches the Caddyfile the global option `registry` and the
-// directive `registry_mirror`.
+// directives `registry_mirror` and `backing_images`.
 package caddyfile
 
 import (
@@ -22,8 +22,11 @@ import (
 func init() {
 	httpcaddyfile.RegisterGlobalOption("registry", parseApp)
 	httpcaddyfile.RegisterHandlerDirective("registry_mirror", parseMirror)
+	httpcaddyfile.RegisterHandlerDirective("backing_images", parseBackingSite)
 	// After authentication, and before what answers every path, so that it can
 	// stand in a site that already has something to say.
+	// The first of the two comes first; each passes on what is not its own.
+	httpcaddyfile.RegisterDirectiveOrder("backing_images", httpcaddyfile.Before, "respond")
 	httpcaddyfile.RegisterDirectiveOrder("registry_mirror", httpcaddyfile.Before, "respond")
 }
 
@@ -74,6 +77,18 @@ func init() {
 //			require_blobs     on|off
 //			keep  <n>        [on <tag-pattern...>]
 //			newer <duration> [on <tag-pattern...>]
+//		}
+//		backing_images {
+//			prefix     <repository>
+//			public_url <url>
+//			longhorn <name> <url> {
+//				token <token>
+//				mode  download|upload
+//			}
+//			longhorn_compat enforce|warn|off
+//			max_size        <size>|off
+//			max_image_size  <size>|off
+//			allow_private
 //		}
 //	}
 func parseApp(d *caddyfile.Dispenser, earlier any) (any, error) {
@@ -152,6 +167,11 @@ func parseApp(d *caddyfile.Dispenser, earlier any) (any, error) {
 		case "hosted":
 			var err error
 			if app.Hosted, err = parseHosted(d, app.Hosted); err != nil {
+				return nil, err
+			}
+		case "backing_images":
+			var err error
+			if app.BackingImages, err = parseBackingImages(d); err != nil {
 				return nil, err
 			}
 		default:

@@ -22,6 +22,9 @@ packages=(
   mount e2fsprogs       # small filesystems
   gcc libc6-dev         # for go test -race
   strace                # counts system calls
+  curl
+  qemu-utils qemu-block-extra # disk images, and how qemu reads them over HTTP
+  qemu-system-x86 busybox-static # a machine whose kernel has an NFS client
 )
 
 [ "$(id -u)" = 0 ] || { echo "e2e/install.sh: installing packages needs root" >&2; exit 1; }
@@ -82,7 +85,26 @@ for command in containerd ctr containerd-shim-runc-v2; do
   go_install containerd2 $containerd/cmd/$command@$containerd_version
 done
 
-# Neither oras nor any program that uses today's containers/image can be had by `go install`.
+# That kernel: this machine's own may have no NFS.
+if [ ! -e .cache/kernel/modules.dep ]; then
+  rm -rf .cache/kernel .cache/kernel.new
+  mkdir -p .cache/kernel.new
+  kernel=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image/ { print $2; exit }')
+  [ -n "$kernel" ] || { echo "e2e/install.sh: apt knows no linux-image-cloud-amd64: run apt-get update" >&2; exit 1; }
+  # The list of packages may be older than what there is to download.
+  (cd .cache/kernel.new && { apt-get download -qq "$kernel" || { apt-get update -qq && apt-get download -qq "$kernel"; }; })
+  dpkg -x .cache/kernel.new/*.deb .cache/kernel.new/root
+  mv .cache/kernel.new/root/boot/vmlinuz-* .cache/kernel.new/vmlinuz
+  busybox depmod -b .cache/kernel.new/root "$(ls .cache/kernel.new/root/lib/modules)"
+  mkdir -p .cache/kernel
+  mv .cache/kernel.new/vmlinuz .cache/kernel.new/root/lib/modules/* .cache/kernel/
+  mv .cache/kernel/[0-9]*/modules.dep .cache/kernel/
+  rm -rf .cache/kernel.new
+fi
+
+# Neither oras nor any program that uses today's containers/image can be had by `go install`,
+# and the server of NFS is a library.
 CGO_ENABLED=0 GOFLAGS=-buildvcs=false go build -C e2e/testdata/attach -trimpath -ldflags='-s -w' -o "$PWD/.cache/bin/attach"
+CGO_ENABLED=0 GOFLAGS=-buildvcs=false go build -C e2e/testdata/nfs -trimpath -ldflags='-s -w' -o "$PWD/.cache/bin/nfs"
 CGO_ENABLED=0 GOFLAGS=-buildvcs=false go build -C e2e/testdata/cimg -trimpath -ldflags='-s -w' -o "$PWD/.cache/bin/cimg" \
   -tags containers_image_openpgp,exclude_graphdriver_btrfs,containers_image_docker_daemon_stub,containers_image_storage_stub

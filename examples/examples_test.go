@@ -38,9 +38,11 @@ func TestExamples(t *testing.T) {
 	for _, name := range []string{"ALICE_HASH", "CI_HASH"} {
 		t.Setenv(name, "$2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG")
 	}
-	for _, name := range []string{"HUB_USER", "HUB_TOKEN", "HARBOR_USER", "HARBOR_SECRET", "S3_ACCESS_KEY", "S3_SECRET_KEY"} {
+	for _, name := range []string{"HUB_USER", "HUB_TOKEN", "HARBOR_USER", "HARBOR_SECRET", "S3_ACCESS_KEY", "S3_SECRET_KEY", "BACKING_IMAGE_API_TOKEN"} {
 		t.Setenv(name, "test")
 	}
+
+	t.Setenv("LONGHORN_API_URL", "http://longhorn-backend.longhorn-system:9500")
 
 	files, err := filepath.Glob("*/*Caddyfile")
 	if err != nil || len(files) == 0 {

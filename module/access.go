@@ -144,15 +144,39 @@ func (m *Mirror) caller(r *http.Request) access.Caller {
 	if m.identity != "" {
 		c.Identity, c.Err = m.named(r)
 	}
-	ip, _ := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string)
-	c.Addr, _ = netip.ParseAddr(ip) // the zero Addr if it is none
+	c.Addr = clientAddr(r)
 	return c
+}
+
+// clientAddr is where a request comes from, or the zero Addr if nobody knows.
+func clientAddr(r *http.Request) netip.Addr {
+	ip, _ := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string)
+	addr, _ := netip.ParseAddr(ip)
+	return addr
+}
+
+// asker is where the name of who asks is found.
+type asker struct {
+	// identity is the placeholder of who asks, without braces; "": the site has no
+	// rules.
+	identity    string
+	certificate bool // the placeholder is of a client's certificate
+}
+
+// asker is that of rules; a nil Access has none.
+func (a *Access) asker() (asker, error) {
+	if a == nil {
+		return asker{}, nil
+	}
+	identity, err := a.placeholder()
+	// Caddy reads the rest of such a placeholder in any case.
+	return asker{identity, strings.HasPrefix(strings.ToLower(identity), "http.request.tls.client.")}, err
 }
 
 // named is the name that an authenticator gives who asks. What is no name is an
 // error, and so lets nobody in.
-func (m *Mirror) named(r *http.Request) (string, error) {
-	if m.certificate && (r.TLS == nil || len(r.TLS.PeerCertificates) == 0) {
+func (a asker) named(r *http.Request) (string, error) {
+	if a.certificate && (r.TLS == nil || len(r.TLS.PeerCertificates) == 0) {
 		// Caddy has values for a certificate that is not there: the hash of
 		// nothing is a fingerprint.
 		return "", nil
@@ -162,7 +186,7 @@ func (m *Mirror) named(r *http.Request) (string, error) {
 		return "", errors.New("Caddy has not prepared this request")
 	}
 	var name string
-	switch value, _ := replacer.Get(m.identity); value := value.(type) {
+	switch value, _ := replacer.Get(a.identity); value := value.(type) {
 	case nil:
 	case string:
 		name = value
@@ -171,10 +195,10 @@ func (m *Mirror) named(r *http.Request) (string, error) {
 	case fmt.Stringer:
 		name = value.String()
 	default:
-		return "", fmt.Errorf("{%s} is no name, but %T", m.identity, value)
+		return "", fmt.Errorf("{%s} is no name, but %T", a.identity, value)
 	}
 	if len(name) > access.MaxIdentity || !utf8.ValidString(name) {
-		return "", fmt.Errorf("what {%s} says is not UTF-8 of at most %d bytes", m.identity, access.MaxIdentity)
+		return "", fmt.Errorf("what {%s} says is not UTF-8 of at most %d bytes", a.identity, access.MaxIdentity)
 	}
 	return name, nil
 }

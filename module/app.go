@@ -87,6 +87,10 @@ type App struct {
 	// nobody.
 	Webhooks []*Webhook `json:"webhooks,omitempty"`
 
+	// Disk images for volumes of Longhorn. Default: none; or with a
+	// `backing_images` site, the defaults of this option.
+	BackingImages *BackingImages `json:"backing_images,omitempty"`
+
 	log       *zap.Logger
 	backend   storage.Backend
 	catalog   catalog.Backend
@@ -99,7 +103,8 @@ type App struct {
 	upstreams *mirror.Upstreams
 	hosted    []hosted.Options
 	served    []oci.Pattern // what the mirror sites of this configuration host
-	open      int           // mirror sites of this configuration where anyone may pull
+	images    backingSites
+	open      int // mirror sites of this configuration where anyone may pull
 }
 
 // GC is when unreferenced content is deleted.
@@ -209,8 +214,13 @@ func (a *App) Provision(ctx caddy.Context) error {
 	if err := registerMetrics(ctx.GetMetricsRegistry()); err != nil {
 		return fmt.Errorf("metrics: %w", err)
 	}
-	a.upstreams, err = a.buildUpstreams(ctx, &a.state.endpoints, trusted)
-	return err
+	if a.upstreams, err = a.buildUpstreams(ctx, &a.state.endpoints, trusted); err != nil {
+		return err
+	}
+	if a.BackingImages != nil {
+		return a.provisionBacking()
+	}
+	return nil
 }
 
 // loadCatalog loads the module that opens the catalog. The default one is
@@ -312,6 +322,7 @@ func (a *App) Start() error {
 		mirror:    mirror.Settings{Hot: a.hot, MaxBlob: a.backend.Limits().MaxBlobSize, Emit: a.emit},
 		hosted:    hosted.Settings{MaxBlob: a.backend.Limits().MaxBlobSize, Options: a.hosted},
 		keep:      a.keep,
+		backing:   a.backing(),
 		webhooks:  a.webhooks,
 		emits:     a.emits,
 		upstreams: a.upstreams,
@@ -323,6 +334,7 @@ func (a *App) Start() error {
 			zap.Int("sites", a.open))
 	}
 	a.warnHosted()
+	a.warnBacking()
 	running.add(a)
 	return nil
 }

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"strings"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -63,11 +62,8 @@ type Mirror struct {
 
 	state *state
 	site  *mirror.Site
-	// identity is the placeholder of who asks, without braces; "": the site has no
-	// rules.
-	identity    string
-	certificate bool // the placeholder is of a client's certificate
-	log         *zap.Logger
+	asker
+	log *zap.Logger
 }
 
 // CaddyModule returns the Caddy module information.
@@ -97,12 +93,8 @@ func (m *Mirror) Provision(ctx caddy.Context) error {
 	if m.site, err = mirror.NewSite(cfg); err != nil {
 		return err
 	}
-	if m.Access != nil {
-		if m.identity, err = m.Access.placeholder(); err != nil {
-			return err
-		}
-		// Caddy reads the rest of such a placeholder in any case.
-		m.certificate = strings.HasPrefix(strings.ToLower(m.identity), "http.request.tls.client.")
+	if m.asker, err = m.Access.asker(); err != nil {
+		return err
 	}
 	m.warn(cfg.Rules)
 	m.state = app.state

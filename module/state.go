@@ -12,6 +12,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
 
+	"github.com/caddy-registry/mirror/internal/backing"
 	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/mirror"
 	"github.com/caddy-registry/mirror/internal/notify"
@@ -59,6 +60,7 @@ type opened struct {
 	tree   *tree.Tree
 	hosted *hosted.Registry
 	mirror *mirror.Mirror
+	images *backing.Library
 	sender *notify.Sender // to webhooks
 }
 
@@ -159,6 +161,7 @@ func (s *state) close() {
 	s.opening.Lock()
 	defer s.opening.Unlock()
 	if o := s.works.Load(); o != nil {
+		o.images.Close() // whose pulls the mirror's fills serve
 		o.mirror.Close()
 		o.hosted.Close()
 		o.sender.Close()
@@ -211,6 +214,7 @@ func (s *state) open(ctx context.Context) (*opened, error) {
 	o.hosted = hosted.New(hosted.Parts{Store: o.keeper.Store(), Tree: o.tree, Room: o.keeper.Room, Quota: o.keeper.Quota, Log: s.log})
 	o.mirror = mirror.New(mirror.Parts{Store: o.keeper.Store(), Tree: o.tree, Hosted: o.hosted, Room: o.hosted.Room, Catalog: o.keeper.Listing, Suspect: o.keeper.Suspect, Log: s.log})
 	m.Store(o.mirror)
+	o.images = backing.New(backing.Parts{Store: o.keeper.Store(), Tree: o.tree, Hosted: o.hosted, Fills: o.mirror.Fills(), Log: s.log})
 	o.keeper.Begin(o.tree, retain.Hooks{
 		Catalog: s.openCatalog,
 		Heal: func(ctx context.Context, repository string, d digest.Digest, size int64) error {
@@ -258,6 +262,7 @@ type tuning struct {
 	mirror    mirror.Settings
 	hosted    hosted.Settings
 	keep      retain.Settings
+	backing   backing.Settings
 	webhooks  []notify.Webhook
 	emits     func(event string) bool // whether anybody is told of a Caddy event
 	upstreams *mirror.Upstreams
@@ -290,6 +295,7 @@ func (s *state) set(to tuning) {
 	o.mirror.Set(to.mirror)
 	o.hosted.Set(to.hosted)
 	o.keeper.Set(to.keep)
+	o.images.Set(to.backing) // behind what it works with
 	s.warnCatalog(to.catalog)
 }
 

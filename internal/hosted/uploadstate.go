@@ -170,6 +170,9 @@ func (u *Upload) prove(ctx context.Context) error {
 	return nil
 }
 
+// apart is how many bytes are worth a goroutine for one of two hashes of them.
+const apart = 64 << 10
+
 // sums are the hashes of what has come.
 type sums struct {
 	sha256    hash.Hash
@@ -190,10 +193,23 @@ func newSums(algorithm digest.Algorithm) (sums, error) {
 }
 
 func (s *sums) write(p []byte) {
-	s.sha256.Write(p)
-	if s.other != nil {
-		s.other.Write(p)
+	if s.other == nil {
+		s.sha256.Write(p)
+		return
 	}
+	if len(p) < apart {
+		s.sha256.Write(p)
+		s.other.Write(p)
+		return
+	}
+	// Together they would be slower than the network.
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.other.Write(p)
+	}()
+	s.sha256.Write(p)
+	<-done
 }
 
 // sum is the sha256 of everything, and the digest by an algorithm, for which the

@@ -87,7 +87,7 @@ func NewSite(cfg SiteConfig) (*Site, error) {
 		}
 	}
 	for _, pattern := range cfg.Hosted {
-		if err := cfg.Upstreams.overlap(pattern); err != nil {
+		if err := cfg.Upstreams.Overlap(pattern); err != nil {
 			return nil, fmt.Errorf("hosted %s: %w", pattern, err)
 		}
 	}
@@ -130,10 +130,10 @@ func (s *Site) means(pattern oci.Pattern) error {
 	return fmt.Errorf("%s is neither the path name of a registry nor hosted here; what is mirrored from docker.io is docker.io/..., whatever the default is", first)
 }
 
-// overlap reports a hosted pattern whose first component means a registry, or
+// Overlap reports a hosted pattern whose first component means a registry, or
 // lies where a registry's images are stored. A pattern that begins with a
 // wildcard overlaps nothing: registries' path names are looked at first.
-func (u *Upstreams) overlap(pattern oci.Pattern) error {
+func (u *Upstreams) Overlap(pattern oci.Pattern) error {
 	first := pattern[0]
 	if strings.HasPrefix(first, "*") {
 		return nil
