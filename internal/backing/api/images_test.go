@@ -174,7 +174,12 @@ func TestPullIsWatched(t *testing.T) {
 		return a.location(t, "Location")
 	}
 	job := begin("pulled")
-	r, err := http.NewRequestWithContext(t.Context(), "GET", job+"?watch=1", nil)
+	// A server whose answers have no time at all: events have a time of their own.
+	hurried := httptest.NewUnstartedServer(s.handler)
+	hurried.Config.WriteTimeout = 1
+	hurried.Start()
+	defer hurried.Close()
+	r, err := http.NewRequestWithContext(t.Context(), "GET", hurried.URL+strings.TrimPrefix(job, strings.TrimSuffix(s.url, "/images"))+"?watch=1", nil)
 	if err != nil {
 		t.Fatal(err)
 	}

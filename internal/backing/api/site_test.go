@@ -40,6 +40,8 @@ type server struct {
 	site api.Site
 	// bearer is sent with every request, unless it is empty.
 	bearer string
+	// handler is what url answers with.
+	handler http.Handler
 }
 
 // serve starts one on an empty store.
@@ -61,12 +63,13 @@ func serveFrom(t *testing.T, store storage.Store, site api.Site) *server {
 		t.Fatal(err)
 	}
 	s := &server{t: t, site: site}
-	front := httptest.NewServer(http.StripPrefix("/images", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	s.handler = http.StripPrefix("/images", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		report := a.ServeHTTP(w, r, &s.site, access.Caller{Identity: r.Header.Get("X-User")})
 		if report.Abort {
 			panic(http.ErrAbortHandler)
 		}
-	})))
+	}))
+	front := httptest.NewServer(s.handler)
 	s.url = front.URL + "/images"
 	t.Cleanup(func() {
 		front.Close()
