@@ -60,9 +60,6 @@ func (s backingSetup) caddyfile() string {
 http://%s {
 	bind 127.0.0.1
 	backing_images {
-		access {
-			allow pull
-		}
 		api_token %s
 	}
 }
