@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"sync"
 
 	"github.com/opencontainers/go-digest"
 
@@ -43,12 +44,27 @@ func cloned(h hash.Hash) hash.Hash {
 }
 
 func (p *proof) Write(b []byte) (int, error) {
-	p.sha256.Write(b)
-	if p.asked != nil {
-		p.asked.Write(b)
+	if p.asked == nil {
+		p.sha256.Write(b)
+	} else {
+		p.both(b)
 	}
 	p.at += int64(len(b))
 	return len(b), nil
+}
+
+// apart is from how many bytes on two hashes are worth two cores.
+const apart = 64 << 10
+
+func (p *proof) both(b []byte) {
+	var asked sync.WaitGroup
+	if len(b) >= apart {
+		asked.Go(func() { p.asked.Write(b) })
+	} else {
+		p.asked.Write(b)
+	}
+	p.sha256.Write(b)
+	asked.Wait()
 }
 
 // follow hashes what a file has, from where the proof is up to an offset.

@@ -108,6 +108,9 @@ func (t *Table) Pull(ctx context.Context, want Want, progress func(received int6
 func (f *Fill) received() int64 {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.state == joined { // run may be reading what an earlier fill has left
+		return 0
+	}
 	return f.got
 }
 

@@ -162,6 +162,44 @@ func TestReceiveRefused(t *testing.T) {
 	}
 }
 
+// What has come counts where it goes: the quota of that repository is asked, unless it
+// is the same.
+func TestReceiveMoves(t *testing.T) {
+	pattern, err := oci.ParsePattern("images/**")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, together := range []bool{false, true} {
+		h, data := newHost(t), random(37, 1000)
+		out := map[string]int64{}
+		h.Registry.Close()
+		h.Registry = hosted.New(hosted.Parts{Store: h.store, Tree: h.tree, Log: h.logger(), Quota: func(_ context.Context, repository string, n int64) (func(), error) {
+			if repository == "images/full" {
+				return nil, storage.ErrFull
+			}
+			out[repository] += n
+			return func() { out[repository] -= n }, nil
+		}})
+		if together {
+			h.Set(hosted.Settings{Options: []hosted.Options{{Pattern: pattern}}})
+		}
+		u := h.receive()
+		h.append(u, body(data), 1000)
+		_, err := u.Keep(t.Context(), "images/one", func(oci.File) error {
+			if a, b := out["images/_"], out["images/one"]; a+b != 1000 || (a == 1000) != together {
+				t.Errorf("together: %v; granted are %v", together, out)
+			}
+			return errors.New("the probe is down")
+		})
+		if err == nil || out["images/_"]+out["images/one"] != 1000 {
+			t.Errorf("together: %v; granted are %v: %v", together, out, err)
+		}
+		if _, err := u.Keep(t.Context(), "images/full", is(data)); errors.Is(err, storage.ErrFull) == together {
+			t.Errorf("together: %v; a full one: %v", together, err)
+		}
+	}
+}
+
 // Two who keep one upload: the second finds none. Nobody writes during the check.
 func TestReceiveKeptTwice(t *testing.T) {
 	h, data := newHost(t), random(33, 100_000)

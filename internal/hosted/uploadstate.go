@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -170,9 +171,6 @@ func (u *Upload) prove(ctx context.Context) error {
 	return nil
 }
 
-// apart is how many bytes are worth a goroutine for one of two hashes of them.
-const apart = 64 << 10
-
 // sums are the hashes of what has come.
 type sums struct {
 	sha256    hash.Hash
@@ -192,24 +190,22 @@ func newSums(algorithm digest.Algorithm) (sums, error) {
 	return s, nil
 }
 
+// apart is from how many bytes on two hashes are worth two cores.
+const apart = 64 << 10
+
 func (s *sums) write(p []byte) {
 	if s.other == nil {
 		s.sha256.Write(p)
 		return
 	}
-	if len(p) < apart {
-		s.sha256.Write(p)
+	var other sync.WaitGroup
+	if len(p) >= apart {
+		other.Go(func() { s.other.Write(p) })
+	} else {
 		s.other.Write(p)
-		return
 	}
-	// Together they would be slower than the network.
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		s.other.Write(p)
-	}()
 	s.sha256.Write(p)
-	<-done
+	other.Wait()
 }
 
 // sum is the sha256 of everything, and the digest by an algorithm, for which the

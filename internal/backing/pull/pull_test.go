@@ -85,7 +85,9 @@ func (u *unkind) change(data []byte, etag string) {
 
 func (u *unkind) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	n := u.under.Add(1)
-	defer u.under.Add(-1)
+	// Before the last byte goes out: whoever has that may ask again at once.
+	answered := sync.OnceFunc(func() { u.under.Add(-1) })
+	defer answered()
 	for {
 		most := u.most.Load()
 		if n <= most || u.most.CompareAndSwap(most, n) {
@@ -124,12 +126,13 @@ func (u *unkind) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusPartialContent)
 	}
 	if r.Method == http.MethodHead {
-		return
+		return // the answer goes out after that
 	}
 	n = to - from
 	if u.cut != nil {
 		n = min(n, u.cut(n))
 	}
+	answered()
 	sent, _ := w.Write(data[from : from+n])
 	u.sent.Add(int64(sent))
 	if from+n < to {
@@ -538,10 +541,27 @@ func TestStall(t *testing.T) {
 // TestPerHost: however many pull from a host, it has no more than four requests.
 func TestPerHost(t *testing.T) {
 	data := random(9, 4*mib)
-	u := serve(t, data, nil)
+	fifth := make(chan struct{})
+	five := sync.OnceFunc(func() { close(fifth) })
+	var under atomic.Int64
+	u := serve(t, data, func(u *unkind) {
+		u.before = func(w http.ResponseWriter, r *http.Request) bool {
+			if under.Add(1) == 5 {
+				five()
+			}
+			timer := time.NewTimer(100 * time.Millisecond) // for a fifth one to come
+			defer timer.Stop()
+			select {
+			case <-fifth:
+			case <-timer.C:
+			}
+			under.Add(-1)
+			return false
+		}
+	})
 	table := newTable(t, t.TempDir())
 	var wg sync.WaitGroup
-	for i := range 5 {
+	for i := range 8 {
 		wg.Go(func() {
 			c, err := pull.Open(t.Context(), pull.Request{URLs: []string{fmt.Sprint(u.URL, "/", i)}, AllowPrivate: true})
 			if err != nil {

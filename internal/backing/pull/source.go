@@ -39,14 +39,20 @@ type facts struct {
 
 // failure is why a source did not deliver, in the words of fill.Source.
 type failure struct {
-	source string
+	source string // empty: it is said elsewhere
 	err    error
 	after  time.Duration
 	again  bool // it may deliver when it is asked again
 	final  bool // nor need others be asked
 }
 
-func (f *failure) Error() string                { return f.source + ": " + f.err.Error() }
+func (f *failure) Error() string {
+	if f.source == "" {
+		return f.err.Error()
+	}
+	return f.source + ": " + f.err.Error()
+}
+
 func (f *failure) Unwrap() error                { return f.err }
 func (f *failure) Retry() (time.Duration, bool) { return f.after, f.again }
 func (f *failure) Final() bool                  { return f.final }
@@ -434,7 +440,7 @@ func (d *delivery) Read(p []byte) (int, error) {
 	case errors.Is(context.Cause(d.ctx), errStall):
 		err = errStall
 	}
-	return n, d.source.failed(true, "%w", err)
+	return n, &failure{err: err, again: true} // the fill says of whom
 }
 
 func (d *delivery) Close() error {
