@@ -88,6 +88,8 @@ type Image struct {
 	Versions  []Version         `json:"versions"` // the latest first
 	// Revision changes with everything that can be edited: it is the ETag.
 	Revision string `json:"-"`
+	// Error is why nothing of it can be changed: its record cannot be read.
+	Error string `json:"error,omitempty"`
 }
 
 // Tag is what a tag means.

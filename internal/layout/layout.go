@@ -133,6 +133,52 @@ func PinOf(key string) (repository, tag string, d digest.Digest, ok bool) {
 	return repository, "", d, ok && repository != "" && d.Validate() == nil
 }
 
+// Images is the prefix of the records of all backing images.
+const Images = records + "backing-images/"
+
+// Image is the key of the record of a backing image.
+func Image(name string) string { return Images + name + "/image.json" }
+
+// ImageVersions is the prefix of the records of a backing image's versions.
+func ImageVersions(name string) string { return Images + name + "/versions/" }
+
+// ImageVersion is the key of the record of a version.
+func ImageVersion(name, version string) string { return ImageVersions(name) + version + ".json" }
+
+// ImageRegistrations is the prefix of the records of a version's registrations.
+func ImageRegistrations(name, version string) string {
+	return Images + name + "/registrations/" + version + "/"
+}
+
+// ImageRegistration is the key of the record of a version's registration with a
+// cluster.
+func ImageRegistration(name, version, cluster string) string {
+	return ImageRegistrations(name, version) + cluster + ".json"
+}
+
+// ImageOf reads out of the key of a record below Images which image it is of, and
+// which version's, unless it is the image's own.
+func ImageOf(key string) (name, version string, ok bool) {
+	rest, isImage := strings.CutPrefix(key, Images)
+	rest, isRecord := strings.CutSuffix(rest, ".json")
+	parts := strings.Split(rest, "/")
+	switch {
+	case !isImage || !isRecord:
+	case len(parts) == 2 && parts[1] == "image":
+		return parts[0], "", true
+	case len(parts) == 3 && parts[1] == "versions":
+		return parts[0], parts[2], true
+	}
+	return "", "", false
+}
+
+// What is under way with backing images on this machine.
+const (
+	ImageUploads = "mirror/local/backing-images/uploads/"
+	ImageJobs    = "mirror/local/backing-images/jobs/"
+	ImageIntents = "mirror/local/backing-images/intents/"
+)
+
 // DigestOf reads the digest out of a link's key, as listed under Revisions.
 func DigestOf(linkKey string) (digest.Digest, bool) {
 	parts := strings.Split(linkKey, "/")
