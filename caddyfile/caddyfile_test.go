@@ -93,13 +93,14 @@ func TestAdapt(t *testing.T) {
 // TestOrder has the directive find its place without an order option: behind
 // what asks for a password, before what answers every path.
 func TestOrder(t *testing.T) {
-	want := []string{"authentication", "encode", "registry_mirror", "static_response", "reverse_proxy", "file_server"}
+	want := []string{"authentication", "encode", "backing_images", "registry_mirror", "static_response", "reverse_proxy", "file_server"}
 	// As Caddy would put them, and the wrong way round.
 	for _, reverse := range []bool{false, true} {
 		t.Run(fmt.Sprint("reverse=", reverse), func(t *testing.T) {
 			lines := []string{
 				"\tbasic_auth {\n\t\tbob $2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG\n\t}\n",
 				"\tencode\n",
+				"\tbacking_images\n",
 				"\tregistry_mirror\n",
 				"\trespond /about 200\n",
 				"\treverse_proxy localhost:8080\n",

@@ -150,9 +150,9 @@ func versionLines(w io.Writer, v backing.Version, now time.Time) error {
 		if v.Progress != nil && v.State != backing.Ready {
 			line("received", progressOf(*v.Progress))
 		}
-		line("format", string(v.Format))
-		line("size", fmt.Sprintf("%s, %s virtual", size(v.Size), size(v.VirtualSize)))
 		if v.Digests.SHA512 != "" {
+			line("format", string(v.Format))
+			line("size", fmt.Sprintf("%s, %s virtual", size(v.Size), size(v.VirtualSize)))
 			line("sha256", v.Digests.SHA256.Encoded())
 			line("sha512", v.Digests.SHA512.Encoded())
 		}

@@ -1,6 +1,7 @@
 package module
 
 import (
+	"errors"
 	"flag"
 	"os"
 	"path/filepath"
@@ -8,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddy-registry/mirror/internal/backing"
 	"github.com/caddy-registry/mirror/internal/mirror"
 	"github.com/caddy-registry/mirror/internal/retain"
 	"github.com/caddy-registry/mirror/internal/tree"
@@ -46,6 +48,22 @@ func TestTables(t *testing.T) {
 		},
 		"status_distant_quiet": func(w *strings.Builder) error {
 			return storeStatus{Store: "s3:registry", Usage: use, Catalog: "rebuilding", Distant: &distantStatus{Near: gib}}.print(w, now)
+		},
+		"status_backing": func(w *strings.Builder) error {
+			return storeStatus{Store: "disk:/srv/registry", Catalog: "ready", Complete: now, Backing: &backingUsed{
+				Images: 2, Versions: 17, Bytes: 40 * gib,
+				Registrations: map[backing.RegistrationState]int64{backing.InLonghorn: 12, backing.Degraded: 1},
+				Jobs:          map[backing.JobState]int64{backing.Running: 3},
+			}}.print(w, now)
+		},
+		"images": func(w *strings.Builder) error {
+			v := backing.Version{Name: "debian", Version: "v2", State: backing.Ready, Format: "qcow2", Size: gib, VirtualSize: 10 * gib, CreatedAt: now.Add(-time.Hour), Tags: []string{"stable"},
+				Digests: backing.Digests{SHA256: "sha256:77ab", SHA512: "sha512:1e42"}, URLs: backing.URLs{File: "http://images.example/v1/files/1e42/debian-v2.qcow2"},
+				Registrations: []backing.Registration{{Cluster: "east", Name: "debian-1a2b3c4d", State: backing.Downloading, Progress: 41}}}
+			image := backing.Image{Name: "debian", Labels: map[string]string{"os": "linux"}, Protected: true, CreatedAt: now.Add(-48 * time.Hour),
+				Tags: map[string]backing.Tag{"stable": {Version: "v2"}, "latest": {Version: "v1"}}, Versions: []backing.Version{v, {Version: "v1", State: backing.Ready, CreatedAt: now.Add(-48 * time.Hour), Format: "raw", Size: gib, VirtualSize: gib}}}
+			coming := backing.Version{Name: "new", Version: "v1", State: backing.Fetching, Progress: &backing.Progress{Received: gib, Total: -1}, CreatedAt: now}
+			return errors.Join(printImages(w, []backing.Image{image, {Name: "new", Versions: []backing.Version{coming}}}, now), printImage(w, image, now), versionLines(w, v, now), versionLines(w, coming, now))
 		},
 		"status_rebuilding": func(w *strings.Builder) error {
 			return storeStatus{Store: "disk:/srv/registry", Catalog: "rebuilding"}.print(w, now)
