@@ -1,6 +1,7 @@
 package module_test
 
 import (
+	"bufio"
 	"bytes"
 	"crypto/sha512"
 	"encoding/base64"
@@ -80,7 +81,8 @@ func (m *mirror) adaptImages(app, site, more string) ([]byte, error) {
 			}
 		}
 		metrics /metrics
-		respond "neither" 418
+		@rest not path /metrics
+		respond @rest "neither" 418
 	}
 	%s`, admin, m.dir, app, m.URL, site, more))
 }
@@ -270,7 +272,7 @@ func (m *mirror) logged(path string) map[string]any {
 
 // TestBackingRules: who may do what by an access block, with names less the prefix.
 func TestBackingRules(t *testing.T) {
-	m := startImages(t, "", "api_token "+imageToken+"\naccess {\nallow any to user:token on ours-*\nallow pull on ours-a\n}")
+	m := startImages(t, "", "api_token "+imageToken+"\naccess {\nallow any to user:token on ours-a ours-b\nallow pull on ours-a\n}")
 	file := diskImage("x", 1<<16)
 	m.put("ours-a", file)
 	if a := m.sendBody("PUT", "/v1/backing-images/theirs/content", file, bearer...); a.StatusCode != 403 {
@@ -396,7 +398,12 @@ func TestBackingReload(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	fmt.Fprintf(conn, "PATCH %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer %s\r\nTus-Resumable: 1.0.0\r\nUpload-Offset: 0\r\nContent-Type: application/offset+octet-stream\r\nContent-Length: %d\r\n\r\n", path, imageToken, len(sent))
+	fmt.Fprintf(conn, "PATCH %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer %s\r\nTus-Resumable: 1.0.0\r\nUpload-Offset: 0\r\nContent-Type: application/offset+octet-stream\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n", path, imageToken, len(sent))
+	reader := bufio.NewReader(conn)
+	// It is being read, and no connection that waits to be accepted.
+	if line, err := reader.ReadString('\n'); err != nil || !strings.Contains(line, "100 Continue") {
+		t.Fatalf("%q, %v", line, err)
+	}
 	if _, err := conn.Write(sent[:1<<19]); err != nil {
 		t.Fatal(err)
 	}
@@ -417,9 +424,9 @@ func TestBackingReload(t *testing.T) {
 	if _, err := conn.Write(sent[1<<19:]); err != nil {
 		t.Fatal(err)
 	}
-	answered, err := io.ReadAll(conn)
-	if status := strings.SplitN(string(answered), "\r\n", 2)[0]; err != nil || !strings.Contains(status, " 20") {
-		t.Errorf("the upload: %s, %v", status, err)
+	answered, err := io.ReadAll(reader)
+	if err != nil || !strings.Contains(string(answered), "HTTP/1.1 20") {
+		t.Errorf("the upload: %s, %v", answered, err)
 	}
 	if err := <-reloaded; err != nil {
 		t.Fatal(err)

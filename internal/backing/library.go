@@ -51,6 +51,8 @@ type Library struct {
 	ctx    context.Context // of what is under way; nil: nothing is
 	wait   sync.WaitGroup
 	change sync.Mutex // of Set and Close
+
+	registrar *registrar
 }
 
 // New returns a library, which does nothing before Set.
@@ -58,12 +60,18 @@ func New(p Parts) *Library {
 	if p.Log == nil {
 		p.Log = zap.NewNop()
 	}
-	return &Library{
+	l := &Library{
 		parts: p, now: time.Now, reading: make(chan struct{}, 1), stamps: map[string]stamp{},
 		images: map[string]*image{}, files: map[digest.Digest][]*version{}, tokens: map[string]string{},
 		locks: map[string]*imageLock{}, reserved: map[string]map[string]bool{}, jobs: map[string]*job{},
-		slots: make(chan struct{}, maxRunning),
+		slots: make(chan struct{}, maxRunning), registrar: newRegistrar(p),
 	}
+	l.registrar.version, l.registrar.open = l.Version, l.Open
+	l.registrar.token = func(ctx context.Context, image, cluster string) (string, error) {
+		t, err := l.AddToken(ctx, image, "Longhorn "+cluster, "")
+		return t.Token, err
+	}
+	return l
 }
 
 // Set replaces the settings. With the first that have a Prefix the library reads its
@@ -93,6 +101,9 @@ func (l *Library) Set(s Settings) {
 		l.wait.Add(1)
 		go l.run(ctx)
 	}
+	if err := l.registrar.set(s); err != nil {
+		l.parts.Log.Error("a Longhorn cannot be used", zap.Error(err))
+	}
 }
 
 // Close ends what is under way; jobs go on in the next process.
@@ -102,6 +113,7 @@ func (l *Library) Close() {
 	l.mu.Lock()
 	l.closed = true
 	l.mu.Unlock()
+	l.registrar.close() // which asks the library
 	l.halt()
 }
 
@@ -139,7 +151,6 @@ func (l *Library) run(ctx context.Context) {
 		}
 	}
 	l.resumeJobs(ctx)
-	l.begin(ctx)
 	for {
 		l.resumeDeletions(ctx)
 		l.sweep(ctx)

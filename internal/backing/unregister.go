@@ -1,0 +1,201 @@
+package backing
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/caddy-registry/mirror/internal/backing/longhorn"
+	"github.com/caddy-registry/mirror/internal/failpoint"
+)
+
+// Unregister deletes a version's backing image in Longhorn, and then its registration.
+// What stands against it is an Error with code InUse and its Blockers. It waits until
+// Longhorn has deleted it, or ctx ends: it goes on then behind the caller.
+func (l *Library) Unregister(ctx context.Context, name, reference, cluster string) error {
+	v, err := l.Version(ctx, name, reference)
+	if err != nil {
+		return err
+	}
+	return l.registrar.unregister(ctx, v, cluster)
+}
+
+func (r *registrar) unregister(ctx context.Context, v Version, name string) error {
+	if err := r.load(ctx); err != nil {
+		return err
+	}
+	c, err := r.find(name)
+	if err != nil {
+		return err
+	}
+	p := place{v.Name, v.Version, c.Name}
+	if err := r.dismiss(ctx, c, p); err != nil {
+		return err
+	}
+	c.wake()
+	for {
+		c.registering.Lock()
+		gone, err := r.remove(ctx, c, p)
+		c.registering.Unlock()
+		if gone || err != nil {
+			return err
+		}
+		timer := time.NewTimer(r.pace.poll)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return fail(Busy, "Longhorn %s has not deleted the image yet; it goes on: %w", c.Name, ctx.Err())
+		}
+	}
+}
+
+// dismiss notes that a registration is to go, if no volume uses its image.
+func (r *registrar) dismiss(ctx context.Context, c *cluster, p place) error {
+	c.registering.Lock()
+	defer c.registering.Unlock()
+	r.mu.Lock()
+	held := r.held[p]
+	if held == nil {
+		r.mu.Unlock()
+		return fail(NotFound, "%s %s is not registered with %s", p.image, p.version, c.Name)
+	}
+	record := held.record
+	r.mu.Unlock()
+	blockers, err := c.users(ctx, []string{record.SHA512.Encoded()}, []string{record.Name})
+	if err != nil {
+		return err
+	}
+	blockers = slices.DeleteFunc(blockers, func(b Blocker) bool { return b.Kind != "volume" })
+	if len(blockers) > 0 {
+		return inUse(blockers, "volumes in Longhorn %s use %s", c.Name, record.Name)
+	}
+	record.Removing = true
+	if err := r.write(ctx, record); err != nil {
+		return err
+	}
+	failpoint.Hit("backing.unregistering")
+	return nil
+}
+
+// remove takes a removal on: it asks Longhorn to delete the image, or finds that it
+// is gone. A refusal ends the removal, and everything is as it was. The caller holds
+// the cluster's lock.
+func (r *registrar) remove(ctx context.Context, c *cluster, p place) (gone bool, err error) {
+	r.mu.Lock()
+	held := r.held[p]
+	if held == nil || !held.record.Removing {
+		r.mu.Unlock()
+		return held == nil, nil
+	}
+	held.state = Removing
+	record := held.record
+	r.mu.Unlock()
+	image, err := c.client.Image(ctx, record.Name)
+	if sum := cmp.Or(image.CurrentChecksum, image.ExpectedChecksum); err == nil && sum != "" && sum != record.SHA512.Encoded() {
+		return true, r.forget(ctx, p) // it is somebody else's
+	}
+	if err == nil && image.DeletionTimestamp == "" {
+		if err = c.client.Delete(ctx, record.Name); err == nil {
+			return false, nil
+		}
+	}
+	switch {
+	case err == nil:
+		return false, nil
+	case errors.Is(err, longhorn.ErrNotFound):
+		failpoint.Hit("backing.unregistered")
+		return true, r.forget(ctx, p)
+	case errors.Is(err, longhorn.ErrRefused):
+		record.Removing = false
+		if err := r.write(ctx, record); err != nil {
+			return false, err
+		}
+		return false, inUse([]Blocker{{Kind: "replica", Name: record.Name, Cluster: c.Name}}, "%w", err)
+	}
+	return false, told(err)
+}
+
+func inUse(blockers []Blocker, format string, args ...any) *Error {
+	e := fail(InUse, format, args...)
+	e.Blockers = blockers
+	return e
+}
+
+// told is an error of a call to Longhorn as clients are told.
+func told(err error) error {
+	if errors.Is(err, longhorn.ErrAway) {
+		return fail(LonghornAway, "%w", err)
+	}
+	return fail(LonghornError, "%w", err)
+}
+
+// blockers are what of the clusters stands against the deletion of versions. Where a
+// configured Longhorn cannot be asked the answer is an error, and nothing may be
+// deleted.
+func (l *Library) blockers(ctx context.Context, versions []Version) ([]Blocker, error) {
+	return l.registrar.blockers(ctx, versions)
+}
+
+func (r *registrar) blockers(ctx context.Context, versions []Version) ([]Blocker, error) {
+	if err := r.load(ctx); err != nil {
+		return nil, err
+	}
+	var found []Blocker
+	var sums []string
+	names := map[string][]string{}
+	var usual []string // names, whether registered or not
+	for _, v := range versions {
+		for _, told := range r.of(v.Name, v.Version) {
+			found = append(found, Blocker{Kind: "registration", Name: told.Name, Cluster: told.Cluster})
+			names[told.Cluster] = append(names[told.Cluster], told.Name)
+		}
+		if v.Digests.SHA512 != "" {
+			sums = append(sums, v.Digests.SHA512.Encoded())
+			usual = append(usual, longhornNameOf(v.Name, v.Digests.SHA512))
+		}
+	}
+	if len(sums) == 0 {
+		return found, nil
+	}
+	r.mu.Lock()
+	clusters := slices.Collect(maps.Values(r.clusters))
+	r.mu.Unlock()
+	slices.SortFunc(clusters, func(a, b *cluster) int { return cmp.Compare(a.Name, b.Name) })
+	for _, c := range clusters {
+		users, err := c.users(ctx, sums, append(names[c.Name], usual...))
+		if err != nil {
+			return nil, err
+		}
+		found = append(found, users...)
+	}
+	return found, nil
+}
+
+// users are the volumes of a cluster that use images by their names, and what
+// there are backups of that can only be restored on it.
+func (c *cluster) users(ctx context.Context, sums, names []string) ([]Blocker, error) {
+	volumes, err := c.client.Volumes(ctx)
+	if err != nil {
+		return nil, told(err)
+	}
+	backups, err := c.client.BackupVolumes(ctx)
+	if err != nil {
+		return nil, told(err)
+	}
+	var found []Blocker
+	for _, v := range volumes {
+		if slices.Contains(names, v.BackingImage) {
+			found = append(found, Blocker{Kind: "volume", Name: v.Name, Cluster: c.Name})
+		}
+	}
+	for _, b := range backups {
+		if slices.Contains(names, b.BackingImageName) || slices.Contains(sums, b.BackingImageChecksum) {
+			found = append(found, Blocker{Kind: "backup", Name: b.Name, Cluster: c.Name})
+		}
+	}
+	return found, nil
+}
