@@ -54,20 +54,19 @@ func TestBackingCut(t *testing.T) {
 		places[i] = random.IntN(size)
 	}
 	slices.Sort(places)
-	at, moved := 0, 0
+	at := 0
 	for _, place := range places {
-		u.cut(t, at, max(0, place-at), size, data)
-		now := u.offset(t)
+		n := max(0, place-at)
+		u.cut(t, at, n, size, data)
+		now := at
+		eventually(t, time.Minute, "what has been sent", func() bool {
+			now = u.offset(t)
+			return now > at || n == 0
+		})
 		if now < at || now > max(at, place) {
 			t.Fatalf("%d bytes were there, %d have been sent, and now it ends at %d", at, place, now)
 		}
-		if now > at {
-			moved++
-		}
 		at = now
-	}
-	if moved < cuts/10 {
-		t.Errorf("of %d requests that were cut %d have brought something", cuts, moved)
 	}
 	if v := u.finish(t, "cut", data); v.Digests != digestsOf(data) {
 		t.Errorf("it has become %+v", v.Digests)
