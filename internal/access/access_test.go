@@ -150,6 +150,28 @@ func TestCheck(t *testing.T) {
 
 // TestOpen is what a site lets people do of whom nothing is known, and what only
 // those with a name.
+func TestAnywhere(t *testing.T) {
+	bob, eve := Caller{Identity: "bob"}, Caller{Identity: "eve"}
+	for _, c := range []struct {
+		rules  Rules
+		caller Caller
+		want   bool
+	}{
+		{nil, bob, false},
+		{rules(t, "allow push to user:bob on a/**"), bob, true},
+		{rules(t, "allow push to user:bob on a/**"), eve, false},
+		{rules(t, "allow pull to user:bob"), bob, false},
+		{rules(t, "deny push on a/**", "allow push to user:bob"), bob, true},
+		{rules(t, "deny push", "allow push to user:bob"), bob, false},
+		{rules(t, "deny push to user:eve", "allow push to user:bob"), bob, true},
+		{rules(t, "allow push to anyone"), Caller{Err: errors.New("who?")}, false},
+	} {
+		if got := c.rules.Anywhere(c.caller, Push); got != c.want {
+			t.Errorf("%+v may push something by %+v: %t", c.caller, c.rules, got)
+		}
+	}
+}
+
 func TestOpen(t *testing.T) {
 	for _, c := range []struct {
 		rules      Rules

@@ -212,6 +212,9 @@ func (p *parts) Read(b []byte) (int, error) {
 	}
 	n, err := p.reader.Read(b)
 	p.offset += int64(n)
+	if span := p.spans[p.next-1]; err == io.EOF && p.offset < span.Offset+span.Length {
+		err = fmt.Errorf("a part ends %d bytes short: %w", span.Offset+span.Length-p.offset, io.ErrUnexpectedEOF)
+	}
 	if err != nil && err != io.EOF {
 		p.err = err
 	}

@@ -61,7 +61,11 @@ func server(t *testing.T) *httptest.Server {
 		if err := answer.Prepare(r.Context()); err != nil {
 			t.Error(err)
 		}
-		if abort, _ := answer.Send(); abort {
+		abort, err := answer.Send()
+		if abort != (r.URL.Path == "/short") || abort != (err != nil) {
+			t.Errorf("%s: %t, %v", r.URL.Path, abort, err)
+		}
+		if abort {
 			panic(http.ErrAbortHandler)
 		}
 	}))

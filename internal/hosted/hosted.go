@@ -65,6 +65,9 @@ type Registry struct {
 	uploads  uploads
 }
 
+// ErrQuota is wrapped by what a quota refuses. It is a [storage.ErrFull], too.
+var ErrQuota = fmt.Errorf("%w", storage.ErrFull)
+
 // Parts are what a registry works with. It closes none of them, and they outlive
 // it.
 type Parts struct {
@@ -75,7 +78,7 @@ type Parts struct {
 	Room func(ctx context.Context, n int64) bool
 	// Quota sets n bytes aside for what is pushed to a repository, beside those of
 	// earlier calls. Where its hosted pattern may not take so many more, the error
-	// wraps [storage.ErrFull] and names the pattern. They count until done is
+	// wraps [ErrQuota] and names the pattern. They count until done is
 	// called, once: when the tree has told of what they were for, or it is given
 	// up. nil: nothing is limited.
 	Quota func(ctx context.Context, repository string, n int64) (done func(), err error)

@@ -9,8 +9,8 @@ import (
 	"github.com/dustin/go-humanize"
 	"go.uber.org/zap"
 
+	registry "github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/oci"
-	"github.com/caddy-registry/mirror/storage"
 )
 
 // Hosted is how hosted repositories are kept.
@@ -135,7 +135,7 @@ func (k *Keeper) grant(repository string, n int64, final bool) (_ *grant, ok boo
 		return nil, false, nil
 	case !fits && (m.sure || !m.at.IsZero()):
 		return nil, false, fmt.Errorf("%w for %s: %s of the max_size %s of `hosted %s` are used; delete images of it that nobody needs and run gc, or raise it",
-			storage.ErrFull, humanize.IBytes(uint64(n)), humanize.IBytes(uint64(max(used, 0))), humanize.IBytes(uint64(limit)), q.set.Hosted[g.scope].Pattern)
+			registry.ErrQuota, humanize.IBytes(uint64(n)), humanize.IBytes(uint64(max(used, 0))), humanize.IBytes(uint64(limit)), q.set.Hosted[g.scope].Pattern)
 	}
 	q.grants[g] = struct{}{}
 	return g, true, nil

@@ -10,6 +10,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	registry "github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/storage"
 )
@@ -72,7 +73,7 @@ func TestQuota(t *testing.T) {
 	first := b.granted("apps/a", 4*mib)
 	second := b.granted("apps/b", 5*mib)
 	_, err := b.Quota(t.Context(), "apps/c", 2*mib)
-	if !errors.Is(err, storage.ErrFull) || !strings.Contains(err.Error(), "max_size 10 MiB of `hosted apps/**`") {
+	if !errors.Is(err, storage.ErrFull) || !errors.Is(err, registry.ErrQuota) || !strings.Contains(err.Error(), "max_size 10 MiB of `hosted apps/**`") {
 		t.Errorf("the error is %v", err)
 	}
 	b.granted("libs/a", 50*mib)()

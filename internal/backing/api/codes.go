@@ -87,6 +87,8 @@ func judge(err error) *backing.Error {
 	case errors.Is(err, storage.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, fill.ErrBusy), errors.Is(err, fill.ErrClosed):
 		// Where it is, and what was asked of it, is for the log.
 		code, message = backing.StoreAway, "what holds the images cannot be reached at the moment; try again"
+	case errors.Is(err, hosted.ErrQuota):
+		code, message = backing.QuotaExceeded, err.Error()
 	case errors.Is(err, storage.ErrFull):
 		code, message = backing.NoSpace, "there is no room for this; delete what is not needed, or enlarge the store"
 	case errors.Is(err, oci.ErrRange):

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/caddy-registry/mirror/internal/access"
@@ -205,6 +206,9 @@ func (x *exchange) removeTag() error {
 	return nil
 }
 
+// maxNote is what the library keeps of a note, and of who has made a token, in bytes.
+const maxNote = 200
+
 func (x *exchange) tokens() error {
 	tokens, err := x.library.Tokens(x.r.Context(), x.vars["name"])
 	if err != nil {
@@ -223,10 +227,10 @@ func (x *exchange) addToken() error {
 	if err := x.decode(&body, true); err != nil {
 		return err
 	}
-	if len(body.Note) > 200 {
-		return fail(malformed, "a note has at most 200 bytes")
+	if len(body.Note) > maxNote {
+		return fail(malformed, "a note has at most %d bytes", maxNote)
 	}
-	t, err := x.library.AddToken(x.r.Context(), x.vars["name"], body.Note, x.caller.Identity)
+	t, err := x.library.AddToken(x.r.Context(), x.vars["name"], body.Note, strings.ToValidUTF8(x.caller.Identity[:min(len(x.caller.Identity), maxNote)], ""))
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -92,6 +93,7 @@ func (x *exchange) upload() error {
 	}
 	w := &tusWriter{ResponseWriter: x.w, x: x}
 	r := x.r.WithContext(context.WithValue(x.r.Context(), exchangeKey{}, x))
+	r.URL = &url.URL{Path: "/" + id}
 	x.tus.Middleware(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.Method {
 		case http.MethodPost:
