@@ -327,6 +327,7 @@ func (l *Library) judge(ctx context.Context, a *arrival, file oci.File) error {
 
 // gate refuses what nobody should use, and by configuration what Longhorn cannot.
 func (l *Library) gate(is *probe.Report) error {
+	var why *Error
 	for _, p := range is.Longhorn.Problems {
 		if !p.Refused && l.set().Compat != Enforce && l.set().Compat != "" {
 			continue
@@ -334,13 +335,18 @@ func (l *Library) gate(is *probe.Report) error {
 		code := Unsupported
 		switch p.Code {
 		case "backing_file":
-			code = BackingFile
+			return fail(BackingFile, "%s", p.Message) // whatever else is wrong
 		case "size_not_aligned", "virtual_size_not_aligned":
 			code = NotAligned
 		}
-		return fail(code, "%s", p.Message)
+		if why == nil {
+			why = fail(code, "%s", p.Message)
+		}
 	}
-	return nil
+	if why == nil {
+		return nil
+	}
+	return why
 }
 
 // unpack decompresses a file that has come, and keeps what was in it.

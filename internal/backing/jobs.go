@@ -346,12 +346,39 @@ func finalPull(err error) bool {
 	if errors.As(err, &told) {
 		return final(told.Code) && told.Code != UpstreamError || told.Code == QuotaExceeded
 	}
-	var says interface{ Final() bool }
-	if errors.As(err, &says) && says.Final() {
+	switch {
+	case errors.Is(err, pull.ErrChanged):
+		return false
+	case errors.Is(err, fill.ErrDigest), errors.Is(err, fill.ErrTooLarge), errors.Is(err, pull.ErrNoSize),
+		errors.Is(err, pull.ErrWebPage), errors.Is(err, upstream.ErrGuard):
 		return true
 	}
-	return errors.Is(err, fill.ErrDigest) || errors.Is(err, fill.ErrTooLarge) || errors.Is(err, pull.ErrNoSize) ||
-		errors.Is(err, pull.ErrWebPage) || errors.Is(err, upstream.ErrGuard)
+	asked, again := worthwhile(err)
+	return asked && !again
+}
+
+// worthwhile reports whether sources have said if they are to be asked again, and
+// whether one is.
+func worthwhile(err error) (asked, again bool) {
+	if says, ok := err.(interface{ Retry() (time.Duration, bool) }); ok {
+		_, again = says.Retry()
+		return true, again
+	}
+	var in []error
+	switch err := err.(type) {
+	case interface{ Unwrap() []error }:
+		in = err.Unwrap()
+	case interface{ Unwrap() error }:
+		in = []error{err.Unwrap()}
+	}
+	for _, err := range in {
+		if err == nil {
+			continue
+		}
+		one, more := worthwhile(err)
+		asked, again = asked || one, again || more
+	}
+	return asked, again
 }
 
 // attempt pulls once.

@@ -151,13 +151,14 @@ func (u *Upload) Finish(ctx context.Context, d Draft) (v Version, created bool, 
 	}
 	name, release, err := l.reserve(d)
 	if err != nil {
+		var refused *Error
+		if errors.As(err, &refused) && final(refused.Code) {
+			err = errors.Join(err, u.Cancel(ctx))
+		}
 		return Version{}, false, err
 	}
 	defer release()
 	a := &arrival{draft: d, version: name, source: &Source{Type: "upload"}}
-	if d.Version == "" {
-		a.draft.Version = ""
-	}
 	_, err = u.up.Keep(ctx, l.repository(d.Name), func(file oci.File) error { return l.check(ctx, a, file) })
 	if err != nil && !errors.Is(err, errHad) {
 		var refused *Error
