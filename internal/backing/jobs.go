@@ -532,7 +532,10 @@ func (l *Library) CancelJob(ctx context.Context, id string) error {
 		if job.State != Running {
 			return nil
 		}
-		j.cancel(errCancelled)
+		l.mu.RLock()
+		cancel := j.cancel
+		l.mu.RUnlock()
+		cancel(errCancelled)
 	}
 	return context.Cause(ctx)
 }

@@ -151,6 +151,7 @@ func (l *Library) run(ctx context.Context) {
 		}
 	}
 	l.resumeJobs(ctx)
+	l.begin(ctx)
 	for {
 		l.resumeDeletions(ctx)
 		l.sweep(ctx)

@@ -229,11 +229,11 @@ func (r *registrar) load(ctx context.Context) error {
 	}
 	r.mu.Unlock()
 	found := map[place]registration{}
-	for info, err := range r.store.List(ctx, layout.BackingImages, true) {
+	for info, err := range r.store.List(ctx, layout.Images, true) {
 		if err != nil {
 			return fail(StoreAway, "the registrations cannot be read: %w", err)
 		}
-		if !layout.IsRegistration(info.Key) {
+		if !layout.IsImageRegistration(info.Key) {
 			continue
 		}
 		if len(found) == maxRegistrations {
@@ -245,7 +245,7 @@ func (r *registrar) load(ctx context.Context) error {
 		}
 		var record registration
 		if err := json.Unmarshal(data, &record); err != nil || record.Schema != 1 ||
-			layout.Registration(record.Image, record.Version, record.Cluster) != info.Key {
+			layout.ImageRegistration(record.Image, record.Version, record.Cluster) != info.Key {
 			r.log.Error("a record of a registration is not one, or is of a newer program; it is left alone", zap.String("key", info.Key), zap.Error(err))
 			continue
 		}
@@ -280,7 +280,7 @@ func (r *registrar) write(ctx context.Context, record registration) error {
 		return err
 	}
 	p := place{record.Image, record.Version, record.Cluster}
-	if err := r.store.Put(ctx, layout.Registration(p.image, p.version, p.cluster), data, storage.Durable); err != nil {
+	if err := r.store.Put(ctx, layout.ImageRegistration(p.image, p.version, p.cluster), data, storage.Durable); err != nil {
 		return fail(StoreAway, "the registration cannot be written: %w", err)
 	}
 	r.mu.Lock()
@@ -295,7 +295,7 @@ func (r *registrar) write(ctx context.Context, record registration) error {
 
 // forget removes a registration and its record.
 func (r *registrar) forget(ctx context.Context, p place) error {
-	if err := r.store.Delete(ctx, layout.Registration(p.image, p.version, p.cluster)); err != nil {
+	if err := r.store.Delete(ctx, layout.ImageRegistration(p.image, p.version, p.cluster)); err != nil {
 		return fail(StoreAway, "the registration cannot be deleted: %w", err)
 	}
 	r.mu.Lock()
@@ -410,6 +410,13 @@ func (l *Library) Register(ctx context.Context, name, reference string, o Regist
 	return l.registrar.register(ctx, v, o)
 }
 
+// begin reads the registrations, which the loops do, too, where a Longhorn is configured.
+func (l *Library) begin(ctx context.Context) {
+	if err := l.registrar.load(ctx); err != nil && ctx.Err() == nil {
+		l.parts.Log.Warn("the registrations of backing images are read later", zap.Error(err))
+	}
+}
+
 // registrations are those of a version.
 func (l *Library) registrations(name, version string) []Registration {
 	return l.registrar.of(name, version)
@@ -418,7 +425,14 @@ func (l *Library) registrations(name, version string) []Registration {
 // forget lets go of the registrations of a version that is no more.
 func (l *Library) forget(ctx context.Context, name, version string) error {
 	for _, told := range l.registrar.of(name, version) {
-		if err := l.registrar.forget(ctx, place{name, version, told.Cluster}); err != nil {
+		unlock := func() {}
+		if c, err := l.registrar.find(told.Cluster); err == nil {
+			c.registering.Lock()
+			unlock = c.registering.Unlock
+		}
+		err := l.registrar.forget(ctx, place{name, version, told.Cluster})
+		unlock()
+		if err != nil {
 			return err
 		}
 	}

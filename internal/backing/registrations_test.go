@@ -540,7 +540,7 @@ func TestKillRegistering(t *testing.T) {
 					t.Fatal(err)
 				}
 				r.until("")
-				if _, err := store.Stat(t.Context(), layout.Registration(r.v.Name, "v1", "default")); err == nil || len(m.Names()) != 0 {
+				if _, err := store.Stat(t.Context(), layout.ImageRegistration(r.v.Name, "v1", "default")); err == nil || len(m.Names()) != 0 {
 					t.Errorf("%v, and in Longhorn %q", err, m.Names())
 				}
 				return

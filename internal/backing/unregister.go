@@ -16,9 +16,13 @@ import (
 // What stands against it is an Error with code InUse and its Blockers. It waits until
 // Longhorn has deleted it, or ctx ends: it goes on then behind the caller.
 func (l *Library) Unregister(ctx context.Context, name, reference, cluster string) error {
-	v, err := l.Version(ctx, name, reference)
-	if err != nil {
-		return err
+	// One that is being deleted is no version to anybody any more, but registered.
+	v := Version{Name: name, Version: reference}
+	if len(l.registrar.of(name, reference)) == 0 {
+		var err error
+		if v, err = l.Version(ctx, name, reference); err != nil {
+			return err
+		}
 	}
 	return l.registrar.unregister(ctx, v, cluster)
 }

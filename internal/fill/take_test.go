@@ -298,15 +298,29 @@ func TestPullFull(t *testing.T) {
 	x := newTable(t)
 	data, _ := random(8 * mib)
 	shelf := newShelf(t, data)
-	a := &source{name: "a", data: data}
-	x.store.(*fillable).until = func(n int64) bool { return false }
+	a := &source{name: "a", data: data, gate: make(chan struct{}), gateAt: 4 * mib}
+	ctx, cancel := context.WithCancel(t.Context())
+	if err := x.Pull(ctx, named(data, shelf.take, a), func(n int64) {
+		if n == 4*mib {
+			cancel()
+		}
+	}); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	eventually(t, "it to be put away", func() bool { return fill.Under(x.Table) == 0 })
+	close(a.gate)
 	x.fill(true)
-	if err := x.Pull(t.Context(), named(data, shelf.take, a), nil); !errors.Is(err, storage.ErrFull) || a.sent.Load() > 0 {
-		t.Errorf("want a full disk: %v; %d bytes were sent", err, a.sent.Load())
+	for range 2 {
+		if err := x.Pull(t.Context(), named(data, shelf.take, a), nil); !errors.Is(err, storage.ErrFull) {
+			t.Errorf("want a full disk: %v", err)
+		}
 	}
 	x.fill(false)
 	if err := x.Pull(t.Context(), named(data, shelf.take, a), nil); err != nil {
 		t.Fatal(err)
+	}
+	if n := a.sent.Load(); n != 8*mib {
+		t.Errorf("%d bytes were sent", n)
 	}
 }
 

@@ -1,7 +1,8 @@
 // Package hosted takes in what is pushed: blobs in uploads that outlive the
-// process, manifests and tags; and removes what is to be deleted. It knows no
-// HTTP: package mirror speaks the protocol and turns its errors into what a
-// client is told.
+// process, manifests and tags; and removes what is to be deleted. What comes by
+// another way than the registry API is received, and kept where it is to be
+// ([Registry.Receive], [Upload.Keep]). It knows no HTTP: package mirror speaks the
+// protocol and turns its errors into what a client is told.
 package hosted
 
 import (

@@ -11,7 +11,6 @@ import (
 	"io"
 	"os"
 	"strconv"
-	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -171,6 +170,9 @@ func (u *Upload) prove(ctx context.Context) error {
 	return nil
 }
 
+// apart is how many bytes are worth a goroutine for one of two hashes of them.
+const apart = 64 << 10
+
 // sums are the hashes of what has come.
 type sums struct {
 	sha256    hash.Hash
@@ -190,22 +192,24 @@ func newSums(algorithm digest.Algorithm) (sums, error) {
 	return s, nil
 }
 
-// apart is from how many bytes on two hashes are worth two cores.
-const apart = 64 << 10
-
 func (s *sums) write(p []byte) {
 	if s.other == nil {
 		s.sha256.Write(p)
 		return
 	}
-	var other sync.WaitGroup
-	if len(p) >= apart {
-		other.Go(func() { s.other.Write(p) })
-	} else {
+	if len(p) < apart {
+		s.sha256.Write(p)
 		s.other.Write(p)
+		return
 	}
+	// Together they would be slower than the network.
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.other.Write(p)
+	}()
 	s.sha256.Write(p)
-	other.Wait()
+	<-done
 }
 
 // sum is the sha256 of everything, and the digest by an algorithm, for which the

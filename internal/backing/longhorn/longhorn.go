@@ -63,8 +63,9 @@ func (e *Error) Unwrap() []error {
 
 // A Client calls the manager of one cluster.
 type Client struct {
-	base, auth string
-	http       *http.Client
+	base, auth     string
+	http           *http.Client
+	timeout, stall time.Duration // as the constants, but in tests
 }
 
 // New returns a client of the manager at an address, which may have a path before
@@ -81,7 +82,7 @@ func New(address, token string) (*Client, error) {
 	}
 	path := strings.TrimRight(u.EscapedPath(), "/")
 	path = strings.TrimRight(strings.TrimSuffix(path, "/v1"), "/")
-	c := &Client{base: u.Scheme + "://" + u.Host + path + "/v1", auth: token}
+	c := &Client{base: u.Scheme + "://" + u.Host + path + "/v1", auth: token, timeout: timeout, stall: stall}
 	if token != "" && !strings.HasPrefix(token, "Basic ") && !strings.HasPrefix(token, "Bearer ") {
 		c.auth = "Bearer " + token
 	}
@@ -256,11 +257,11 @@ func (c *Client) Upload(ctx context.Context, name string, size int64, file io.Re
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	timer := time.AfterFunc(stall, func() {
+	timer := time.AfterFunc(c.stall, func() {
 		cancel(errors.New("it takes no more bytes of the upload"))
 	})
 	defer timer.Stop()
-	body := &sending{Reader: io.LimitReader(file, size), left: size, timer: timer}
+	body := &sending{Reader: io.LimitReader(file, size), left: size, timer: timer, stall: c.stall}
 	request, err := http.NewRequestWithContext(ctx, http.MethodPost,
 		c.base+"/backingimages/"+url.PathEscape(name)+"?action=upload&size="+strconv.FormatInt(size, 10),
 		io.MultiReader(bytes.NewReader(around.Bytes()[:before]), body, bytes.NewReader(around.Bytes()[before:])))
@@ -277,13 +278,14 @@ type sending struct {
 	io.Reader
 	left  int64
 	timer *time.Timer
+	stall time.Duration
 }
 
 func (s *sending) Read(p []byte) (int, error) {
 	n, err := s.Reader.Read(p)
 	s.left -= int64(n)
 	if s.left > 0 {
-		s.timer.Reset(stall)
+		s.timer.Reset(s.stall)
 	} else {
 		s.timer.Reset(settle)
 	}
@@ -291,7 +293,7 @@ func (s *sending) Read(p []byte) (int, error) {
 }
 
 func (c *Client) call(ctx context.Context, method, path string, in, out any) error {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	var body io.Reader
 	if in != nil {

@@ -1,0 +1,78 @@
+package backing_test
+
+import (
+	"context"
+	"io"
+	"runtime"
+	"testing"
+
+	"go.uber.org/zap"
+
+	"github.com/caddy-registry/mirror/internal/backing"
+	"github.com/caddy-registry/mirror/internal/hosted"
+	"github.com/caddy-registry/mirror/internal/tree"
+	"github.com/caddy-registry/mirror/storage"
+)
+
+// common is a store that others write to as well, whose values are all near.
+type common struct{ storage.Store }
+
+func (c common) Distant() storage.Distant { return everything{nil, c.Store} }
+
+type everything struct {
+	storage.Distant
+	store storage.Store
+}
+
+func (e everything) OpenNear(ctx context.Context, key string) (io.ReadCloser, storage.Info, error) {
+	return e.store.Open(ctx, key, 0, -1)
+}
+func (everything) Drop(string) bool             { return false }
+func (everything) Distrust(string)              {}
+func (everything) Shared() bool                 { return true }
+func (everything) Listed(context.Context) error { return nil }
+func (everything) Relist(context.Context) error { return nil }
+func (everything) Secret() []byte               { return nil }
+
+// What one process changes another sees.
+func TestShared(t *testing.T) {
+	a := newShelf(t)
+	store := common{a.store}
+	trees := tree.New(store, nil)
+	uploads := hosted.New(hosted.Parts{Store: store, Tree: trees, Log: zap.NewNop()})
+	b := backing.New(backing.Parts{Store: store, Tree: trees, Hosted: uploads, Fills: a.fills, Log: zap.NewNop()})
+	b.Set(a.set)
+	t.Cleanup(func() {
+		b.Close()
+		uploads.Close()
+		trees.Close()
+	})
+	if _, err := b.Image(t.Context(), "a"); err == nil {
+		t.Fatal("there is an image")
+	}
+	v := a.add(backing.Draft{Name: "a", Tags: []string{"stable"}}, rawDisk(1))
+	until := func(what string, ok func() bool) {
+		t.Helper()
+		for !ok() {
+			if t.Context().Err() != nil {
+				t.Fatal(what)
+			}
+			runtime.Gosched()
+		}
+	}
+	until("it does not come", func() bool {
+		got, err := b.Version(t.Context(), "a", "stable")
+		return err == nil && got.Digests == v.Digests
+	})
+	// It changes what the other has written, not what it has read before.
+	if _, err := a.Edit(t.Context(), "a", "", backing.Edit{Labels: map[string]string{"x": "y"}}); err != nil {
+		t.Fatal(err)
+	}
+	i, err := b.Edit(t.Context(), "a", "", backing.Edit{Labels: map[string]string{"z": "y"}})
+	if err != nil || i.Labels["x"] != "y" || i.Labels["z"] != "y" {
+		t.Errorf("%v %v", i.Labels, err)
+	}
+	if err := b.Delete(t.Context(), "a", "", "", false); err != nil {
+		t.Fatal(err)
+	}
+}
