@@ -45,6 +45,8 @@ type Library struct {
 	locks    map[string]*imageLock
 	reserved map[string]map[string]bool // image → version names that are on their way
 	jobs     map[string]*job
+	// unfinished are uploads whose bytes are stored, by ID.
+	unfinished map[string]*Upload
 
 	slots  chan struct{} // of jobs that run
 	stop   context.CancelFunc
@@ -63,7 +65,7 @@ func New(p Parts) *Library {
 	l := &Library{
 		parts: p, now: time.Now, reading: make(chan struct{}, 1), stamps: map[string]stamp{},
 		images: map[string]*image{}, files: map[digest.Digest][]*version{}, tokens: map[string]string{},
-		locks: map[string]*imageLock{}, reserved: map[string]map[string]bool{}, jobs: map[string]*job{},
+		locks: map[string]*imageLock{}, reserved: map[string]map[string]bool{}, jobs: map[string]*job{}, unfinished: map[string]*Upload{},
 		slots: make(chan struct{}, maxRunning), registrar: newRegistrar(p),
 	}
 	l.registrar.version, l.registrar.open = l.Version, l.Open
@@ -138,6 +140,7 @@ func (l *Library) halt() {
 	clear(l.files)
 	clear(l.tokens)
 	clear(l.jobs)
+	clear(l.unfinished)
 	clear(l.reserved)
 	clear(l.stamps)
 }

@@ -2,6 +2,7 @@ package backing_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -13,6 +14,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -45,6 +47,50 @@ type shelf struct {
 	fills  *fill.Table
 	open   bool
 	set    backing.Settings
+	down   atomic.Bool // no record of a version can be written
+}
+
+// broken is a store that sometimes takes no record of a version.
+type broken struct {
+	storage.Store
+	down *atomic.Bool
+}
+
+func (b broken) Put(ctx context.Context, key string, data []byte, d storage.Durability) error {
+	if b.down.Load() && strings.Contains(key, "/versions/") {
+		return storage.ErrUnavailable
+	}
+	return b.Store.Put(ctx, key, data, d)
+}
+
+// One that the store could not take is finished again, and nothing is seen of it before.
+func TestFinishAgain(t *testing.T) {
+	s := newShelf(t)
+	u, err := s.Receive(t.Context(), backing.Draft{}, -1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.Append(t.Context(), body(rawDisk(1)))
+	s.down.Store(true)
+	for range 2 {
+		if _, _, err := u.Finish(t.Context(), backing.Draft{Name: "a", Tags: []string{"x"}}); !errors.Is(err, storage.ErrUnavailable) {
+			t.Fatal(err)
+		}
+		if s.tagged("a", "x") != "" || s.tagged("a", "v1") != "" || len(s.left("mirror/local/backing-images/intents")) > 0 {
+			t.Error("something is left")
+		}
+		if u, err = s.Upload(t.Context(), u.ID()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.down.Store(false)
+	v, created, err := u.Finish(t.Context(), backing.Draft{Name: "a", Tags: []string{"x"}})
+	if err != nil || !created {
+		t.Fatal(err)
+	}
+	s.reads(v, rawDisk(1))
+	_, err = s.Upload(t.Context(), u.ID())
+	is(t, err, backing.NotFound)
 }
 
 func newShelf(t *testing.T) *shelf {
@@ -58,7 +104,7 @@ func newShelf(t *testing.T) *shelf {
 
 func (s *shelf) start() {
 	s.t.Helper()
-	store := disktest.Open(s.t, s.dir)
+	store := broken{disktest.Open(s.t, s.dir), &s.down}
 	s.store, s.open = store, true
 	s.tree = tree.New(store, nil)
 	s.hosted = hosted.New(hosted.Parts{Store: store, Tree: s.tree, Log: zap.NewNop()})
@@ -238,6 +284,11 @@ func TestRefused(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			_, _, err := s.upload(c.d, c.data)
 			is(t, err, c.code)
+			if u, err := s.Receive(t.Context(), backing.Draft{}, -1); err != nil {
+				t.Error(err)
+			} else if _, err := u.Append(t.Context(), hosted.Body{Reader: bytes.NewReader(make([]byte, 8193)), At: -1, Length: -1}); err == nil {
+				t.Error("more than max_image came")
+			}
 			if _, err := s.Image(t.Context(), "a"); err == nil {
 				t.Error("there is an image")
 			}

@@ -28,7 +28,12 @@ type Upload struct {
 	library *Library
 	up      *hosted.Upload
 	record  uploadRecord
+	arrived *arrival // whose bytes are stored, and of which no version could be made; of Library.mu
 }
+
+// maxUnfinished is how many of those are remembered; of the others the bytes are
+// uploaded again, and collected meanwhile.
+const maxUnfinished = 100
 
 // uploadRecord is what the bytes of an upload do not say of it.
 type uploadRecord struct {
@@ -66,7 +71,7 @@ func (l *Library) Receive(ctx context.Context, d Draft, size int64) (*Upload, er
 	if err != nil {
 		return nil, err
 	}
-	u := &Upload{l, up, uploadRecord{recordSchema, d, size}}
+	u := &Upload{library: l, up: up, record: uploadRecord{recordSchema, d, size}}
 	data, err := json.Marshal(u.record)
 	if err == nil {
 		err = l.parts.Store.Put(ctx, u.key(), data, storage.Durable)
@@ -85,11 +90,17 @@ func (l *Library) Upload(ctx context.Context, id string) (*Upload, error) {
 	if err := l.fresh(ctx); err != nil {
 		return nil, err
 	}
+	l.mu.RLock()
+	u := l.unfinished[id]
+	l.mu.RUnlock()
+	if u != nil {
+		return u, nil
+	}
 	up, err := l.parts.Hosted.Received(ctx, id)
 	if err != nil {
 		return nil, noUpload(err)
 	}
-	u := &Upload{library: l, up: up}
+	u = &Upload{library: l, up: up}
 	data, err := l.parts.Store.Get(ctx, u.key(), maxRecord)
 	if err == nil {
 		err = decode(data, func() int { return u.record.Schema }, &u.record)
@@ -159,22 +170,46 @@ func (u *Upload) Finish(ctx context.Context, d Draft) (v Version, created bool, 
 	}
 	defer release()
 	a := &arrival{draft: d, version: name, source: &Source{Type: "upload"}}
-	_, err = u.up.Keep(ctx, l.repository(d.Name), func(file oci.File) error { return l.check(ctx, a, file) })
-	if err != nil && !errors.Is(err, errHad) {
-		var refused *Error
-		if errors.As(err, &refused) && errors.Is(err, hosted.ErrRefused) {
-			u.drop(ctx)
-			return Version{}, false, refused
+	l.mu.RLock()
+	before := u.arrived
+	l.mu.RUnlock()
+	if before != nil {
+		if d.Name != before.draft.Name {
+			return Version{}, false, fail(Malformed, "the upload has been stored for the image %s; finish it for that", before.draft.Name)
 		}
-		return Version{}, false, noUpload(err)
+		a.is, a.file = before.is, before.file
+	} else if err := u.keep(ctx, a); err != nil {
+		return Version{}, false, err
 	}
 	v, created, err = l.commit(ctx, a)
+	l.mu.Lock()
+	delete(l.unfinished, u.ID())
+	if err != nil && len(l.unfinished) < maxUnfinished {
+		u.arrived = a
+		l.unfinished[u.ID()] = u
+	}
+	l.mu.Unlock()
 	if err != nil {
 		return Version{}, false, err
 	}
 	u.drop(ctx)
 	l.register(v, d.Register)
 	return v, created, nil
+}
+
+// keep has the bytes of an upload stored.
+func (u *Upload) keep(ctx context.Context, a *arrival) error {
+	l := u.library
+	_, err := u.up.Keep(ctx, l.repository(a.draft.Name), func(file oci.File) error { return l.check(ctx, a, file) })
+	if err == nil || errors.Is(err, errHad) {
+		return nil
+	}
+	var refused *Error
+	if errors.As(err, &refused) && errors.Is(err, hosted.ErrRefused) {
+		u.drop(ctx)
+		return refused
+	}
+	return noUpload(err)
 }
 
 // drop removes what is noted of an upload that is no more.
@@ -186,6 +221,14 @@ func (u *Upload) drop(ctx context.Context) {
 
 // Cancel ends an upload.
 func (u *Upload) Cancel(ctx context.Context) error {
+	u.library.mu.Lock()
+	_, stored := u.library.unfinished[u.ID()]
+	delete(u.library.unfinished, u.ID())
+	u.library.mu.Unlock()
+	if stored {
+		u.drop(ctx)
+		return nil
+	}
 	if err := u.up.Cancel(ctx); err != nil {
 		return noUpload(err)
 	}
