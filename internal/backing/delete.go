@@ -305,4 +305,11 @@ func (l *Library) resumeDeletion(ctx context.Context, name, v string) error {
 func (l *Library) sweep(ctx context.Context) {
 	l.recoverDrafts(ctx)
 	l.pruneJobs(ctx)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for id, u := range l.unfinished {
+		if l.now().After(u.Expires()) {
+			delete(l.unfinished, id)
+		}
+	}
 }

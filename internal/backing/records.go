@@ -433,7 +433,7 @@ type imageLock struct {
 	users int // guarded by Library.mu
 }
 
-// reread reads an image's records again where another process may have written them.
+// current is the record of an image as it is now: read again where another process may have written them.
 // The image's lock is held, and nobody else's record is overwritten by this then but
 // within the moment that follows.
 func (l *Library) current(ctx context.Context, name string) (*imageRecord, error) {
