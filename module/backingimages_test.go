@@ -398,7 +398,7 @@ func TestBackingReload(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	fmt.Fprintf(conn, "PATCH %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer %s\r\nTus-Resumable: 1.0.0\r\nUpload-Offset: 0\r\nContent-Type: application/offset+octet-stream\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n", path, imageToken, len(sent))
+	fmt.Fprintf(conn, "PATCH %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\nAuthorization: Bearer %s\r\nTus-Resumable: 1.0.0\r\nUpload-Offset: 0\r\nContent-Type: application/offset+octet-stream\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n", path, strings.TrimPrefix(m.URL, "http://"), imageToken, len(sent))
 	reader := bufio.NewReader(conn)
 	// It is being read, and no connection that waits to be accepted.
 	if line, err := reader.ReadString('\n'); err != nil || !strings.Contains(line, "100 Continue") {

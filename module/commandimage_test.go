@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/caddy-registry/mirror/internal/regtest"
+	"github.com/caddy-registry/mirror/internal/regtest/longhorn"
 )
 
 // imageProcess is `caddy registry backing-images` as a process, with nothing but its
@@ -108,8 +109,7 @@ func (p *imageProcess) stop() {
 // TestImageServer: the server that its environment alone configures, with the commands
 // that speak to it.
 func TestImageServer(t *testing.T) {
-	manager := httptest.NewServer(http.NotFoundHandler())
-	defer manager.Close()
+	manager := longhorn.New(t, longhorn.Options{})
 	dir := t.TempDir()
 	env := imageEnv(t, "LONGHORN_API_URL="+manager.URL, "BACKING_IMAGE_STORAGE_PATH="+dir, "LOG_LEVEL=info")
 	p := startImageProcess(t, env)

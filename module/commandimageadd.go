@@ -392,7 +392,7 @@ func imagePull(cmd *cobra.Command, args []string) error {
 		fmt.Fprintln(cmd.OutOrStdout(), begun.ID)
 		return nil
 	}
-	job, err := server.followJob(ctx, begun.ID, bar(cmd, -1, "pulling"))
+	job, err := server.followJob(ctx, begun.ID, bar(cmd, -1, "pulling"), cmd.ErrOrStderr())
 	if err != nil {
 		return err
 	}
@@ -406,9 +406,10 @@ func imagePull(cmd *cobra.Command, args []string) error {
 	return printVersion(cmd, v)
 }
 
-// followJob follows a job to its end.
-func (a *imageAPI) followJob(ctx context.Context, id string, shown *progressbar.ProgressBar) (backing.Job, error) {
+// followJob follows a job to its end, and tells why it is tried again.
+func (a *imageAPI) followJob(ctx context.Context, id string, shown *progressbar.ProgressBar, to io.Writer) (backing.Job, error) {
 	defer shown.Clear()
+	told := ""
 	tick := time.NewTicker(askProgress)
 	defer tick.Stop()
 	for missed := 0; ; {
@@ -418,6 +419,11 @@ func (a *imageAPI) followJob(ctx context.Context, id string, shown *progressbar.
 			return job, nil
 		case err == nil:
 			missed = 0
+			if job.Error != "" && job.Error != told {
+				told = job.Error
+				_ = shown.Clear()
+				fmt.Fprintf(to, "%s; it is tried again\n", told)
+			}
 			if job.Progress.Total > 0 && shown.GetMax64() != job.Progress.Total {
 				shown.ChangeMax64(job.Progress.Total)
 			}

@@ -125,7 +125,7 @@ func TestDecompressChecks(t *testing.T) {
 func TestDecompressCut(t *testing.T) {
 	for kind, make := range compress {
 		t.Run(kind, func(t *testing.T) {
-			packed := make(t, content(3000))
+			packed := make(t, content(1200))
 			for n := 1; n < len(packed); n++ {
 				if got, err := decompress(kind, bytes.NewReader(packed[:n])); err == nil {
 					t.Errorf("cut after %d of %d bytes, it is %d bytes without an error", n, len(packed), len(got))
@@ -139,7 +139,7 @@ func TestDecompressCut(t *testing.T) {
 func TestDecompressDamaged(t *testing.T) {
 	for kind, make := range compress {
 		t.Run(kind, func(t *testing.T) {
-			want := content(3000)
+			want := content(1200)
 			packed := make(t, want)
 			for i := range packed {
 				bad := bytes.Clone(packed)

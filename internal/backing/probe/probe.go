@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 )
 
 // Format is what a file is. Besides those named here it is the name of a magic, as in
@@ -48,7 +49,7 @@ type QCOW2Info struct {
 // Longhorn is whether Longhorn can use a file, and why not.
 type Longhorn struct {
 	Compatible bool      `json:"compatible"`
-	Problems   []Problem `json:"problems"`
+	Problems   []Problem `json:"problems"` // what is always refused first
 }
 
 // Problem is one reason why Longhorn cannot use a file, or nobody should.
@@ -111,6 +112,15 @@ func File(ctx context.Context, r io.ReaderAt, size int64) (*Report, error) {
 	if rest := size % sector; rest != 0 && (report.Format == Raw || report.Format == QCOW2 || report.Format == ISO) {
 		report.add("size_not_aligned", fmt.Sprintf("the file has %d bytes, and Longhorn takes only multiples of 512: fill it with zeros by 'truncate -s %d IMAGE', or for a raw disk 'qemu-img resize -f raw IMAGE %[2]d'", size, size-rest+sector))
 	}
+	slices.SortStableFunc(report.Longhorn.Problems, func(a, b Problem) int {
+		switch {
+		case a.Refused && !b.Refused:
+			return -1
+		case b.Refused && !a.Refused:
+			return 1
+		}
+		return 0
+	})
 	report.Longhorn.Compatible = len(report.Longhorn.Problems) == 0
 	return report, ctx.Err()
 }
