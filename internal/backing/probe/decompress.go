@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
+	"github.com/mikelolasagasti/xz"
 )
 
 // maxWindow is how far back what is compressed may refer, in bytes: what "zstd
@@ -39,7 +41,13 @@ func Decompress(kind string, r io.Reader) (io.ReadCloser, error) {
 		}
 		return g, nil
 	case "xz":
-		return newXZ(r)
+		// It loses bytes that come together with the end, which a MultiReader gives
+		// one after the other.
+		x, err := xz.NewReader(io.MultiReader(r, strings.NewReader("")), maxWindow)
+		if err != nil {
+			return nil, unexpected(err)
+		}
+		return io.NopCloser(x), nil
 	case "zst":
 		d, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
@@ -48,4 +56,12 @@ func Decompress(kind string, r io.Reader) (io.ReadCloser, error) {
 		return d.IOReadCloser(), nil
 	}
 	return nil, fmt.Errorf("no compression is called %q: use gz, xz or zst", kind)
+}
+
+// unexpected is the error of a file that ends before anything has begun.
+func unexpected(err error) error {
+	if err == io.EOF {
+		return io.ErrUnexpectedEOF
+	}
+	return err
 }
