@@ -53,7 +53,7 @@ func (m *Mirror) soon(ctx context.Context, t Target, many bool) (_ context.Conte
 	most := 4 * m.hurry
 	if t.Upstream != nil {
 		most = m.hurry
-		if m.hushed() {
+		if time.Since(time.Unix(0, m.silent.Load())) < storePause {
 			most = min(most, storeHaste)
 		}
 	}
@@ -69,12 +69,6 @@ func (m *Mirror) soon(ctx context.Context, t Target, many bool) (_ context.Conte
 		}
 		return errSilent
 	}
-}
-
-// hushed reports whether the store has lately not answered: nothing is stored in it of
-// what is mirrored then, since that takes more questions.
-func (m *Mirror) hushed() bool {
-	return m.distant != nil && time.Since(time.Unix(0, m.silent.Load())) < storePause
 }
 
 // absent reports whether what was asked of the store counts as not held.

@@ -300,10 +300,6 @@ var errUnclaimed = fmt.Errorf("what the repository is recorded as is not known: 
 // claim records a mirrored repository before anything is stored in it. Where the
 // store cannot say what it is, the error is errUnclaimed.
 func (m *Mirror) claim(ctx context.Context, t Target) error {
-	if m.hushed() {
-		m.unclaimed.Add(t.Repository, t)
-		return errUnclaimed
-	}
 	asking, done := m.soon(ctx, t, false)
 	record, err := m.tree.Claim(asking, t.Repository, tree.Record{
 		Class:    tree.Mirrored,
