@@ -80,6 +80,9 @@ func (k *Keeper) retention(dry bool) (Job, func(context.Context, *job) error) {
 			return err
 		}
 		defer func() { <-k.jobs.turn }()
+		if err := k.Flush(ctx); err != nil { // repositories may have been told of that are not listed yet
+			return err
+		}
 		j.update(func(now *Job) { now.Done, now.Total = 0, 0 })
 		set := k.set.Load()
 		var pace pace
