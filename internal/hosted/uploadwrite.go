@@ -265,7 +265,7 @@ func (u *Upload) take(ctx context.Context, body Body, room *room) error {
 	}
 	if limit >= 0 && came == limit { // is that all?
 		var more [1]byte
-		n, err := fill(body.Reader, more[:])
+		n, err := readFull(body.Reader, more[:])
 		switch {
 		case n > 0 && body.Length < 0:
 			return tooLarge()
@@ -282,9 +282,9 @@ func (u *Upload) take(ctx context.Context, body Body, room *room) error {
 	return nil
 }
 
-// fill reads until a buffer is full. The end of r is io.EOF, whether or not there
+// readFull reads until a buffer is full. The end of r is io.EOF, whether or not there
 // was something before it.
-func fill(r io.Reader, p []byte) (n int, err error) {
+func readFull(r io.Reader, p []byte) (n int, err error) {
 	for n < len(p) && err == nil {
 		var m int
 		m, err = r.Read(p[n:])
@@ -304,7 +304,7 @@ func (u *Upload) write(ctx context.Context, r io.Reader, room *room) error {
 		buffer := smallBuffers.Get().(*[smallBuffer]byte)
 		defer smallBuffers.Put(buffer)
 		for {
-			n, err := fill(r, buffer[:])
+			n, err := readFull(r, buffer[:])
 			if failed := w.write(buffer[:n]); failed != nil {
 				return failed
 			}
@@ -315,7 +315,7 @@ func (u *Upload) write(ctx context.Context, r io.Reader, room *room) error {
 	}
 	first := largeBuffers.Get().(*[largeBuffer]byte)
 	defer largeBuffers.Put(first)
-	n, err := fill(r, first[:])
+	n, err := readFull(r, first[:])
 	if err != nil { // most blobs are small
 		if failed := w.write(first[:n]); failed != nil {
 			return failed
@@ -342,7 +342,7 @@ func (u *Upload) write(ctx context.Context, r io.Reader, room *room) error {
 	free <- second[:]
 	for err == nil && !over.Load() {
 		buffer := <-free
-		n, err = fill(r, buffer)
+		n, err = readFull(r, buffer)
 		runs <- buffer[:n]
 	}
 	close(runs)
