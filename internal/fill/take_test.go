@@ -287,6 +287,7 @@ func TestPullNotTaken(t *testing.T) {
 	if err := pull(func(context.Context, fill.File) error { return fill.ErrRefused }); !errors.Is(err, fill.ErrRefused) {
 		t.Fatalf("want refused: %v", err)
 	}
+	eventually(t, "its files to be put away", func() bool { return fill.Under(x.Table) == 0 }) // Pull returns with Take
 	if left := x.spooled(); len(left) > 0 {
 		t.Errorf("left: %q", left)
 	}
