@@ -8,7 +8,7 @@ import (
 )
 
 // convey writes what a reader gives, to its end, of which the first buffer is full. It
-// reads, writes and computes each of the hashes at the same time, so that it takes as
+// reads, writes and, where there are two, computes each of the hashes at the same time, so that it takes as
 // long as the slowest of these does: a run is written once it has been read, hashed once
 // it has been written, and its buffer is free again once every hash has taken it.
 //
@@ -19,13 +19,17 @@ func (w *writer) convey(r io.Reader, first *[largeBuffer]byte) error {
 	for range maxBuffers - 1 {
 		free <- nil // not made yet
 	}
-	w.behind = newHashing(&w.upload.sums, free)
+	if w.upload.sums.other != nil { // one hash is quicker in the writer, whose cache has the run
+		w.behind = newHashing(&w.upload.sums, free)
+	}
 	runs, done := make(chan *buffer, maxBuffers), make(chan error, 1)
 	var over atomic.Bool
 	go func() {
 		var failed error
 		for b := range runs {
-			w.behind.of = b
+			if w.behind != nil {
+				w.behind.of = b
+			}
 			if failed == nil {
 				if failed = w.write(b.bytes[:b.n]); failed != nil {
 					over.Store(true)
@@ -48,8 +52,10 @@ func (w *writer) convey(r io.Reader, first *[largeBuffer]byte) error {
 	}
 	close(runs)
 	failed := <-done
-	w.behind.close()
-	w.behind = nil
+	if w.behind != nil {
+		w.behind.close()
+		w.behind = nil
+	}
 	for range maxBuffers {
 		if b := <-free; b != nil {
 			largeBuffers.Put(b.bytes)
@@ -93,9 +99,6 @@ type hashed struct {
 func newHashing(s *sums, free chan<- *buffer) *hashing {
 	h := &hashing{}
 	for _, sum := range []hash.Hash{s.sha256, s.other} {
-		if sum == nil {
-			continue
-		}
 		lane := make(chan hashed, maxBuffers) // never full
 		h.lanes = append(h.lanes, lane)
 		h.ended.Go(func() {
