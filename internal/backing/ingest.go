@@ -17,9 +17,9 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/backing/probe"
 	"github.com/caddy-registry/mirror/internal/failpoint"
+	"github.com/caddy-registry/mirror/internal/fill"
 	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/layout"
-	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/storage"
 )
 
@@ -277,14 +277,14 @@ type arrival struct {
 	step    func(State)
 
 	is       *probe.Report
-	file     oci.File // that is kept
-	unpacked bool     // it is another than the one that came
-	had      string   // the version that has the bytes already
+	file     fill.File // that is kept
+	unpacked bool      // it is another than the one that came
+	had      string    // the version that has the bytes already
 }
 
 // judge looks at a file that has come, and returns what is to be kept of it: nothing
 // (a.had is set then, or it has been unpacked into another), or the file itself.
-func (l *Library) judge(ctx context.Context, a *arrival, file oci.File) error {
+func (l *Library) judge(ctx context.Context, a *arrival, file fill.File) error {
 	d := a.draft
 	if d.SHA256 != "" && d.SHA256 != file.SHA256 || d.SHA512 != "" && d.SHA512 != file.SHA512 {
 		return fail(ChecksumMismatch, "the file that came has %s and %s, and not the checksum that was given: transfer it again", file.SHA256, file.SHA512)
@@ -378,7 +378,7 @@ func (l *Library) unpack(ctx context.Context, a *arrival, kind string, f io.Read
 	}
 	a.unpacked = true
 	a.draft.SHA256, a.draft.SHA512 = "", ""
-	_, err = u.Keep(ctx, repository, func(file oci.File) error { return l.check(ctx, a, file) })
+	_, err = u.Keep(ctx, repository, func(file fill.File) error { return l.check(ctx, a, file) })
 	kept = err == nil
 	if errors.Is(err, errHad) {
 		return nil
@@ -434,7 +434,7 @@ func (b *bounded) Read(p []byte) (int, error) {
 var errHad = errors.New("nothing of the file is needed any more")
 
 // check is judge for hosted.Upload.Keep.
-func (l *Library) check(ctx context.Context, a *arrival, file oci.File) error {
+func (l *Library) check(ctx context.Context, a *arrival, file fill.File) error {
 	unpacked := a.unpacked
 	err := l.judge(ctx, a, file)
 	var refused *Error
@@ -633,7 +633,7 @@ func (l *Library) empty(ctx context.Context, repository string) error {
 		return err
 	}
 	if _, err = u.Append(ctx, hosted.Body{Reader: newReader(v1.DescriptorEmptyJSON.Data), At: -1, Length: v1.DescriptorEmptyJSON.Size}); err == nil {
-		_, err = u.Keep(ctx, repository, func(oci.File) error { return nil })
+		_, err = u.Keep(ctx, repository, func(fill.File) error { return nil })
 	}
 	if err != nil {
 		u.Cancel(ctx) // or it expires

@@ -19,7 +19,6 @@ import (
 	"github.com/caddy-registry/mirror/internal/backing/pull"
 	"github.com/caddy-registry/mirror/internal/fill"
 	"github.com/caddy-registry/mirror/internal/layout"
-	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/upstream"
 	"github.com/caddy-registry/mirror/storage"
 )
@@ -405,7 +404,7 @@ func (l *Library) attempt(ctx context.Context, j *job) error {
 	l.changeJob(j, func(is *Job) { is.Step, is.Progress = Fetching, Progress{0, content.Size} })
 	want := fill.Want{
 		Size: content.Size, Sources: content.Sources, Connections: 4,
-		Take: func(ctx context.Context, file oci.File) error {
+		Take: func(ctx context.Context, file fill.File) error {
 			l.changeJob(j, func(is *Job) { is.Step, is.Progress.Received = Verifying, is.Progress.Total })
 			return l.take(ctx, a, file)
 		},
@@ -437,7 +436,7 @@ func (l *Library) attempt(ctx context.Context, j *job) error {
 }
 
 // take is where the bytes of a pull come to the store.
-func (l *Library) take(ctx context.Context, a *arrival, file oci.File) error {
+func (l *Library) take(ctx context.Context, a *arrival, file fill.File) error {
 	repository := l.repository(a.draft.Name)
 	if file.Path == "" {
 		return l.takeStored(ctx, a, file)
@@ -457,7 +456,7 @@ func (l *Library) take(ctx context.Context, a *arrival, file oci.File) error {
 
 // takeStored makes use of bytes that another pull, or an earlier process, has put into
 // the store. Where they are not there the error is an fs.ErrNotExist.
-func (l *Library) takeStored(ctx context.Context, a *arrival, file oci.File) error {
+func (l *Library) takeStored(ctx context.Context, a *arrival, file fill.File) error {
 	if k := a.draft.Decompress; k != "" && k != "none" {
 		return fs.ErrNotExist // what was in it was kept
 	}

@@ -13,9 +13,9 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/caddy-registry/mirror/internal/fill"
 	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/layout"
-	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/storage"
 )
 
@@ -200,7 +200,7 @@ func (u *Upload) Finish(ctx context.Context, d Draft) (v Version, created bool, 
 // keep has the bytes of an upload stored.
 func (u *Upload) keep(ctx context.Context, a *arrival) error {
 	l := u.library
-	_, err := u.up.Keep(ctx, l.repository(a.draft.Name), func(file oci.File) error { return l.check(ctx, a, file) })
+	_, err := u.up.Keep(ctx, l.repository(a.draft.Name), func(file fill.File) error { return l.check(ctx, a, file) })
 	if err == nil || errors.Is(err, errHad) {
 		return nil
 	}

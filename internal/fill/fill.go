@@ -121,7 +121,6 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/failpoint"
 	"github.com/caddy-registry/mirror/internal/layout"
-	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/storage"
 )
 
@@ -251,7 +250,7 @@ type Want struct {
 	// has: instead of what is done for Repository. It moves the file away, or has no
 	// need of it, and returns nil; see [Table.Pull]. ctx ends with that of Pull, and
 	// with the table.
-	Take func(ctx context.Context, file oci.File) error
+	Take func(ctx context.Context, file File) error
 	// Anew says that what the store has is wrong, and is to be replaced.
 	Anew bool
 }

@@ -12,7 +12,6 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/caddy-registry/mirror/internal/fill"
-	"github.com/caddy-registry/mirror/internal/oci"
 )
 
 // pulling is who pulls in a schedule; below somePull, nobody does.
@@ -40,7 +39,7 @@ func (m *model) puller() {
 	}
 	var said error
 	asked := 0
-	want.Take = func(ctx context.Context, f oci.File) error {
+	want.Take = func(ctx context.Context, f fill.File) error {
 		asked++
 		said = m.take(ctx, f)
 		return said
@@ -67,11 +66,11 @@ func (m *model) puller() {
 }
 
 // take takes a file, or does not.
-func (m *model) take(ctx context.Context, f oci.File) error {
+func (m *model) take(ctx context.Context, f fill.File) error {
 	m.pause(ctx, 20*time.Millisecond)
 	outcome := m.n(6)
 	honest := !m.wrong || !m.byName
-	want := oci.File{Path: f.Path, Size: int64(len(m.content)), SHA256: digest.FromBytes(m.content), SHA512: digest.SHA512.FromBytes(m.content)}
+	want := fill.File{Path: f.Path, Size: int64(len(m.content)), SHA256: digest.FromBytes(m.content), SHA512: digest.SHA512.FromBytes(m.content)}
 	if honest && f != want {
 		m.t.Errorf("offered %+v, want %+v", f, want)
 	}

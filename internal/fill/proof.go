@@ -8,8 +8,6 @@ import (
 	"sync"
 
 	"github.com/opencontainers/go-digest"
-
-	"github.com/caddy-registry/mirror/internal/oci"
 )
 
 // proof is the digest of content up to an offset. It is both the digest asked
@@ -129,14 +127,14 @@ func (f *Fill) hashable() int64 {
 }
 
 // file is check for content that is taken, of which the sha512 is known too.
-func (p *proof) file(d digest.Digest, from string) (oci.File, error) {
-	f := oci.File{Size: p.at, SHA256: digest.NewDigest(digest.SHA256, p.sha256), SHA512: digest.NewDigest(digest.SHA512, p.asked)}
+func (p *proof) file(d digest.Digest, from string) (File, error) {
+	f := File{Size: p.at, SHA256: digest.NewDigest(digest.SHA256, p.sha256), SHA512: digest.NewDigest(digest.SHA512, p.asked)}
 	if d != "" && d != f.SHA256 && d != f.SHA512 {
 		got := f.SHA256
 		if d.Algorithm() == digest.SHA512 {
 			got = f.SHA512
 		}
-		return oci.File{}, fmt.Errorf("%w: %s delivered %s for %s", ErrDigest, from, got, d)
+		return File{}, fmt.Errorf("%w: %s delivered %s for %s", ErrDigest, from, got, d)
 	}
 	return f, nil
 }

@@ -15,7 +15,6 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/caddy-registry/mirror/internal/failpoint"
-	"github.com/caddy-registry/mirror/internal/oci"
 )
 
 // ErrRefused is wrapped by the error of a [Want.Take] that does not want the file, and
@@ -28,7 +27,7 @@ const progressEvery = time.Second / 4
 // A taker is one Pull, waiting for its turn to take the file.
 type taker struct {
 	ctx  context.Context
-	take func(context.Context, oci.File) error
+	take func(context.Context, File) error
 	done chan error // has room for one
 }
 
@@ -153,7 +152,7 @@ func (f *Fill) nextTaker(taken bool) *taker {
 // where that is empty. It reports whether somebody has taken it, and whether it is of
 // no use to anybody else. The error is an fs.ErrNotExist if it is to be fetched again,
 // since it is gone and the first who was asked does not find it.
-func (f *Fill) offer(file oci.File, fetched bool) (taken, unwanted bool, err error) {
+func (f *Fill) offer(file File, fetched bool) (taken, unwanted bool, err error) {
 	path := file.Path
 	failed := false
 	for {
@@ -191,7 +190,7 @@ func (f *Fill) offer(file oci.File, fetched bool) (taken, unwanted bool, err err
 }
 
 // turn has one take the file.
-func (f *Fill) turn(tk *taker, file oci.File) error {
+func (f *Fill) turn(tk *taker, file File) error {
 	ctx, cancel := context.WithCancelCause(tk.ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(f.table.ctx, func() { cancel(ErrClosed) })()
@@ -224,7 +223,7 @@ func (f *Fill) over() bool {
 }
 
 // hand lets the file in the spool be taken.
-func (f *Fill) hand(s *spool, file oci.File) error {
+func (f *Fill) hand(s *spool, file File) error {
 	s.settle()
 	// If somebody takes the file, and nobody gets to say so, what it was is known.
 	err := errors.Join(s.append(line{Segments: s.pending, SHA256: file.SHA256, SHA512: file.SHA512}), s.ledger.Sync())
@@ -248,22 +247,22 @@ func (f *Fill) hand(s *spool, file oci.File) error {
 
 // departed looks for the traces of a file that was whole and is gone: a ledger that
 // says what it was, and no file.
-func (f *Fill) departed(name string) (oci.File, bool) {
+func (f *Fill) departed(name string) (File, bool) {
 	if _, err := os.Lstat(name); !errors.Is(err, fs.ErrNotExist) {
-		return oci.File{}, false
+		return File{}, false
 	}
 	info, err := os.Stat(name + ledgerSuffix)
 	if err != nil || info.Size() > maxLedger {
-		return oci.File{}, false
+		return File{}, false
 	}
 	text, err := os.ReadFile(name + ledgerSuffix)
 	if err != nil {
-		return oci.File{}, false
+		return File{}, false
 	}
-	file := oci.File{Size: f.key.size}
+	file := File{Size: f.key.size}
 	first, rest, n := readLine(text)
 	if n == 0 || first.Version != ledgerVersion || first.Digest != f.key.digest || first.Size != f.key.size {
-		return oci.File{}, false
+		return File{}, false
 	}
 	for n > 0 {
 		var l line

@@ -19,12 +19,11 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/failpoint"
 	"github.com/caddy-registry/mirror/internal/fill"
-	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/storage"
 )
 
 // named is content whose digest nobody knows.
-func named(data []byte, take func(context.Context, oci.File) error, sources ...fill.Source) fill.Want {
+func named(data []byte, take func(context.Context, fill.File) error, sources ...fill.Source) fill.Want {
 	return fill.Want{Name: "https://example.test/image \"1\"", Size: int64(len(data)), Take: take, Sources: sources, Connections: 4}
 }
 
@@ -35,16 +34,16 @@ type shelf struct {
 	data []byte // what they must be
 
 	mu    sync.Mutex
-	files []oci.File // as they came
+	files []fill.File // as they came
 }
 
 func newShelf(t *testing.T, data []byte) *shelf { return &shelf{t: t, dir: t.TempDir(), data: data} }
 
-func (s *shelf) take(_ context.Context, f oci.File) error {
+func (s *shelf) take(_ context.Context, f fill.File) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.files = append(s.files, f)
-	want := oci.File{Path: f.Path, Size: int64(len(s.data)), SHA256: digest.SHA256.FromBytes(s.data), SHA512: digest.SHA512.FromBytes(s.data)}
+	want := fill.File{Path: f.Path, Size: int64(len(s.data)), SHA256: digest.SHA256.FromBytes(s.data), SHA512: digest.SHA512.FromBytes(s.data)}
 	if f != want {
 		return fmt.Errorf("got %+v, want %+v", f, want)
 	}
@@ -58,10 +57,10 @@ func (s *shelf) take(_ context.Context, f oci.File) error {
 	return os.Rename(f.Path, filepath.Join(s.dir, "taken"))
 }
 
-func (s *shelf) taken() []oci.File {
+func (s *shelf) taken() []fill.File {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return append([]oci.File(nil), s.files...)
+	return append([]fill.File(nil), s.files...)
 }
 
 // TestPull: the whole comes as a file, however small, and with both digests. Nothing
@@ -107,7 +106,7 @@ func TestPull(t *testing.T) {
 // TestPullAsksForSense: what cannot be pulled is not begun.
 func TestPullAsksForSense(t *testing.T) {
 	x := newTable(t)
-	take := func(context.Context, oci.File) error { t.Error("it was taken"); return nil }
+	take := func(context.Context, fill.File) error { t.Error("it was taken"); return nil }
 	for what, want := range map[string]fill.Want{
 		"nobody takes": {Name: "n"},
 		"no identity":  {Take: take},
@@ -134,7 +133,7 @@ func TestPullWrong(t *testing.T) {
 	bad := bytes.Clone(data)
 	bad[mib] ^= 1
 	src := &source{name: "a", data: bad}
-	want := named(data, func(context.Context, oci.File) error { t.Error("it was taken"); return nil }, src)
+	want := named(data, func(context.Context, fill.File) error { t.Error("it was taken"); return nil }, src)
 	want.Digest = d
 	if err := x.Pull(t.Context(), want, nil); !errors.Is(err, fill.ErrDigest) || src.blamed.Load() != 1 {
 		t.Errorf("want a wrong digest: %v; blamed %d times", err, src.blamed.Load())
@@ -200,7 +199,7 @@ func TestPullStops(t *testing.T) {
 	data, _ := random(8 * mib)
 	a := &source{name: "a", data: data, gate: make(chan struct{}), gateAt: 6 * mib}
 	ctx, cancel := context.WithCancel(t.Context())
-	take := func(context.Context, oci.File) error { t.Error("it was taken"); return nil }
+	take := func(context.Context, fill.File) error { t.Error("it was taken"); return nil }
 	err := x.Pull(ctx, named(data, take, a), func(n int64) {
 		if n == 6*mib {
 			cancel()
@@ -225,9 +224,9 @@ func TestPullShared(t *testing.T) {
 	a := &source{name: "a", data: data, gate: make(chan struct{}), gateAt: mib}
 	first, second := newShelf(t, data), newShelf(t, data)
 	broken := errors.New("the probe is down")
-	takes := []func(context.Context, oci.File) error{
-		func(context.Context, oci.File) error { return fmt.Errorf("%w: it is HTML", fill.ErrRefused) },
-		func(context.Context, oci.File) error { return broken },
+	takes := []func(context.Context, fill.File) error{
+		func(context.Context, fill.File) error { return fmt.Errorf("%w: it is HTML", fill.ErrRefused) },
+		func(context.Context, fill.File) error { return broken },
 		first.take,
 		second.take,
 	}
@@ -268,11 +267,11 @@ func TestPullNotTaken(t *testing.T) {
 	data, d := random(2 * mib)
 	src := &source{name: "a", data: data}
 	broken := errors.New("the store is down")
-	pull := func(take func(context.Context, oci.File) error) error {
+	pull := func(take func(context.Context, fill.File) error) error {
 		return x.Pull(t.Context(), named(data, take, src), nil)
 	}
 	for range 2 {
-		if err := pull(func(context.Context, oci.File) error { return broken }); !errors.Is(err, broken) {
+		if err := pull(func(context.Context, fill.File) error { return broken }); !errors.Is(err, broken) {
 			t.Fatalf("want %v: %v", broken, err)
 		}
 	}
@@ -285,9 +284,10 @@ func TestPullNotTaken(t *testing.T) {
 	}
 	f.Release()
 	eventually(t, "the blob to be linked", func() bool { return x.linked("r", d) })
-	if err := pull(func(context.Context, oci.File) error { return fill.ErrRefused }); !errors.Is(err, fill.ErrRefused) {
+	if err := pull(func(context.Context, fill.File) error { return fill.ErrRefused }); !errors.Is(err, fill.ErrRefused) {
 		t.Fatalf("want refused: %v", err)
 	}
+	eventually(t, "its files to be put away", func() bool { return fill.Under(x.Table) == 0 }) // Pull returns with Take
 	if left := x.spooled(); len(left) > 0 {
 		t.Errorf("left: %q", left)
 	}
@@ -331,7 +331,7 @@ func TestPullGone(t *testing.T) {
 	data, _ := random(2 * mib)
 	src := &source{name: "a", data: data}
 	broken := errors.New("the link could not be written")
-	moves := func(_ context.Context, f oci.File) error {
+	moves := func(_ context.Context, f fill.File) error {
 		if f.Path != "" {
 			os.Remove(f.Path)
 		}
@@ -349,7 +349,7 @@ func TestPullGone(t *testing.T) {
 	x = openTable(t, x.dir)
 	shelf := newShelf(t, data)
 	var asked atomic.Int64
-	err := x.Pull(t.Context(), named(data, func(ctx context.Context, f oci.File) error {
+	err := x.Pull(t.Context(), named(data, func(ctx context.Context, f fill.File) error {
 		if asked.Add(1) == 1 {
 			if f.Path != "" || f.SHA256 != digest.FromBytes(data) {
 				t.Errorf("first it is offered as %+v", f)

@@ -171,7 +171,7 @@ func (u *Upload) fetchFrom(ctx context.Context, f *os.File, p piece, at, came in
 	defer smallBuffers.Put(buffer)
 	in := io.LimitReader(r, p.Size-came)
 	for {
-		m, err := fill(in, buffer[:])
+		m, err := readFull(in, buffer[:])
 		if _, failed := f.WriteAt(buffer[:m], at+came+n); failed != nil {
 			return n, full(failed)
 		}

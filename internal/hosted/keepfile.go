@@ -6,13 +6,13 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
-	"github.com/caddy-registry/mirror/internal/oci"
+	"github.com/caddy-registry/mirror/internal/fill"
 )
 
 // KeepFile stores a file that is whole and proven in a repository under its sha256, as
 // [Upload.Keep] does, and within the same quota. It takes the file as
 // [storage.Store.PutFile] does.
-func (h *Registry) KeepFile(ctx context.Context, repository string, file oci.File) error {
+func (h *Registry) KeepFile(ctx context.Context, repository string, file fill.File) error {
 	done, err := h.grant(ctx, repository, file.Size)
 	if err != nil {
 		return err

@@ -10,7 +10,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/caddy-registry/mirror/internal/failpoint"
-	"github.com/caddy-registry/mirror/internal/oci"
+	"github.com/caddy-registry/mirror/internal/fill"
 )
 
 // ErrRefused is wrapped by the check of a [Upload.Keep] that does not want the file,
@@ -61,37 +61,37 @@ func (h *Registry) Received(ctx context.Context, id string) (*Upload, error) {
 // upload is no more. After any other error it can be kept again, or gone on with. One
 // whose bytes the store has, and only their link is missing, is not checked again, but
 // for its next Keep in this process to store the link.
-func (u *Upload) Keep(ctx context.Context, repository string, check func(oci.File) error) (oci.File, error) {
+func (u *Upload) Keep(ctx context.Context, repository string, check func(fill.File) error) (fill.File, error) {
 	release, err := u.hold(ctx, nil)
 	if err != nil {
-		return oci.File{}, err
+		return fill.File{}, err
 	}
 	defer release()
 	if !u.received {
-		return oci.File{}, errors.New("keeping an upload that is a client's to finish")
+		return fill.File{}, errors.New("keeping an upload that is a client's to finish")
 	}
 	file, err := u.keepIn(ctx, repository, check)
 	if err != nil {
 		u.modest(ctx)
-		return oci.File{}, err
+		return fill.File{}, err
 	}
 	return file, nil
 }
 
 // keepIn does so. The caller is the one who writes.
-func (u *Upload) keepIn(ctx context.Context, repository string, check func(oci.File) error) (oci.File, error) {
+func (u *Upload) keepIn(ctx context.Context, repository string, check func(fill.File) error) (fill.File, error) {
 	u.move(repository)
 	if err := u.allow(ctx, 0); err != nil {
-		return oci.File{}, err
+		return fill.File{}, err
 	}
-	file := oci.File{
+	file := fill.File{
 		Size:   u.Offset(),
 		SHA256: digest.NewDigest(digest.SHA256, u.sums.sha256),
 		SHA512: digest.NewDigest(digest.SHA512, u.sums.other),
 	}
 	if u.stored == nil {
 		if err := u.exist(); err != nil {
-			return oci.File{}, err
+			return fill.File{}, err
 		}
 		whole := file
 		whole.Path = u.path
@@ -102,7 +102,7 @@ func (u *Upload) keepIn(ctx context.Context, repository string, check func(oci.F
 			u.drop()
 		}
 		if err != nil {
-			return oci.File{}, err
+			return fill.File{}, err
 		}
 		failpoint.Hit("receive.checked")
 	}

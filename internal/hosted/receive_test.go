@@ -15,6 +15,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/caddy-registry/mirror/internal/failpoint"
+	"github.com/caddy-registry/mirror/internal/fill"
 	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/storage"
@@ -39,10 +40,10 @@ func (h *host) received(id string) *hosted.Upload {
 }
 
 // is checks that a file is what was sent.
-func is(data []byte) func(oci.File) error {
-	return func(f oci.File) error {
+func is(data []byte) func(fill.File) error {
+	return func(f fill.File) error {
 		got, err := os.ReadFile(f.Path)
-		want := oci.File{Path: f.Path, Size: int64(len(data)), SHA256: digest.SHA256.FromBytes(data), SHA512: digest.SHA512.FromBytes(data)}
+		want := fill.File{Path: f.Path, Size: int64(len(data)), SHA256: digest.SHA256.FromBytes(data), SHA512: digest.SHA512.FromBytes(data)}
 		switch {
 		case err != nil:
 			return err
@@ -116,7 +117,7 @@ func TestReceiveIsApart(t *testing.T) {
 		if _, err := h.Received(t.Context(), "../"+received.ID()); !errors.Is(err, hosted.ErrNoUpload) {
 			t.Errorf("a strange name: %v", err)
 		}
-		if _, err := pushed.Keep(t.Context(), "images/one", func(oci.File) error { return nil }); err == nil {
+		if _, err := pushed.Keep(t.Context(), "images/one", func(fill.File) error { return nil }); err == nil {
 			t.Error("a client's upload was kept")
 		}
 		h.restart()
@@ -132,7 +133,7 @@ func TestReceiveRefused(t *testing.T) {
 	h.append(u, body(data), 1<<20)
 	down := errors.New("the probe is down")
 	for range 2 {
-		if _, err := u.Keep(t.Context(), "images/one", func(oci.File) error { return down }); !errors.Is(err, down) {
+		if _, err := u.Keep(t.Context(), "images/one", func(fill.File) error { return down }); !errors.Is(err, down) {
 			t.Fatalf("want %v: %v", down, err)
 		}
 		a = &allowance{limit: 10 << 20} // the next process knows of nothing that was granted
@@ -141,12 +142,12 @@ func TestReceiveRefused(t *testing.T) {
 	}
 	a.limit = 1<<20 - 1
 	checked := false
-	_, err := u.Keep(t.Context(), "images/one", func(oci.File) error { checked = true; return nil })
+	_, err := u.Keep(t.Context(), "images/one", func(fill.File) error { checked = true; return nil })
 	if !errors.Is(err, storage.ErrFull) || checked {
 		t.Fatalf("beyond the quota: %v, checked: %v", err, checked)
 	}
 	a.limit = 10 << 20
-	refused := func(f oci.File) error { return fmt.Errorf("%w: it is HTML", hosted.ErrRefused) }
+	refused := func(f fill.File) error { return fmt.Errorf("%w: it is HTML", hosted.ErrRefused) }
 	if _, err := u.Keep(t.Context(), "images/one", refused); !errors.Is(err, hosted.ErrRefused) {
 		t.Fatalf("want refused: %v", err)
 	}
@@ -185,7 +186,7 @@ func TestReceiveMoves(t *testing.T) {
 		}
 		u := h.receive()
 		h.append(u, body(data), 1000)
-		_, err := u.Keep(t.Context(), "images/one", func(oci.File) error {
+		_, err := u.Keep(t.Context(), "images/one", func(fill.File) error {
 			if a, b := out["images/_"], out["images/one"]; a+b != 1000 || (a == 1000) != together {
 				t.Errorf("together: %v; granted are %v", together, out)
 			}
@@ -206,7 +207,7 @@ func TestReceiveKeptTwice(t *testing.T) {
 	u := h.receive()
 	h.append(u, body(data), 100_000)
 	second, written := make(chan error, 1), make(chan error, 1)
-	_, err := u.Keep(t.Context(), "images/one", func(f oci.File) error {
+	_, err := u.Keep(t.Context(), "images/one", func(f fill.File) error {
 		soon, cancel := context.WithCancel(t.Context())
 		cancel()
 		go func() {
@@ -217,7 +218,7 @@ func TestReceiveKeptTwice(t *testing.T) {
 			t.Errorf("somebody wrote while it was checked: %v", err)
 		}
 		go func() {
-			_, err := u.Keep(t.Context(), "images/two", func(oci.File) error { return nil })
+			_, err := u.Keep(t.Context(), "images/two", func(fill.File) error { return nil })
 			second <- err
 		}()
 		return is(data)(f)
@@ -265,7 +266,7 @@ func TestReceiveUnavailable(t *testing.T) {
 		t.Fatalf("the store is down: %v", err)
 	}
 	h.store.Store = healthy
-	file, err := h.received(u.ID()).Keep(t.Context(), "images/one", func(oci.File) error {
+	file, err := h.received(u.ID()).Keep(t.Context(), "images/one", func(fill.File) error {
 		t.Error("it was checked again")
 		return nil
 	})

@@ -32,7 +32,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // host is a registry on a store, with what it has set aside.
 type host struct {
 	*hosted.Registry
-	t     *testing.T
+	t     testing.TB
 	tree  *tree.Tree
 	store *counted
 	dir   string
@@ -314,7 +314,7 @@ func TestUploadDamaged(t *testing.T) {
 	}
 }
 
-func appendTo(t *testing.T, name string, data []byte) {
+func appendTo(t testing.TB, name string, data []byte) {
 	f, err := os.OpenFile(name, os.O_APPEND|os.O_WRONLY, 0)
 	if err == nil {
 		_, err = f.Write(data)

@@ -9,7 +9,6 @@ import (
 	"os"
 	"slices"
 	"sync"
-	"sync/atomic"
 
 	"github.com/dustin/go-humanize"
 	"github.com/opencontainers/go-digest"
@@ -20,10 +19,11 @@ import (
 )
 
 const (
-	// largeBuffer is how much is read before it is written, of which there are
-	// two: one is filled while the other one is written and hashed. Those who
-	// come when maxLarge requests have them do with one small one.
+	// largeBuffer is how much is read before it is written, of which a request has
+	// up to maxBuffers: see conveyor. Those who come when maxLarge requests have
+	// them do with one small one.
 	largeBuffer = 512 << 10
+	maxBuffers  = 3
 	smallBuffer = 32 << 10
 	maxLarge    = 8
 
@@ -265,7 +265,7 @@ func (u *Upload) take(ctx context.Context, body Body, room *room) error {
 	}
 	if limit >= 0 && came == limit { // is that all?
 		var more [1]byte
-		n, err := fill(body.Reader, more[:])
+		n, err := readFull(body.Reader, more[:])
 		switch {
 		case n > 0 && body.Length < 0:
 			return tooLarge()
@@ -282,9 +282,9 @@ func (u *Upload) take(ctx context.Context, body Body, room *room) error {
 	return nil
 }
 
-// fill reads until a buffer is full. The end of r is io.EOF, whether or not there
+// readFull reads until a buffer is full. The end of r is io.EOF, whether or not there
 // was something before it.
-func fill(r io.Reader, p []byte) (n int, err error) {
+func readFull(r io.Reader, p []byte) (n int, err error) {
 	for n < len(p) && err == nil {
 		var m int
 		m, err = r.Read(p[n:])
@@ -304,7 +304,7 @@ func (u *Upload) write(ctx context.Context, r io.Reader, room *room) error {
 		buffer := smallBuffers.Get().(*[smallBuffer]byte)
 		defer smallBuffers.Put(buffer)
 		for {
-			n, err := fill(r, buffer[:])
+			n, err := readFull(r, buffer[:])
 			if failed := w.write(buffer[:n]); failed != nil {
 				return failed
 			}
@@ -314,39 +314,12 @@ func (u *Upload) write(ctx context.Context, r io.Reader, room *room) error {
 		}
 	}
 	first := largeBuffers.Get().(*[largeBuffer]byte)
-	defer largeBuffers.Put(first)
-	n, err := fill(r, first[:])
-	if err != nil { // most blobs are small
-		if failed := w.write(first[:n]); failed != nil {
-			return failed
-		}
-		return ended(err)
+	n, err := readFull(r, first[:])
+	if err == nil {
+		return w.convey(r, first)
 	}
-	second := largeBuffers.Get().(*[largeBuffer]byte)
-	defer largeBuffers.Put(second)
-	runs, free, done := make(chan []byte, 1), make(chan []byte, 2), make(chan error, 1)
-	var over atomic.Bool
-	go func() {
-		var failed error
-		for run := range runs {
-			if failed == nil {
-				if failed = w.write(run); failed != nil {
-					over.Store(true)
-				}
-			}
-			free <- run[:largeBuffer]
-		}
-		done <- failed
-	}()
-	runs <- first[:n]
-	free <- second[:]
-	for err == nil && !over.Load() {
-		buffer := <-free
-		n, err = fill(r, buffer)
-		runs <- buffer[:n]
-	}
-	close(runs)
-	if failed := <-done; failed != nil {
+	defer largeBuffers.Put(first) // most blobs are small
+	if failed := w.write(first[:n]); failed != nil {
 		return failed
 	}
 	return ended(err)
@@ -365,6 +338,7 @@ type writer struct {
 	room    *room
 	ctx     context.Context
 	file    *os.File // opened by the first write
+	behind  *hashing // what hashes; nil: the writer does
 	noted   int64    // offset when the state was last written down
 	flushed int64    // offset up to which the kernel was told to write
 }
@@ -389,7 +363,11 @@ func (w *writer) write(run []byte) error {
 	}
 	offset := u.Offset()
 	n, err := w.file.WriteAt(run, offset)
-	u.sums.write(run[:n])
+	if w.behind != nil {
+		w.behind.take(run[:n])
+	} else {
+		u.sums.write(run[:n])
+	}
 	w.room.use(int64(n))
 	offset += int64(n)
 	u.mu.Lock()
@@ -404,6 +382,9 @@ func (w *writer) write(run []byte) error {
 		w.flushed = offset
 	}
 	if offset-w.noted >= u.registry.run && !(w.room.last && u.shared != nil) {
+		if w.behind != nil {
+			w.behind.wait()
+		}
 		if err := u.save(w.ctx); err != nil {
 			return err
 		}

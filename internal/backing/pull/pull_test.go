@@ -28,7 +28,6 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/backing/pull"
 	"github.com/caddy-registry/mirror/internal/fill"
-	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/upstream"
 	"github.com/caddy-registry/mirror/storage/disk/disktest"
 )
@@ -164,7 +163,7 @@ func open(t *testing.T, r pull.Request) *pull.Content {
 
 // fetch pulls content, and returns its bytes.
 func fetch(ctx context.Context, table *fill.Table, c *pull.Content, progress func(int64)) (got []byte, err error) {
-	err = table.Pull(ctx, fill.Want{Name: c.Name, Size: c.Size, Sources: c.Sources, Connections: 4, Take: func(_ context.Context, f oci.File) error {
+	err = table.Pull(ctx, fill.Want{Name: c.Name, Size: c.Size, Sources: c.Sources, Connections: 4, Take: func(_ context.Context, f fill.File) error {
 		if got, err = os.ReadFile(f.Path); err == nil && digest.FromBytes(got) != f.SHA256 {
 			err = errors.New("the file is not what is said")
 		}

@@ -348,8 +348,7 @@ func (s *source) send(ctx context.Context, method string, header http.Header) (*
 			}
 			return resp, nil
 		}
-		io.CopyN(io.Discard, resp.Body, 4<<10) // so that the connection can be used again
-		resp.Body.Close()
+		resp.Body.Close() // unread: what it sends may never end, and nothing bounds that here
 		next, err := at.Parse(resp.Header.Get("Location"))
 		switch {
 		case err != nil || next.Host == "" || next.Scheme != "http" && next.Scheme != "https" || len(resp.Header.Get("Location")) > maxURL:

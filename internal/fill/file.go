@@ -1,4 +1,4 @@
-package oci
+package fill
 
 import "github.com/opencontainers/go-digest"
 
