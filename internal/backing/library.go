@@ -2,6 +2,7 @@ package backing
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -40,11 +41,13 @@ type Library struct {
 	readAt   time.Time
 	images   map[string]*image
 	files    map[digest.Digest][]*version // by sha512
-	tokens   map[string]string            // to image names
+	tokens   map[[sha256.Size]byte]string // to image names, by digests of the secrets
 	total    int                          // of versions
 	locks    map[string]*imageLock
 	reserved map[string]map[string]bool // image → version names that are on their way
 	jobs     map[string]*job
+	// beginning are the jobs that have room among those that run, and do not yet.
+	beginning int
 	// unfinished are uploads whose bytes are stored, by ID.
 	unfinished map[string]*Upload
 
@@ -64,7 +67,7 @@ func New(p Parts) *Library {
 	}
 	l := &Library{
 		parts: p, now: time.Now, reading: make(chan struct{}, 1), stamps: map[string]stamp{},
-		images: map[string]*image{}, files: map[digest.Digest][]*version{}, tokens: map[string]string{},
+		images: map[string]*image{}, files: map[digest.Digest][]*version{}, tokens: map[[sha256.Size]byte]string{},
 		locks: map[string]*imageLock{}, reserved: map[string]map[string]bool{}, jobs: map[string]*job{}, unfinished: map[string]*Upload{},
 		slots: make(chan struct{}, maxRunning), registrar: newRegistrar(p),
 	}
@@ -370,9 +373,18 @@ func (r *versionRecord) file() string {
 // Version returns a version by its name, by a tag, or by sha512:… or sha256:….
 // An empty reference is the tag latest, or without one the version made last.
 func (l *Library) Version(ctx context.Context, name, reference string) (Version, error) {
-	i, err := l.Image(ctx, name)
-	if err != nil {
+	if err := l.fresh(ctx); err != nil {
 		return Version{}, err
+	}
+	return l.find(name, reference)
+}
+
+// find is Version of what is in memory. Whoever holds an image's lock uses it: reading
+// the records again takes that lock.
+func (l *Library) find(name, reference string) (Version, error) {
+	i, ok := l.view(name)
+	if !ok {
+		return Version{}, noImage(name)
 	}
 	if reference == "" {
 		tag, tagged := i.Tags["latest"]
@@ -481,7 +493,7 @@ func (l *Library) SetTag(ctx context.Context, name, tag, reference, revision str
 		return Tag{}, err
 	}
 	i, _ := l.view(name)
-	v, err := l.Version(ctx, name, reference)
+	v, err := l.find(name, reference)
 	if err != nil {
 		return Tag{}, err
 	}

@@ -48,6 +48,7 @@ type shelf struct {
 	open   bool
 	set    backing.Settings
 	down   atomic.Bool // no record of a version can be written
+	full   atomic.Bool // the budget has no room
 }
 
 // broken is a store that sometimes takes no record of a version.
@@ -107,7 +108,12 @@ func (s *shelf) start() {
 	store := broken{disktest.Open(s.t, s.dir), &s.down}
 	s.store, s.open = store, true
 	s.tree = tree.New(store, nil)
-	s.hosted = hosted.New(hosted.Parts{Store: store, Tree: s.tree, Log: zap.NewNop()})
+	s.hosted = hosted.New(hosted.Parts{Store: store, Tree: s.tree, Log: zap.NewNop(), Quota: func(context.Context, string, int64) (func(), error) {
+		if s.full.Load() {
+			return nil, fmt.Errorf("images/** has no room: %w", hosted.ErrQuota)
+		}
+		return func() {}, nil
+	}})
 	s.fills = fill.NewTable(store, s.tree.LinkBlob, nil, nil)
 	s.Library = backing.New(backing.Parts{Store: store, Tree: s.tree, Hosted: s.hosted, Fills: s.fills, Log: zap.NewNop()})
 	s.Set(s.set)
