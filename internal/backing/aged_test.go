@@ -11,11 +11,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/backing"
+	"github.com/caddy-registry/mirror/internal/fill"
 	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/tree"
+	"github.com/caddy-registry/mirror/storage"
 )
 
 // Where others write, what was read is too old at any moment, also while an image is
@@ -130,5 +133,18 @@ func TestQueue(t *testing.T) {
 	group.Wait()
 	if begun.Load() != backing.MaxQueued || busy.Load() != 20 {
 		t.Errorf("%d begun, %d busy", begun.Load(), busy.Load())
+	}
+}
+
+// What is served wrong is looked at again, and what merely cannot be had is not.
+func TestSuspect(t *testing.T) {
+	var told []digest.Digest
+	l := backing.New(backing.Parts{Suspect: func(d digest.Digest) { told = append(told, d) }})
+	v := backing.Version{Digests: backing.Digests{SHA256: digest.FromString("x")}}
+	for _, err := range []error{nil, storage.ErrUnavailable, fmt.Errorf("read: %w", fill.ErrDigest)} {
+		l.Failed(v, err)
+	}
+	if len(told) != 1 || told[0] != v.Digests.SHA256 {
+		t.Error(told)
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/backing/probe"
+	"github.com/caddy-registry/mirror/internal/fill"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/storage"
 )
@@ -601,6 +602,14 @@ func (l *Library) Open(ctx context.Context, v Version) (io.ReadCloser, storage.I
 		return nil, info, &Error{Code: NotFound, Message: fmt.Sprintf("the bytes of version %s of %s are gone from the store: delete the version, and upload it again", v.Version, v.Name), Err: err}
 	}
 	return r, info, err
+}
+
+// Failed is told why the bytes of a version could not be served: those that are wrong
+// are read again soon by the scrub.
+func (l *Library) Failed(v Version, err error) {
+	if l.parts.Suspect != nil && (errors.Is(err, fill.ErrDigest) || errors.Is(err, fill.ErrSize)) {
+		l.parts.Suspect(v.Digests.SHA256)
+	}
 }
 
 // lost takes note that the bytes of a version are gone.
