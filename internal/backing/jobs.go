@@ -354,7 +354,11 @@ func (l *Library) runJob(ctx context.Context, j *job) {
 			l.endJob(ctx, j, err)
 			return
 		}
-		l.changeJob(j, func(is *Job) { is.Error, is.Retry, is.Step = err.Error(), l.now().Add(wait).UTC(), Fetching })
+		message := err.Error()
+		if told := Known(err); told != nil {
+			message = told.Message
+		}
+		l.changeJob(j, func(is *Job) { is.Error, is.Retry, is.Step = message, l.now().Add(wait).UTC(), Fetching })
 		l.parts.Log.Info("a pull of a backing image failed, and is tried again", zap.String("image", j.record.Job.Name), zap.Duration("after", wait), zap.Error(err))
 		if !pause(ctx, wait) {
 			continue

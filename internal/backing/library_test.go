@@ -11,7 +11,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -664,7 +663,7 @@ func TestPullSurvives(t *testing.T) {
 		if t.Context().Err() != nil {
 			t.Fatal("it is not there")
 		}
-		runtime.Gosched()
+		<-time.After(10 * time.Millisecond)
 	}
 	if end := s.ends(a.ID); end.State != backing.Succeeded {
 		t.Fatalf("%+v", end)
