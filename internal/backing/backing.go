@@ -45,7 +45,9 @@ type Parts struct {
 	Tree   *tree.Tree
 	Hosted *hosted.Registry
 	Fills  *fill.Table
-	Log    *zap.Logger
+	// Suspect is told of a blob that the store delivers wrong; nil: nobody is.
+	Suspect func(digest.Digest)
+	Log     *zap.Logger
 }
 
 // Settings are what a configuration changes.

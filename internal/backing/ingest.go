@@ -471,7 +471,7 @@ func (l *Library) commit(ctx context.Context, a *arrival) (Version, bool, error)
 	if err != nil {
 		return Version{}, false, err
 	}
-	v, err := l.Version(ctx, a.draft.Name, a.version)
+	v, err := l.find(a.draft.Name, a.version)
 	return v, made, err
 }
 

@@ -136,17 +136,15 @@ func (l *Library) Pull(ctx context.Context, d Draft, s Source) (Job, error) {
 		}
 	}
 	s.Type = "url"
-	l.mu.RLock()
-	queued := 0
-	for _, j := range l.jobs {
-		if j.running() {
-			queued++
+	began := false
+	if err := l.queue(); err != nil {
+		return Job{}, err
+	}
+	defer func() {
+		if !began {
+			l.unqueue()
 		}
-	}
-	l.mu.RUnlock()
-	if queued >= maxQueued {
-		return Job{}, fail(Busy, "%d pulls are not ended, which is the most; wait, or cancel some", maxQueued)
-	}
+	}()
 	name, release, err := l.reserve(d)
 	if err != nil {
 		return Job{}, err
@@ -164,11 +162,34 @@ func (l *Library) Pull(ctx context.Context, d Draft, s Source) (Job, error) {
 		return Job{}, err
 	}
 	out := j.record.Job
-	if !l.startJob(j) {
+	if began = l.startJob(j, true); !began {
 		release()
 		return Job{}, fail(StoreAway, "backing images are being shut down; try again")
 	}
 	return out, nil
+}
+
+// queue makes room for a job that is about to begin, until it is started or unqueued.
+func (l *Library) queue() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	queued := l.beginning
+	for _, j := range l.jobs {
+		if j.running() {
+			queued++
+		}
+	}
+	if queued >= maxQueued {
+		return fail(Busy, "%d pulls are not ended, which is the most; wait, or cancel some", maxQueued)
+	}
+	l.beginning++
+	return nil
+}
+
+func (l *Library) unqueue() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.beginning--
 }
 
 // unused fails where a pull with a version's name could only end with a conflict.
@@ -192,8 +213,9 @@ func (l *Library) keepJob(ctx context.Context, r jobRecord) error {
 	return l.parts.Store.Put(ctx, layout.ImageJobs+r.Job.ID+".json", data, storage.Durable)
 }
 
-// startJob lets a job go on behind whoever asked.
-func (l *Library) startJob(j *job) bool {
+// startJob lets a job go on behind whoever asked. The room of one that is queued is
+// its own from then on.
+func (l *Library) startJob(j *job, queued bool) bool {
 	l.mu.Lock()
 	if l.ctx == nil || l.ctx.Err() != nil {
 		l.mu.Unlock()
@@ -202,6 +224,9 @@ func (l *Library) startJob(j *job) bool {
 	ctx, cancel := context.WithCancelCause(l.ctx)
 	j.cancel = cancel
 	l.jobs[j.record.Job.ID] = j
+	if queued {
+		l.beginning--
+	}
 	l.wait.Add(1)
 	l.mu.Unlock()
 	go func() {
@@ -248,7 +273,7 @@ func (l *Library) resumeJobs(ctx context.Context) {
 		if _, release, err := l.reserve(d); err == nil {
 			j.release = release
 		}
-		l.startJob(j)
+		l.startJob(j, false)
 	}
 }
 
@@ -279,7 +304,6 @@ func (l *Library) endJob(ctx context.Context, j *job, err error) {
 	l.changeJob(j, func(is *Job) {
 		is.Ended, is.Retry, is.Step = l.now().UTC(), time.Time{}, ""
 		is.Error, is.Code = "", ""
-		var told *Error
 		switch {
 		case err == nil:
 			is.State = Succeeded
@@ -288,8 +312,8 @@ func (l *Library) endJob(ctx context.Context, j *job, err error) {
 			is.State = Cancelled
 		default:
 			is.State, is.Error, is.Code = JobFailed, err.Error(), UpstreamError
-			if errors.As(err, &told) {
-				is.Code = told.Code
+			if told := Known(err); told != nil {
+				is.Error, is.Code = told.Message, told.Code
 			}
 		}
 		j.record.Source = j.record.Source.shown()
@@ -329,7 +353,11 @@ func (l *Library) runJob(ctx context.Context, j *job) {
 			l.endJob(ctx, j, err)
 			return
 		}
-		l.changeJob(j, func(is *Job) { is.Error, is.Retry, is.Step = err.Error(), l.now().Add(wait).UTC(), Fetching })
+		message := err.Error()
+		if told := Known(err); told != nil {
+			message = told.Message
+		}
+		l.changeJob(j, func(is *Job) { is.Error, is.Retry, is.Step = message, l.now().Add(wait).UTC(), Fetching })
 		l.parts.Log.Info("a pull of a backing image failed, and is tried again", zap.String("image", j.record.Job.Name), zap.Duration("after", wait), zap.Error(err))
 		if !pause(ctx, wait) {
 			continue
@@ -341,8 +369,7 @@ func (l *Library) runJob(ctx context.Context, j *job) {
 
 // finalPull reports whether it is of no use to pull again.
 func finalPull(err error) bool {
-	var told *Error
-	if errors.As(err, &told) {
+	if told := Known(err); told != nil {
 		return final(told.Code) && told.Code != UpstreamError || told.Code == QuotaExceeded
 	}
 	switch {

@@ -2,6 +2,7 @@ package backing
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -17,6 +18,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/backing/probe"
+	"github.com/caddy-registry/mirror/internal/fill"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/storage"
 )
@@ -40,11 +42,13 @@ type Library struct {
 	readAt   time.Time
 	images   map[string]*image
 	files    map[digest.Digest][]*version // by sha512
-	tokens   map[string]string            // to image names
+	tokens   map[[sha256.Size]byte]string // to image names, by digests of the secrets
 	total    int                          // of versions
 	locks    map[string]*imageLock
 	reserved map[string]map[string]bool // image → version names that are on their way
 	jobs     map[string]*job
+	// beginning are the jobs that have room among those that run, and do not yet.
+	beginning int
 	// unfinished are uploads whose bytes are stored, by ID.
 	unfinished map[string]*Upload
 
@@ -64,7 +68,7 @@ func New(p Parts) *Library {
 	}
 	l := &Library{
 		parts: p, now: time.Now, reading: make(chan struct{}, 1), stamps: map[string]stamp{},
-		images: map[string]*image{}, files: map[digest.Digest][]*version{}, tokens: map[string]string{},
+		images: map[string]*image{}, files: map[digest.Digest][]*version{}, tokens: map[[sha256.Size]byte]string{},
 		locks: map[string]*imageLock{}, reserved: map[string]map[string]bool{}, jobs: map[string]*job{}, unfinished: map[string]*Upload{},
 		slots: make(chan struct{}, maxRunning), registrar: newRegistrar(p),
 	}
@@ -370,9 +374,18 @@ func (r *versionRecord) file() string {
 // Version returns a version by its name, by a tag, or by sha512:… or sha256:….
 // An empty reference is the tag latest, or without one the version made last.
 func (l *Library) Version(ctx context.Context, name, reference string) (Version, error) {
-	i, err := l.Image(ctx, name)
-	if err != nil {
+	if err := l.fresh(ctx); err != nil {
 		return Version{}, err
+	}
+	return l.find(name, reference)
+}
+
+// find is Version of what is in memory. Whoever holds an image's lock uses it: reading
+// the records again takes that lock.
+func (l *Library) find(name, reference string) (Version, error) {
+	i, ok := l.view(name)
+	if !ok {
+		return Version{}, noImage(name)
 	}
 	if reference == "" {
 		tag, tagged := i.Tags["latest"]
@@ -481,7 +494,7 @@ func (l *Library) SetTag(ctx context.Context, name, tag, reference, revision str
 		return Tag{}, err
 	}
 	i, _ := l.view(name)
-	v, err := l.Version(ctx, name, reference)
+	v, err := l.find(name, reference)
 	if err != nil {
 		return Tag{}, err
 	}
@@ -589,6 +602,14 @@ func (l *Library) Open(ctx context.Context, v Version) (io.ReadCloser, storage.I
 		return nil, info, &Error{Code: NotFound, Message: fmt.Sprintf("the bytes of version %s of %s are gone from the store: delete the version, and upload it again", v.Version, v.Name), Err: err}
 	}
 	return r, info, err
+}
+
+// Failed is told why the bytes of a version could not be served: those that are wrong
+// are read again soon by the scrub.
+func (l *Library) Failed(v Version, err error) {
+	if l.parts.Suspect != nil && (errors.Is(err, fill.ErrDigest) || errors.Is(err, fill.ErrSize)) {
+		l.parts.Suspect(v.Digests.SHA256)
+	}
 }
 
 // lost takes note that the bytes of a version are gone.

@@ -11,7 +11,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -48,6 +47,7 @@ type shelf struct {
 	open   bool
 	set    backing.Settings
 	down   atomic.Bool // no record of a version can be written
+	full   atomic.Bool // the budget has no room
 }
 
 // broken is a store that sometimes takes no record of a version.
@@ -107,7 +107,12 @@ func (s *shelf) start() {
 	store := broken{disktest.Open(s.t, s.dir), &s.down}
 	s.store, s.open = store, true
 	s.tree = tree.New(store, nil)
-	s.hosted = hosted.New(hosted.Parts{Store: store, Tree: s.tree, Log: zap.NewNop()})
+	s.hosted = hosted.New(hosted.Parts{Store: store, Tree: s.tree, Log: zap.NewNop(), Quota: func(context.Context, string, int64) (func(), error) {
+		if s.full.Load() {
+			return nil, fmt.Errorf("images/** has no room: %w", hosted.ErrQuota)
+		}
+		return func() {}, nil
+	}})
 	s.fills = fill.NewTable(store, s.tree.LinkBlob, nil, nil)
 	s.Library = backing.New(backing.Parts{Store: store, Tree: s.tree, Hosted: s.hosted, Fills: s.fills, Log: zap.NewNop()})
 	s.Set(s.set)
@@ -593,8 +598,17 @@ func TestPull(t *testing.T) {
 		}
 	}
 	s.restart()
-	if jobs, err := s.Jobs(t.Context()); err != nil || len(jobs) != 5 {
-		t.Logf("jobs are read behind: %d, %v", len(jobs), err)
+	tick := time.NewTicker(10 * time.Millisecond) // jobs are read behind whoever asks
+	defer tick.Stop()
+	for {
+		jobs, err := s.Jobs(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(jobs) == 5 {
+			break
+		}
+		<-tick.C
 	}
 	for _, file := range append(s.left("mirror/records"), s.left("mirror/local/backing-images")...) {
 		if text, err := os.ReadFile(file); err != nil || strings.Contains(string(text), "hidden") {
@@ -649,7 +663,7 @@ func TestPullSurvives(t *testing.T) {
 		if t.Context().Err() != nil {
 			t.Fatal("it is not there")
 		}
-		runtime.Gosched()
+		<-time.After(10 * time.Millisecond)
 	}
 	if end := s.ends(a.ID); end.State != backing.Succeeded {
 		t.Fatalf("%+v", end)

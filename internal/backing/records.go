@@ -319,7 +319,7 @@ func (l *Library) setImage(name string, r *imageRecord, bad string) {
 	}
 	if i.record != nil {
 		for _, t := range i.record.Tokens {
-			delete(l.tokens, t.Token)
+			delete(l.tokens, sha256.Sum256([]byte(t.Token)))
 		}
 	}
 	i.record, i.bad = r, bad
@@ -328,7 +328,7 @@ func (l *Library) setImage(name string, r *imageRecord, bad string) {
 	}
 	if i.record != nil {
 		for _, t := range i.record.Tokens {
-			l.tokens[t.Token] = name
+			l.tokens[sha256.Sum256([]byte(t.Token))] = name
 		}
 	}
 	l.tidy(name, i)

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/base64"
 	"slices"
 	"time"
@@ -90,7 +91,8 @@ func (l *Library) Token(ctx context.Context, token string) (image string, err er
 	}
 	l.mu.RLock()
 	defer l.mu.RUnlock()
-	if name, ok := l.tokens[token]; ok && token != "" {
+	// How long it takes to find a digest tells nothing of the secret.
+	if name, ok := l.tokens[sha256.Sum256([]byte(token))]; ok && token != "" {
 		return name, nil
 	}
 	return "", fail(NotFound, "there is nothing here")

@@ -16,7 +16,6 @@ import (
 	"github.com/caddy-registry/mirror/internal/fill"
 	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/oci"
-	"github.com/caddy-registry/mirror/storage"
 )
 
 // Codes of what only an HTTP server can find wrong.
@@ -76,36 +75,28 @@ type problem struct {
 
 // judge finds what a client is told of an error.
 func judge(err error) *backing.Error {
-	var known *backing.Error
-	if errors.As(err, &known) {
+	if known := backing.Known(err); known != nil {
 		if _, ok := codes[known.Code]; ok {
 			return known
 		}
 	}
 	code, message := internal, "the server's log tells more"
 	switch {
-	case errors.Is(err, storage.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, fill.ErrBusy), errors.Is(err, fill.ErrClosed):
-		// Where it is, and what was asked of it, is for the log.
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, fill.ErrBusy), errors.Is(err, fill.ErrClosed):
 		code, message = backing.StoreAway, "what holds the images cannot be reached at the moment; try again"
-	case errors.Is(err, hosted.ErrQuota):
-		code, message = backing.QuotaExceeded, err.Error()
-	case errors.Is(err, storage.ErrFull):
-		code, message = backing.NoSpace, "there is no room for this; delete what is not needed, or enlarge the store"
 	case errors.Is(err, oci.ErrRange):
 		code, message = badRange, err.Error()
 	case errors.Is(err, oci.ErrTooManyRanges):
 		code, message = backing.Malformed, err.Error()+"; ask for fewer at once"
 	case errors.Is(err, hosted.ErrNoUpload):
 		code, message = backing.NotFound, "there is no such upload; begin it again"
-	case errors.Is(err, hosted.ErrBusy):
-		code, message = backing.Busy, "too many uploads are not finished: finish them, cancel them with DELETE, or wait until they expire"
 	case errors.Is(err, hosted.ErrOffset), errors.Is(err, hosted.ErrTaken):
 		code, message = wrongOffset, err.Error()+"; HEAD the upload to learn where it ends"
 	case errors.Is(err, hosted.ErrLength), errors.Is(err, io.ErrUnexpectedEOF):
 		code, message = backing.Malformed, "the body ends before its length, or goes on after it"
 	case errors.Is(err, hosted.ErrDigest):
 		code, message = backing.ChecksumMismatch, err.Error()
-	case errors.Is(err, hosted.ErrTooLarge), errors.As(err, new(*http.MaxBytesError)):
+	case errors.As(err, new(*http.MaxBytesError)):
 		code, message = backing.TooLarge, err.Error()
 	case errors.Is(err, fs.ErrNotExist):
 		code, message = backing.NotFound, "there is no such thing here"

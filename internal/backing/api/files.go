@@ -159,10 +159,10 @@ func (x *exchange) bytes(v backing.Version, cacheControl string) error {
 	}
 	err = answer.Prepare(ctx)
 	defer answer.End()
-	if err != nil {
-		return err
+	if err == nil {
+		x.report.Abort, err = answer.Send()
 	}
-	x.report.Abort, err = answer.Send()
+	x.library.Failed(v, err)
 	return err
 }
 
