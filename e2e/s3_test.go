@@ -477,7 +477,10 @@ func TestS3Kill(t *testing.T) {
 		release()
 
 		m = startMirror(t, site)
-		eventually(t, time.Minute, "the blob to be in the bucket", func() bool { return s.holdsBlobs(t, []string{img.big}) })
+		link := "docker/registry/v2/repositories/docker.io/library/hello/_layers/sha256/" + strings.TrimPrefix(img.big, "sha256:") + "/link"
+		eventually(t, time.Minute, "the blob and its link to be in the bucket", func() bool {
+			return s.holdsBlobs(t, []string{img.big}) && slices.Contains(s.keys(t, link), link)
+		})
 		calls := s.calls.ofKey(blobKey(img.big))
 		parts := int((img.bigSize + 5<<20 - 1) / (5 << 20))
 		t.Logf("%d parts, %d sent before the kill; S3 was asked %v", parts, before, calls)

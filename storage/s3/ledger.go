@@ -66,11 +66,15 @@ func (s *store) forgo(ctx context.Context, key string) error {
 	}
 	err := s.bucket.abort(ctx, key, p)
 	s.said(err)
-	if err == nil || absent(err) {
-		l.remove()
-		return nil
+	if err != nil && (outage(err) || ctx.Err() != nil) {
+		return err
 	}
-	return err
+	if err != nil && !absent(err) {
+		// A deletion must not depend on a permission that only this needs.
+		s.log.Warn("an upload in parts could not be ended, and stays until the bucket's own rules remove it; permit AbortMultipartUpload", zap.String("key", key), zap.Error(err))
+	}
+	l.remove()
+	return nil
 }
 
 // sweepLedgers removes what is no ledger, before there are others than those that an

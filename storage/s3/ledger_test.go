@@ -99,3 +99,26 @@ func TestUnreadableIndex(t *testing.T) {
 	}
 	s.bucket.close()
 }
+
+// TestDeleteWithoutAbort: a value can be deleted by who may not end its upload in parts.
+func TestDeleteWithoutAbort(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	s := listedAt(t, d, t.TempDir())
+	defer closed(t, s)
+	key, data := blobOf("large", 1000)
+	mustPut(t, s, key, data, storage.Durable)
+	upload, begun, err := s.bucket.create(t.Context(), key)
+	if err == nil {
+		err = s.ledger(key).write(parts{Upload: upload, Begun: begun, Sum: "another", Size: smallestPart, ETags: make([]string, 3)})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Strike(s3double.Fault{Op: s3double.AbortMultipartUpload, Status: 403, Code: "AccessDenied"})()
+	if err := s.Delete(t.Context(), key); err != nil {
+		t.Errorf("Delete: %v", err)
+	}
+	if p := s.ledger(key).read(); p.Upload != "" {
+		t.Errorf("the ledger says %+v", p)
+	}
+}

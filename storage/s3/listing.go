@@ -30,6 +30,8 @@ const (
 	pageSize   = 500
 	sweepAge   = 24 * time.Hour // of an upload in parts that nobody claims
 	firstRetry = time.Second
+	// maxListings is after how many failed listings nobody waits for one any more.
+	maxListings = 5
 )
 
 // change wakes those who wait in Listed. The caller holds mu.
@@ -284,7 +286,9 @@ func (s *store) lists() {
 		}
 		stop()
 		second, stop = nil, func() {}
+		tries := 0
 		for wait := firstRetry; s.ctx.Err() == nil; wait = min(2*wait, longPause) {
+			tries++
 			err := s.Relist(s.ctx)
 			if err == nil {
 				s.sweepUploads(s.ctx)
@@ -294,8 +298,10 @@ func (s *store) lists() {
 				break
 			}
 			if s.ctx.Err() == nil {
-				if !outage(err) && s.queue.holds() {
-					s.prove(s.ctx) // it may never succeed
+				// It may never succeed, also where S3 answers all else; blobs are asked
+				// for one by one then, and go before what is held.
+				if (!outage(err) || tries >= maxListings) && s.queue.holds() {
+					s.prove(s.ctx)
 				}
 				s.log.Warn("listing the bucket has failed, and is tried again", zap.Error(err))
 			}

@@ -74,6 +74,9 @@ func (b *bucket) putFile(ctx, wanted context.Context, key, path string, size int
 		return err
 	}
 	for {
+		if ctx.Err() != nil { // which ends wanted, too
+			return context.Cause(ctx)
+		}
 		if wanted.Err() != nil {
 			return errVoid
 		}

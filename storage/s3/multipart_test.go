@@ -541,3 +541,14 @@ func TestSweepUploads(t *testing.T) {
 		t.Errorf("where uploads cannot be listed: %d, %v", n, err)
 	}
 }
+
+// TestPartsOfAClosedStore: what is given up because everything ends is not taken for
+// what a deletion gives up, which is begun again.
+func TestPartsOfAClosedStore(t *testing.T) {
+	_, b, f := parted(t, s3double.Options{})
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := b.putFile(ctx, ctx, "k", f.path, partedSize, f.sum, f.ledger, f.save); !errors.Is(err, context.Canceled) || errors.Is(err, errVoid) {
+		t.Errorf("putFile: %v", err)
+	}
+}

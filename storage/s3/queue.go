@@ -594,7 +594,7 @@ func (s *store) sync(ctx context.Context, key string) error {
 	s.work.Go(func() {
 		defer func() { <-s.uploads }()
 		err := errVoid
-		for errors.Is(err, errVoid) { // the deletion may have failed
+		for errors.Is(err, errVoid) && s.ctx.Err() == nil { // the deletion may have failed
 			err = s.upload(key, false)
 		}
 		if s.ctx.Err() != nil {
