@@ -326,6 +326,8 @@ func TestBackingNobody(t *testing.T) {
 // TestBackingMaxSize: a budget of all images, and of one.
 func TestBackingMaxSize(t *testing.T) {
 	m := startImages(t, "max_size 3MiB\nmax_image_size 2MiB", "api_token "+imageToken)
+	// Until the first comparison has ended, nobody knows how much there is.
+	eventually(t, "the catalog to be complete", func() bool { return len(m.logs.with("job ended")) > 0 })
 	m.put("a", diskImage("a", 2<<20))
 	if a := m.sendBody("PUT", "/v1/backing-images/b/content", diskImage("b", 2<<20), bearer...); a.StatusCode != 507 {
 		t.Errorf("beyond the budget: %d %s", a.StatusCode, a.body)

@@ -113,11 +113,13 @@ func imageAdd(cmd *cobra.Command, args []string) error {
 func bar(cmd *cobra.Command, total int64, what string) *progressbar.ProgressBar {
 	to := cmd.ErrOrStderr()
 	if !isTerminal(to) {
-		return progressbar.DefaultBytesSilent(total, what)
+		to = io.Discard
 	}
+	// A spinner that turns by itself is beside Clear, which takes no lock.
 	return progressbar.NewOptions64(total,
 		progressbar.OptionSetWriter(to), progressbar.OptionSetDescription(what), progressbar.OptionShowBytes(true), progressbar.OptionUseIECUnits(true),
-		progressbar.OptionSetWidth(20), progressbar.OptionThrottle(200*time.Millisecond), progressbar.OptionShowCount(), progressbar.OptionClearOnFinish())
+		progressbar.OptionSetWidth(20), progressbar.OptionThrottle(200*time.Millisecond), progressbar.OptionShowCount(), progressbar.OptionClearOnFinish(),
+		progressbar.OptionSetSpinnerChangeInterval(0))
 }
 
 // stream sends what cannot be read again, as one form.
