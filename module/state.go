@@ -219,7 +219,7 @@ func (s *state) open(ctx context.Context) (*opened, error) {
 	o.mirror = mirror.New(mirror.Parts{Store: o.keeper.Store(), Tree: o.tree, Hosted: o.hosted, Room: o.hosted.Room, Catalog: o.keeper.Listing, Suspect: o.keeper.Suspect, Log: s.log})
 	m.Store(o.mirror)
 	o.images = backing.New(backing.Parts{Store: o.keeper.Store(), Tree: o.tree, Hosted: o.hosted, Fills: o.mirror.Fills(), Suspect: o.keeper.Suspect, Log: s.log})
-	if o.api, err = images.New(images.Parts{Library: o.images, Fills: o.mirror.Fills(), Ready: o.ready, Log: s.log}); err != nil {
+	if o.api, err = images.New(images.Parts{Library: o.images, Ready: o.ready, Log: s.log}); err != nil {
 		return nil, err // it is of the program
 	}
 	o.keeper.Begin(o.tree, retain.Hooks{

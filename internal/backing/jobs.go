@@ -135,6 +135,9 @@ func (l *Library) Pull(ctx context.Context, d Draft, s Source) (Job, error) {
 			return Job{}, fail(Malformed, "a URL to pull from begins with https://host or http://host")
 		}
 	}
+	if err := l.resuming(ctx); err != nil {
+		return Job{}, err
+	}
 	s.Type = "url"
 	began := false
 	if err := l.queue(); err != nil {
@@ -167,6 +170,24 @@ func (l *Library) Pull(ctx context.Context, d Draft, s Source) (Job, error) {
 		return Job{}, fail(StoreAway, "backing images are being shut down; try again")
 	}
 	return out, nil
+}
+
+// resuming waits until the jobs of an earlier process go on.
+func (l *Library) resuming(ctx context.Context) error {
+	l.mu.RLock()
+	resumed, running := l.resumed, l.ctx
+	l.mu.RUnlock()
+	if running == nil {
+		return fail(StoreAway, "backing images are being shut down; try again")
+	}
+	select {
+	case <-resumed:
+		return nil
+	case <-running.Done():
+		return fail(StoreAway, "backing images are being shut down; try again")
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // queue makes room for a job that is about to begin, until it is started or unqueued.

@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"maps"
 	"path"
@@ -18,7 +17,9 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/backing/probe"
+	"github.com/caddy-registry/mirror/internal/content"
 	"github.com/caddy-registry/mirror/internal/fill"
+	"github.com/caddy-registry/mirror/internal/layout"
 	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/storage"
 )
@@ -52,11 +53,14 @@ type Library struct {
 	// unfinished are uploads whose bytes are stored, by ID.
 	unfinished map[string]*Upload
 
-	slots  chan struct{} // of jobs that run
-	stop   context.CancelFunc
-	ctx    context.Context // of what is under way; nil: nothing is
-	wait   sync.WaitGroup
-	change sync.Mutex // of Set and Close
+	slots chan struct{} // of jobs that run
+	stop  context.CancelFunc
+	ctx   context.Context // of what is under way; nil: nothing is
+	// resumed is closed once the jobs of an earlier process go on: one that begins before
+	// would be taken for one of those.
+	resumed <-chan struct{}
+	wait    sync.WaitGroup
+	change  sync.Mutex // of Set and Close
 
 	registrar *registrar
 }
@@ -101,11 +105,12 @@ func (l *Library) Set(s Settings) {
 	l.mu.Unlock()
 	if s.Prefix != "" && !running {
 		ctx, stop := context.WithCancel(context.Background())
+		resumed := make(chan struct{})
 		l.mu.Lock()
-		l.ctx, l.stop = ctx, stop
+		l.ctx, l.stop, l.resumed = ctx, stop, resumed
 		l.mu.Unlock()
 		l.wait.Add(1)
-		go l.run(ctx)
+		go l.run(ctx, resumed)
 	}
 	if err := l.registrar.set(s); err != nil {
 		l.parts.Log.Error("a Longhorn cannot be used", zap.Error(err))
@@ -150,7 +155,7 @@ func (l *Library) halt() {
 }
 
 // run is what goes on behind whoever asks.
-func (l *Library) run(ctx context.Context) {
+func (l *Library) run(ctx context.Context, resumed chan<- struct{}) {
 	defer l.wait.Done()
 	for l.fresh(ctx) != nil {
 		if ctx.Err() != nil || !pause(ctx, againAfter) {
@@ -158,6 +163,7 @@ func (l *Library) run(ctx context.Context) {
 		}
 	}
 	l.resumeJobs(ctx)
+	close(resumed)
 	l.begin(ctx)
 	for {
 		l.resumeDeletions(ctx)
@@ -589,19 +595,39 @@ func (l *Library) File(ctx context.Context, sha512 digest.Digest, name string) (
 	return Version{}, fail(NotFound, "there is no file %.150q with this digest", path.Base(name))
 }
 
-// Open opens the bytes of a version as tree.OpenBlob does: the error may be
-// storage.ErrDistant.
-func (l *Library) Open(ctx context.Context, v Version) (io.ReadCloser, storage.Info, error) {
+// storeConnections is how many parts of a file are fetched from a distant store at
+// once.
+const storeConnections = 4
+
+// Open finds the bytes of a version, and starts a fill if they are at a distance.
+func (l *Library) Open(ctx context.Context, v Version) (content.Content, error) {
 	if v.State != Ready {
-		return nil, storage.Info{}, fail(NotFound, "version %s of %s is %s, and has no file", v.Version, v.Name, v.State)
+		return nil, fail(NotFound, "version %s of %s is %s, and has no file", v.Version, v.Name, v.State)
 	}
 	r, info, err := l.parts.Tree.OpenBlob(ctx, v.Digests.SHA256)
-	if errors.Is(err, fs.ErrNotExist) {
+	switch {
+	case err == nil && info.Size != v.Size:
+		r.Close()
+		return nil, fmt.Errorf("the stored bytes of %s %s are damaged: %d of them, and not %d", v.Name, v.Version, info.Size, v.Size)
+	case err == nil:
+		return content.Held(r, v.Size), nil
+	case errors.Is(err, storage.ErrDistant):
+		f, err := l.parts.Fills.Join(fill.Want{
+			Digest:      v.Digests.SHA256,
+			Size:        v.Size,
+			Sources:     []fill.Source{l.parts.Fills.Stored(layout.Blob(v.Digests.SHA256), true)},
+			Connections: storeConnections,
+		})
+		if err != nil {
+			return nil, err
+		}
+		return content.Live(f, v.Size), nil
+	case errors.Is(err, fs.ErrNotExist):
 		l.lost(v)
 		l.parts.Log.Error("the bytes of a backing image are gone", zap.String("image", v.Name), zap.String("version", v.Version), zap.Error(err))
-		return nil, info, &Error{Code: NotFound, Message: fmt.Sprintf("the bytes of version %s of %s are gone from the store: delete the version, and upload it again", v.Version, v.Name), Err: err}
+		return nil, &Error{Code: NotFound, Message: fmt.Sprintf("the bytes of version %s of %s are gone from the store: delete the version, and upload it again", v.Version, v.Name), Err: err}
 	}
-	return r, info, err
+	return nil, err
 }
 
 // Failed is told why the bytes of a version could not be served: those that are wrong

@@ -26,6 +26,7 @@ import (
 	"github.com/caddy-registry/mirror/internal/fill"
 	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/layout"
+	"github.com/caddy-registry/mirror/internal/oci"
 	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/storage"
 	"github.com/caddy-registry/mirror/storage/disk/disktest"
@@ -165,11 +166,18 @@ func (s *shelf) add(d backing.Draft, data []byte) backing.Version {
 
 func (s *shelf) reads(v backing.Version, data []byte) {
 	s.t.Helper()
-	r, _, err := s.Open(s.t.Context(), v)
+	found, err := s.Open(s.t.Context(), v)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	defer r.Close()
+	defer found.Close()
+	var r io.Reader
+	if err = found.Prepare(s.t.Context(), s.t.Context(), []oci.Span{{Length: v.Size}}, true); err == nil {
+		r, err = found.Reader(0)
+	}
+	if err != nil {
+		s.t.Fatal(err)
+	}
 	if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, data) {
 		s.t.Fatalf("%d bytes that are not those: %v", len(got), err)
 	}

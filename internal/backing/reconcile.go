@@ -15,8 +15,7 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/backing/longhorn"
 	"github.com/caddy-registry/mirror/internal/failpoint"
-	"github.com/caddy-registry/mirror/internal/layout"
-	"github.com/caddy-registry/mirror/storage"
+	"github.com/caddy-registry/mirror/internal/oci"
 )
 
 // pace is how often Longhorn is asked.
@@ -423,16 +422,19 @@ func (r *registrar) send(ctx context.Context, c *cluster, p place, record regist
 		if err != nil {
 			return err
 		}
-		body, info, err := r.open(ctx, v)
-		if errors.Is(err, storage.ErrDistant) {
-			// Longhorn checks the digest, and nothing of it is kept here.
-			body, info, err = r.store.Open(ctx, layout.Blob(v.Digests.SHA256), 0, -1)
-		}
+		found, err := r.open(ctx, v)
 		if err != nil {
 			return err
 		}
-		defer body.Close()
-		return c.client.Upload(ctx, record.Name, info.Size, body)
+		defer found.Close()
+		if err := found.Prepare(ctx, ctx, []oci.Span{{Length: v.Size}}, true); err != nil {
+			return err
+		}
+		body, err := found.Reader(0)
+		if err != nil {
+			return err
+		}
+		return c.client.Upload(ctx, record.Name, v.Size, body)
 	}()
 	if err != nil && ctx.Err() == nil {
 		r.log.Warn("an upload to Longhorn failed", zap.String("image", p.image), zap.String("longhorn", p.cluster), zap.Error(err))

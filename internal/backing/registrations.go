@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/url"
 	"path"
@@ -21,6 +20,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/backing/longhorn"
+	"github.com/caddy-registry/mirror/internal/content"
 	"github.com/caddy-registry/mirror/internal/failpoint"
 	"github.com/caddy-registry/mirror/internal/layout"
 	"github.com/caddy-registry/mirror/storage"
@@ -101,7 +101,7 @@ type registrar struct {
 	store   storage.Store
 	log     *zap.Logger
 	version func(ctx context.Context, name, reference string) (Version, error)
-	open    func(ctx context.Context, v Version) (io.ReadCloser, storage.Info, error)
+	open    func(ctx context.Context, v Version) (content.Content, error)
 	// token makes a token by which everybody reads an image; nil: nobody can.
 	token func(ctx context.Context, image, cluster string) (string, error)
 	pace  pace

@@ -25,6 +25,7 @@ import (
 
 	"github.com/caddy-registry/mirror/internal/backing/longhorn"
 	"github.com/caddy-registry/mirror/internal/backing/probe"
+	"github.com/caddy-registry/mirror/internal/content"
 	"github.com/caddy-registry/mirror/internal/failpoint"
 	"github.com/caddy-registry/mirror/internal/layout"
 	"github.com/caddy-registry/mirror/internal/regtest"
@@ -57,14 +58,20 @@ func openStore(t *testing.T, dir string) storage.Store {
 	return store
 }
 
+// held is bytes as a store gives them.
+func held(data []byte) content.Content {
+	return content.Held(struct {
+		io.ReadSeeker
+		io.Closer
+	}{bytes.NewReader(data), io.NopCloser(nil)}, int64(len(data)))
+}
+
 func newTestRegistrar(t *testing.T, store storage.Store, v Version, data []byte, clusters ...Cluster) *registry {
 	t.Helper()
 	r := newRegistrar(Parts{Store: store})
 	r.pace = testPace
 	r.version = func(context.Context, string, string) (Version, error) { return v, nil }
-	r.open = func(context.Context, Version) (io.ReadCloser, storage.Info, error) {
-		return io.NopCloser(bytes.NewReader(data)), storage.Info{Size: int64(len(data))}, nil
-	}
+	r.open = func(context.Context, Version) (content.Content, error) { return held(data), nil }
 	t.Cleanup(r.close)
 	public, _ := url.Parse("http://images.test")
 	if err := r.set(Settings{Prefix: "backing-images", PublicURL: public, Clusters: clusters}); err != nil {
@@ -366,10 +373,10 @@ func TestFaults(t *testing.T) {
 		m := fake.New(t, fake.Options{})
 		var once sync.Once
 		r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(diskImage), diskImage, Cluster{Name: "default", URL: m.URL, Mode: PushUpload})
-		r.open = func(context.Context, Version) (io.ReadCloser, storage.Info, error) {
+		r.open = func(context.Context, Version) (content.Content, error) {
 			data := diskImage
 			once.Do(func() { data = diskImage[:len(diskImage)/2] })
-			return io.NopCloser(bytes.NewReader(data)), storage.Info{Size: int64(len(diskImage))}, nil
+			return held(data), nil
 		}
 		r.register(RegistrationOptions{})
 		r.until(InLonghorn)

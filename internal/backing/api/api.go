@@ -22,14 +22,11 @@ import (
 	"github.com/caddy-registry/mirror/internal/access"
 	"github.com/caddy-registry/mirror/internal/backing"
 	"github.com/caddy-registry/mirror/internal/content"
-	"github.com/caddy-registry/mirror/internal/fill"
 )
 
 // Parts are what an API works with. It closes none of them.
 type Parts struct {
 	Library *backing.Library
-	// Fills fetches what the store has at a distance.
-	Fills *fill.Table
 	// Ready is what GET /ready tells; nil: nothing is looked at. It must answer within
 	// its context.
 	Ready func(context.Context) []Check
@@ -76,7 +73,6 @@ type Report struct {
 // An API answers requests for a library.
 type API struct {
 	library *backing.Library
-	fills   *fill.Table
 	ready   func(context.Context) []Check
 	log     *zap.Logger
 	now     func() time.Time
@@ -90,7 +86,7 @@ type API struct {
 
 // New returns an API.
 func New(p Parts) (*API, error) {
-	a := &API{library: p.Library, fills: p.Fills, ready: p.Ready, log: p.Log, now: time.Now}
+	a := &API{library: p.Library, ready: p.Ready, log: p.Log, now: time.Now}
 	var err error
 	if a.done, err = lru.New[string, finished](maxFinished); err != nil {
 		return nil, err

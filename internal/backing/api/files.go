@@ -4,8 +4,6 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/hex"
-	"errors"
-	"fmt"
 	"net/http"
 	"net/url"
 	"path"
@@ -17,9 +15,6 @@ import (
 	"github.com/caddy-registry/mirror/internal/access"
 	"github.com/caddy-registry/mirror/internal/backing"
 	"github.com/caddy-registry/mirror/internal/content"
-	"github.com/caddy-registry/mirror/internal/fill"
-	"github.com/caddy-registry/mirror/internal/layout"
-	"github.com/caddy-registry/mirror/storage"
 )
 
 const (
@@ -33,9 +28,6 @@ const (
 	// openPatience is how long a file may take to begin. Longhorn waits for a minute
 	// for the first byte.
 	openPatience = 25 * time.Second
-	// storeConnections is how many parts of a file are fetched from a distant store at
-	// once.
-	storeConnections = 4
 )
 
 // file is the address that is given to machines.
@@ -148,7 +140,7 @@ func (x *exchange) bytes(v backing.Version, cacheControl string) error {
 	}
 	ctx, cancel := context.WithTimeout(x.r.Context(), openPatience)
 	defer cancel()
-	found, err := x.open(ctx, v)
+	found, err := x.library.Open(ctx, v)
 	if err != nil {
 		return err
 	}
@@ -164,31 +156,6 @@ func (x *exchange) bytes(v backing.Version, cacheControl string) error {
 	}
 	x.library.Failed(v, err)
 	return err
-}
-
-// open finds the bytes of a version, and starts a fill if they are at a distance.
-func (x *exchange) open(ctx context.Context, v backing.Version) (content.Content, error) {
-	r, info, err := x.library.Open(ctx, v)
-	if err == nil {
-		if info.Size != v.Size {
-			r.Close()
-			return nil, fmt.Errorf("the stored bytes of %s %s are damaged: %d of them, and not %d", v.Name, v.Version, info.Size, v.Size)
-		}
-		return content.Held(r, v.Size), nil
-	}
-	if !errors.Is(err, storage.ErrDistant) {
-		return nil, err
-	}
-	f, err := x.fills.Join(fill.Want{
-		Digest:      v.Digests.SHA256,
-		Size:        v.Size,
-		Sources:     []fill.Source{x.fills.Stored(layout.Blob(v.Digests.SHA256), true)},
-		Connections: storeConnections,
-	})
-	if err != nil {
-		return nil, err
-	}
-	return content.Live(f, v.Size), nil
 }
 
 // reprDigest is the header of RFC 9530 that has digests of the whole file, whatever

@@ -56,7 +56,7 @@ func serveFrom(t *testing.T, store storage.Store, site api.Site) *server {
 	fills := fill.NewTable(store, func(context.Context, string, digest.Digest, digest.Digest) error { return nil }, func(fill.Summary) {}, nil)
 	library := backing.New(backing.Parts{Store: store, Tree: tr, Hosted: registry, Fills: fills, Log: zap.NewNop()})
 	library.Set(backing.Settings{Prefix: "backing-images", Compat: backing.Off, MaxImage: site.MaxImage, Pull: backing.PullSettings{AllowPrivate: true}})
-	a, err := api.New(api.Parts{Library: library, Fills: fills, Log: zap.NewNop(), Ready: func(context.Context) []api.Check {
+	a, err := api.New(api.Parts{Library: library, Log: zap.NewNop(), Ready: func(context.Context) []api.Check {
 		return []api.Check{{Name: "store", OK: true}}
 	}})
 	if err != nil {
