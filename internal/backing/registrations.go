@@ -240,6 +240,10 @@ func (r *registrar) load(ctx context.Context) error {
 			return fail(StoreAway, "there are more than %d registrations", maxRegistrations)
 		}
 		data, err := r.store.Get(ctx, info.Key, maxRegistration)
+		if errors.Is(err, storage.ErrTooLarge) {
+			r.log.Error("a record of a registration is too large to be one; it is left alone", zap.String("key", info.Key), zap.Error(err))
+			continue
+		}
 		if err != nil {
 			return fail(StoreAway, "the registration at %s cannot be read: %w", info.Key, err)
 		}
@@ -278,6 +282,9 @@ func (r *registrar) write(ctx context.Context, record registration) error {
 	data, err := json.Marshal(record)
 	if err != nil {
 		return err
+	}
+	if len(data) > maxRegistration {
+		return fail(Malformed, "the registration has %d bytes of names and selectors, and %d are the most", len(data), maxRegistration)
 	}
 	p := place{record.Image, record.Version, record.Cluster}
 	if err := r.store.Put(ctx, layout.ImageRegistration(p.image, p.version, p.cluster), data, storage.Durable); err != nil {

@@ -187,6 +187,47 @@ func TestLife(t *testing.T) {
 	}
 }
 
+// TestOurs: an image whose checksum is not known yet is deleted only if it is ours.
+func TestOurs(t *testing.T) {
+	record := registration{SHA512: digest.SHA512.FromString("x"), URL: "http://images.test/x"}
+	for name, is := range map[string]struct {
+		image longhorn.Image
+		made  bool
+		ours  bool
+	}{
+		"nothing known":           {},
+		"seen made":               {made: true, ours: true},
+		"our address":             {image: longhorn.Image{Parameters: map[string]string{"url": record.URL}}, ours: true},
+		"another's address":       {image: longhorn.Image{Parameters: map[string]string{"url": "http://other.test/x"}}},
+		"our checksum":            {image: longhorn.Image{ExpectedChecksum: record.SHA512.Encoded()}, ours: true},
+		"another's checksum":      {image: longhorn.Image{ExpectedChecksum: "00"}, made: true},
+		"another's, and complete": {image: longhorn.Image{CurrentChecksum: "00", ExpectedChecksum: record.SHA512.Encoded()}, made: true},
+	} {
+		record.Made = is.made
+		if record.ours(is.image) != is.ours {
+			t.Errorf("%s: %v", name, !is.ours)
+		}
+	}
+}
+
+// TestLargeRegistration: a record that could not be read again is not written, and one
+// that cannot be read keeps nobody from the others.
+func TestLargeRegistration(t *testing.T) {
+	m := fake.New(t, fake.Options{Dial: serveFiles(t, diskImage)})
+	store, v := openStore(t, t.TempDir()), testVersion(diskImage)
+	key := layout.ImageRegistration("other", "v1", "default")
+	if err := store.Put(t.Context(), key, make([]byte, maxRegistration+1), storage.Lazy); err != nil {
+		t.Fatal(err)
+	}
+	r := newTestRegistrar(t, store, v, diskImage, Cluster{Name: "default", URL: m.URL})
+	_, err := r.registrar.register(t.Context(), v, RegistrationOptions{NodeSelector: []string{strings.Repeat("x", maxRegistration)}})
+	if told := Known(err); told == nil || told.Code != Malformed {
+		t.Errorf("a selector of 64 KiB: %v", err)
+	}
+	r.register(RegistrationOptions{})
+	r.until(InLonghorn)
+}
+
 // TestStates: what a registration says of what has become of its image.
 func TestStates(t *testing.T) {
 	start := func(t *testing.T, o fake.Options, data []byte) (*fake.Manager, *registry) {

@@ -99,8 +99,8 @@ func (r *registrar) remove(ctx context.Context, c *cluster, p place) (gone bool,
 	record := held.record
 	r.mu.Unlock()
 	image, err := c.client.Image(ctx, record.Name)
-	if sum := cmp.Or(image.CurrentChecksum, image.ExpectedChecksum); err == nil && sum != "" && sum != record.SHA512.Encoded() {
-		return true, r.forget(ctx, p) // it is somebody else's
+	if err == nil && !record.ours(image) {
+		return true, r.forget(ctx, p)
 	}
 	if err == nil && image.DeletionTimestamp == "" {
 		if err = c.client.Delete(ctx, record.Name); err == nil {
@@ -121,6 +121,16 @@ func (r *registrar) remove(ctx context.Context, c *cluster, p place) (gone bool,
 		return false, inUse([]Blocker{{Kind: "replica", Name: record.Name, Cluster: c.Name}}, "%w", err)
 	}
 	return false, told(err)
+}
+
+// ours reports whether an image in Longhorn is what was registered, and not somebody
+// else's of the same name. One that is younger than its checksum is ours if we have seen
+// it made, or it has our address.
+func (record *registration) ours(image longhorn.Image) bool {
+	if sum := cmp.Or(image.CurrentChecksum, image.ExpectedChecksum); sum != "" {
+		return sum == record.SHA512.Encoded()
+	}
+	return record.Made || record.URL != "" && image.Parameters["url"] == record.URL
 }
 
 func inUse(blockers []Blocker, format string, args ...any) *Error {

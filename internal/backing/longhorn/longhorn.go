@@ -367,7 +367,9 @@ func (c *Client) judge(status int, data []byte) error {
 		e.Kind, e.Message = ErrRefused, "Longhorn refuses: "+reason
 	} else if strings.Contains(message, "already exists") {
 		e.Kind = ErrExists
-	} else if status == http.StatusNotFound || strings.Contains(message, "not found") {
+	} else if status == http.StatusNotFound || strings.Contains(message, "backingimages.longhorn.io") && strings.Contains(message, "not found") {
+		// Old releases answer 500; something else that is not found, such as a node,
+		// says nothing of the image.
 		e.Kind = ErrNotFound
 	}
 	return e

@@ -112,6 +112,20 @@ func TestErrors(t *testing.T) {
 	}
 }
 
+// TestNotFound: what Longhorn does not find is the image only where it says so.
+func TestNotFound(t *testing.T) {
+	for message, absent := range map[string]bool{
+		`failed to get backing image x1: backingimages.longhorn.io \"x1\" not found`: true,
+		`failed to get node n1: nodes.longhorn.io \"n1\" not found`:                  false,
+	} {
+		m := fake.New(t, fake.Options{})
+		m.Break(fake.Fault{Status: 500, Body: `{"type":"error","status":500,"message":"` + message + `"}`})
+		if _, err := client(t, m.URL, "").Image(t.Context(), "x1"); errors.Is(err, ErrNotFound) != absent || err == nil {
+			t.Errorf("%s: %v", message, err)
+		}
+	}
+}
+
 // TestHang: a manager that says nothing does not hold anybody.
 func TestHang(t *testing.T) {
 	m := fake.New(t, fake.Options{})
