@@ -8,9 +8,10 @@ import (
 )
 
 // convey writes what a reader gives, to its end, of which the first buffer is full. It
-// reads, writes and, where there are two, computes each of the hashes at the same time, so that it takes as
-// long as the slowest of these does: a run is written once it has been read, hashed once
-// it has been written, and its buffer is free again once every hash has taken it.
+// reads, writes and, where there are two, computes each of the hashes at the same time,
+// so that it takes as long as the slowest of these does: a run is written once it has
+// been read, hashed once it has been written, and its buffer is free again once every
+// hash has taken it.
 //
 // So a hash never has what the file has not. It may be some runs behind; nobody reads it
 // before it has been waited for.

@@ -167,9 +167,6 @@ func (u *Upload) prove(ctx context.Context, end int64, of sums) error {
 	return nil
 }
 
-// apart is how many bytes are worth a goroutine for one of two hashes of them.
-const apart = 64 << 10
-
 // sums are the hashes of what has come.
 type sums struct {
 	sha256    hash.Hash
@@ -190,23 +187,10 @@ func newSums(algorithm digest.Algorithm) (sums, error) {
 }
 
 func (s *sums) write(p []byte) {
-	if s.other == nil {
-		s.sha256.Write(p)
-		return
-	}
-	if len(p) < apart {
-		s.sha256.Write(p)
-		s.other.Write(p)
-		return
-	}
-	// Together they would be slower than the network.
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		s.other.Write(p)
-	}()
 	s.sha256.Write(p)
-	<-done
+	if s.other != nil {
+		s.other.Write(p)
+	}
 }
 
 // sum is the sha256 of everything, and the digest by an algorithm, for which the
