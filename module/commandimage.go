@@ -219,6 +219,12 @@ func (p *problem) Error() string {
 	return text
 }
 
+// misplaced reports whether an upload ends elsewhere than its client believes: of
+// another server's 409 nothing more is known.
+func (p *problem) misplaced() bool {
+	return p.Status == http.StatusConflict && (p.Code == "" || p.Code == "offset_conflict")
+}
+
 func readProblem(resp *http.Response) error {
 	p := problem{Title: resp.Status}
 	body, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))

@@ -184,7 +184,7 @@ type tries struct {
 // again waits before the next attempt, or returns the error if there is none. Only
 // what another attempt can cure is worth one.
 func (t *tries) again(ctx context.Context, moved bool, err error) error {
-	if p, ok := errors.AsType[*problem](err); ok && p.Status != http.StatusTooManyRequests && p.Status < 500 {
+	if p, ok := errors.AsType[*problem](err); ok && p.Status != http.StatusTooManyRequests && p.Status < 500 && !p.misplaced() {
 		return err
 	}
 	if moved {
@@ -238,7 +238,7 @@ func (a *imageAPI) upload(ctx context.Context, d draft, f *os.File, total int64,
 			return backing.Version{}, errors.New("interrupted; the server keeps what has come for a day")
 		}
 		before := offset
-		if p, ok := errors.AsType[*problem](err); !ok || p.Status == http.StatusConflict && p.Code == "" {
+		if p, ok := errors.AsType[*problem](err); !ok || p.misplaced() {
 			now, made, askErr := a.offset(ctx, location)
 			if askErr == nil && made != "" {
 				return a.at(ctx, made) // only its answer was lost

@@ -111,6 +111,7 @@ func (l *Library) Upload(ctx context.Context, id string) (*Upload, error) {
 	return u, nil
 }
 
+// noUpload gives an error of the uploads its meaning.
 func noUpload(err error) error {
 	if errors.Is(err, hosted.ErrNoUpload) || errors.Is(err, fs.ErrNotExist) {
 		return &Error{Code: NotFound, Message: "there is no such upload: it is finished or cancelled, or has expired", Err: hosted.ErrNoUpload}
@@ -132,6 +133,17 @@ func (u *Upload) Offset() int64 { return u.up.Offset() }
 
 // Expires is when the upload ends by itself, unless more of it comes before.
 func (u *Upload) Expires() time.Time { return u.up.Expires() }
+
+// Settle ends what writes to the upload; see hosted.Upload.
+func (u *Upload) Settle(ctx context.Context) error {
+	u.library.mu.RLock()
+	_, stored := u.library.unfinished[u.ID()]
+	u.library.mu.RUnlock()
+	if stored {
+		return nil
+	}
+	return noUpload(u.up.Settle(ctx))
+}
 
 // Append adds what a request brings; see hosted.Upload.
 func (u *Upload) Append(ctx context.Context, body hosted.Body) (int64, error) {

@@ -404,6 +404,18 @@ func (u *Upload) Cancel(ctx context.Context) error {
 	return nil
 }
 
+// Settle ends what writes to the upload, so that Offset stays as it is until the next
+// request: the rest of a request whose client has gone may still be on its way. The
+// error is [ErrNoUpload] if the upload is over.
+func (u *Upload) Settle(ctx context.Context) error {
+	release, err := u.hold(ctx, nil)
+	if err != nil {
+		return err
+	}
+	release()
+	return nil
+}
+
 // hold makes the caller the one who writes, once nobody else does. interrupt lets
 // a Read of its body fail that is under way, and every later one. It is called
 // before release only.

@@ -7,9 +7,11 @@ import (
 	"maps"
 	"net/http"
 	"net/url"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/tus/tusd/v2/pkg/handler"
@@ -35,6 +37,9 @@ const (
 
 	// stall is how long a client may send nothing.
 	stall = time.Minute
+
+	// settling is how long a request waits for an earlier one of its upload to end.
+	settling = 20 * time.Second
 )
 
 // finished is an upload that has become a version.
@@ -113,6 +118,12 @@ func (x *exchange) upload() error {
 // one that is complete already.
 func (x *exchange) resume(name, id string) (bool, error) {
 	u, err := x.library.Upload(x.r.Context(), id)
+	if err == nil && name != http.MethodDelete {
+		if err := x.allow(access.Push, u.Draft().Name); err != nil {
+			return false, err
+		}
+		err = x.settle(u)
+	}
 	if err != nil {
 		if f, ok := x.done.Get(id); ok && judge(err).Code == notFound && name != http.MethodDelete {
 			// Whoever has missed the answer to the last byte asks where to go on.
@@ -140,6 +151,14 @@ func (x *exchange) resume(name, id string) (bool, error) {
 		return false, err
 	}
 	return true, x.complete(name, f)
+}
+
+// settle ends an earlier request that still writes to the upload: its client has lost
+// it, and asks where to go on, or goes on.
+func (x *exchange) settle(u *backing.Upload) error {
+	ctx, cancel := context.WithTimeout(x.r.Context(), settling)
+	defer cancel()
+	return u.Settle(ctx)
 }
 
 // complete answers a client whose upload has become a version.
@@ -271,12 +290,30 @@ func (t tusUpload) expires() {
 }
 
 func (t tusUpload) WriteChunk(_ context.Context, offset int64, src io.Reader) (int64, error) {
-	end, err := t.u.Append(t.x.r.Context(), t.x.body(src, offset, t.x.r.ContentLength))
+	body := t.x.body(src, offset, t.x.r.ContentLength)
+	// tusd moves the deadline on after every read, and so after an interruption too.
+	reader := &interruptible{Reader: src}
+	interrupt := body.Interrupt
+	body.Reader, body.Interrupt = reader, func() { reader.over.Store(true); interrupt() }
+	end, err := t.u.Append(t.x.r.Context(), body)
 	t.expires()
 	if err != nil {
 		err = t.x.keep(err)
 	}
 	return max(end-offset, 0), err
+}
+
+// interruptible is what can be read until it is over.
+type interruptible struct {
+	io.Reader
+	over atomic.Bool
+}
+
+func (r *interruptible) Read(p []byte) (int, error) {
+	if r.over.Load() {
+		return 0, os.ErrDeadlineExceeded
+	}
+	return r.Reader.Read(p)
 }
 
 func (t tusUpload) GetReader(context.Context) (io.ReadCloser, error) {

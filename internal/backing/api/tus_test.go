@@ -1,6 +1,7 @@
 package api_test
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/base64"
 	"fmt"
@@ -199,5 +200,36 @@ func TestTusIsCut(t *testing.T) {
 		if got := s.want(http.StatusOK, "GET", file(v), nil).body; !bytes.Equal(got, data) {
 			t.Errorf("round %d: %d bytes, and not those that were sent", round, len(got))
 		}
+	}
+}
+
+// TestTusEndsWhatIsLost: where an upload ends stays as a client is told, though the
+// request that it has lost is still there, and has more to say.
+func TestTusEndsWhatIsLost(t *testing.T) {
+	s := open(t)
+	front, err := url.Parse(s.url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := disk("lost", 2000)
+	upload := s.begin(len(data), "name", "lost", "sha512", sum512(data))
+	conn, err := net.Dial("tcp", front.Host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprintf(conn, "PATCH %s HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nAuthorization: Bearer %s\r\nTus-Resumable: 1.0.0\r\nContent-Type: application/offset+octet-stream\r\nUpload-Offset: 0\r\nContent-Length: %d\r\n\r\n",
+		strings.TrimPrefix(upload, "http://"+front.Host), secret, len(data))
+	// Which is said once the upload is that request's to write.
+	if line, err := bufio.NewReader(conn).ReadString('\n'); err != nil || !strings.Contains(line, "100") {
+		t.Fatalf("%q, %v", line, err)
+	}
+	conn.Write(data[:300_000])
+	at := s.offset(upload)
+	conn.Write(data[300_000:600_000])
+	s.tus("PATCH", upload, data[at:], "Upload-Offset", strconv.Itoa(at)).is(t, http.StatusNoContent)
+	v := s.want(http.StatusOK, "GET", s.tus("HEAD", upload, nil).location(t, "Backing-Image-Location"), nil).version(t)
+	if got := s.want(http.StatusOK, "GET", file(v), nil).body; !bytes.Equal(got, data) {
+		t.Errorf("%d bytes, and not those that were sent", len(got))
 	}
 }
