@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -23,23 +24,27 @@ type fileServer struct {
 	pushServer
 	put    func(round int) string // the path to upload to
 	stored int                    // the status of an upload
+	prefer string
 	get    func(t *testing.T, round int, answer []byte, b blob) string
 	after  func(t *testing.T, round int)
 
 	up, down           []float64 // MB/s
 	upPeaks, downPeaks []int64   // MiB
+	jobs               []float64 // seconds that went by after the answer
 }
 
 // TestBackingImages: how fast an image is uploaded and downloaded, beside an nginx that
-// takes and gives files by itself. Both begin with an empty directory on the same disk
-// and take turns. Of the two only one hashes what it takes, twice, and has it on the disk
-// before it answers.
+// takes and gives files by itself. They begin with an empty directory on the same disk
+// and take turns. nginx answers when the bytes are in its file; so does the product where
+// that is preferred ("async"), and a job does the rest. Else it has hashed them twice, and
+// has them on the disk, before it answers.
 func TestBackingImages(t *testing.T) {
 	nginx, err := exec.LookPath("nginx")
 	if err != nil {
 		t.Log("there is no nginx in PATH: only the product is measured")
 	}
-	servers := []*fileServer{startImages(t, build(t))}
+	caddy := build(t)
+	servers := []*fileServer{startImages(t, caddy, ""), startImages(t, caddy, "respond-async")}
 	if nginx != "" {
 		servers = append(servers, startNginx(t, nginx))
 	}
@@ -51,14 +56,22 @@ func TestBackingImages(t *testing.T) {
 	}
 	for _, s := range servers {
 		t.Logf("%-6s upload   median %6.1f MB/s, rounds %.1f; peak RSS of the rounds %d MiB", s.name, median(s.up), s.up, s.upPeaks)
+		if len(s.jobs) > 0 {
+			t.Logf("%-6s jobs after the answer: %.1f s", s.name, s.jobs)
+		}
 		t.Logf("%-6s download median %6.1f MB/s, rounds %.1f; peak RSS of the rounds %d MiB", s.name, median(s.down), s.down, s.downPeaks)
 	}
-	if len(servers) == 2 {
-		t.Logf("%.2f times nginx in upload, %.2f in download", median(servers[0].up)/median(servers[1].up), median(servers[0].down)/median(servers[1].down))
+	if nginx == "" {
+		return
+	}
+	is := servers[len(servers)-1]
+	for _, s := range servers[:len(servers)-1] {
+		t.Logf("%s: %.2f times nginx in upload, %.2f in download", s.name, median(s.up)/median(is.up), median(s.down)/median(is.down))
 	}
 }
 
-func startImages(t *testing.T, caddy string) *fileServer {
+// startImages runs the product; prefer is what its clients prefer, or empty.
+func startImages(t *testing.T, caddy, prefer string) *fileServer {
 	t.Helper()
 	s := &fileServer{
 		pushServer: pushServer{name: "images", addr: regtest.FreeAddress(t)},
@@ -72,6 +85,13 @@ func startImages(t *testing.T, caddy string) *fileServer {
 			return v.URLs.File
 		},
 		after: func(*testing.T, int) {},
+	}
+	if prefer != "" {
+		s.name, s.prefer, s.stored = "async", prefer, http.StatusAccepted
+		made := s.get
+		s.get = func(t *testing.T, round int, answer []byte, b blob) string {
+			return made(t, round, s.made(t, answer), b)
+		}
 	}
 	s.run(t, "Caddyfile", fmt.Sprintf(`{
 	admin off
@@ -93,6 +113,36 @@ http://%[2]s {
 }
 `, t.TempDir(), s.addr), caddy, "run", "--adapter", "caddyfile", "--config")
 	return s
+}
+
+// made waits for the job of an upload, and returns the version that it has made.
+func (s *fileServer) made(t *testing.T, answer []byte) []byte {
+	t.Helper()
+	var j backing.Job
+	err := json.Unmarshal(answer, &j)
+	begun := time.Now()
+	resp, err := get(s.addr, "/v1/jobs/"+j.ID+"?watch=1", err)
+	if err != nil || !strings.Contains(string(resp), `"state":"succeeded"`) {
+		t.Fatalf("%v: %s", err, resp)
+	}
+	s.jobs = append(s.jobs, time.Since(begun).Seconds())
+	resp, err = get(s.addr, "/v1/backing-images/"+j.Name+"/versions/"+j.Version, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp
+}
+
+func get(addr, path string, err error) ([]byte, error) {
+	if err != nil {
+		return nil, err
+	}
+	resp, err := http.Get("http://" + addr + path)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	return io.ReadAll(resp.Body)
 }
 
 func startNginx(t *testing.T, nginx string) *fileServer {
@@ -148,6 +198,9 @@ func (s *fileServer) exchange(t *testing.T, round int, b blob) {
 			return err
 		}
 		req.ContentLength = b.size
+		if s.prefer != "" {
+			req.Header.Set("Prefer", s.prefer)
+		}
 		resp, err := c.Do(req)
 		if err != nil {
 			return err

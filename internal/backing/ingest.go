@@ -275,6 +275,7 @@ type arrival struct {
 	source  *Source
 	job     string
 	step    func(State)
+	note    func(kept fill.File) error // before the store has it
 
 	is       *probe.Report
 	file     fill.File // that is kept
@@ -443,7 +444,13 @@ func (l *Library) check(ctx context.Context, a *arrival, file fill.File) error {
 		return errors.Join(refused, hosted.ErrRefused)
 	case err != nil:
 		return err
-	case a.had != "" || a.unpacked && !unpacked:
+	}
+	if a.note != nil {
+		if err := a.note(a.file); err != nil {
+			return err
+		}
+	}
+	if a.had != "" || a.unpacked && !unpacked {
 		return fmt.Errorf("%w: %w", errHad, hosted.ErrRefused)
 	}
 	return nil

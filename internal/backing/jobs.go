@@ -51,7 +51,7 @@ type Source struct {
 // process.
 type Job struct {
 	ID       string    `json:"id"`
-	Kind     string    `json:"kind"` // pull, or delete
+	Kind     string    `json:"kind"` // pull, upload or delete
 	State    JobState  `json:"state"`
 	Name     string    `json:"name"`
 	Version  string    `json:"version"`
@@ -91,6 +91,9 @@ type jobRecord struct {
 	Job    Job    `json:"job"`
 	Draft  Draft  `json:"draft"`
 	Source Source `json:"source"`
+	// Upload has the bytes, instead of a source. Kept is what the store gets of it.
+	Upload string     `json:"upload,omitempty"`
+	Kept   *fill.File `json:"kept,omitempty"`
 }
 
 // job is a job in memory; Library.mu guards its record and changed.
@@ -135,10 +138,16 @@ func (l *Library) Pull(ctx context.Context, d Draft, s Source) (Job, error) {
 			return Job{}, fail(Malformed, "a URL to pull from begins with https://host or http://host")
 		}
 	}
+	s.Type = "url"
+	return l.beginJob(ctx, jobRecord{Job: Job{Kind: "pull", Step: Fetching, Progress: Progress{Total: -1}}, Draft: d, Source: s})
+}
+
+// beginJob begins a job, behind whoever asks for it.
+func (l *Library) beginJob(ctx context.Context, r jobRecord) (Job, error) {
+	d := r.Draft
 	if err := l.resuming(ctx); err != nil {
 		return Job{}, err
 	}
-	s.Type = "url"
 	began := false
 	if err := l.queue(); err != nil {
 		return Job{}, err
@@ -152,14 +161,13 @@ func (l *Library) Pull(ctx context.Context, d Draft, s Source) (Job, error) {
 	if err != nil {
 		return Job{}, err
 	}
-	if err := l.unused(d); err != nil {
+	if err := l.unused(r); err != nil {
 		release()
 		return Job{}, err
 	}
-	j := &job{changed: make(chan struct{}), release: release, record: jobRecord{recordSchema, Job{
-		ID: newID(), Kind: "pull", State: Running, Name: d.Name, Version: name, Step: Fetching,
-		Progress: Progress{Total: -1}, Created: l.now().UTC(),
-	}, d, s}}
+	r.Schema, r.Job.ID, r.Job.State, r.Job.Created = recordSchema, newID(), Running, l.now().UTC()
+	r.Job.Name, r.Job.Version = d.Name, name
+	j := &job{changed: make(chan struct{}), release: release, record: r}
 	if err := l.keepJob(ctx, j.record); err != nil {
 		release()
 		return Job{}, err
@@ -183,6 +191,11 @@ func (l *Library) resuming(ctx context.Context) error {
 	select {
 	case <-resumed:
 		return nil
+	default:
+	}
+	select {
+	case <-resumed:
+		return nil
 	case <-running.Done():
 		return fail(StoreAway, "backing images are being shut down; try again")
 	case <-ctx.Done():
@@ -201,7 +214,7 @@ func (l *Library) queue() error {
 		}
 	}
 	if queued >= maxQueued {
-		return fail(Busy, "%d pulls are not ended, which is the most; wait, or cancel some", maxQueued)
+		return fail(Busy, "%d pulls and uploads are not ended, which is the most; wait, or cancel some", maxQueued)
 	}
 	l.beginning++
 	return nil
@@ -214,10 +227,11 @@ func (l *Library) unqueue() {
 }
 
 // unused fails where a pull with a version's name could only end with a conflict.
-func (l *Library) unused(d Draft) error {
+func (l *Library) unused(r jobRecord) error {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
-	if i := l.images[d.Name]; d.Version != "" && i != nil && i.versions[d.Version] != nil && d.SHA256 == "" && d.SHA512 == "" {
+	d := r.Draft
+	if i := l.images[d.Name]; d.Version != "" && i != nil && i.versions[d.Version] != nil && d.SHA256 == "" && d.SHA512 == "" && r.Upload == "" {
 		return fail(VersionConflict, "backing image %s has a version %s; versions never change, so give this one another name, or the checksum of the file", d.Name, d.Version)
 	}
 	return nil
@@ -322,6 +336,7 @@ func (l *Library) changeJob(j *job, change func(*Job)) {
 // endJob notes how a job has ended, without what it asked with.
 func (l *Library) endJob(ctx context.Context, j *job, err error) {
 	j.release()
+	l.abandon(ctx, j.record.Upload)
 	l.changeJob(j, func(is *Job) {
 		is.Ended, is.Retry, is.Step = l.now().UTC(), time.Time{}, ""
 		is.Error, is.Code = "", ""
@@ -379,7 +394,7 @@ func (l *Library) runJob(ctx context.Context, j *job) {
 			message = told.Message
 		}
 		l.changeJob(j, func(is *Job) { is.Error, is.Retry, is.Step = message, l.now().Add(wait).UTC(), Fetching })
-		l.parts.Log.Info("a pull of a backing image failed, and is tried again", zap.String("image", j.record.Job.Name), zap.Duration("after", wait), zap.Error(err))
+		l.parts.Log.Info("a "+j.record.Job.Kind+" of a backing image failed, and is tried again", zap.String("image", j.record.Job.Name), zap.Duration("after", wait), zap.Error(err))
 		if !pause(ctx, wait) {
 			continue
 		}
@@ -433,6 +448,9 @@ func (l *Library) attempt(ctx context.Context, j *job) error {
 	l.mu.RLock()
 	r, settings := j.record, l.settings
 	l.mu.RUnlock()
+	if r.Upload != "" {
+		return l.finishLater(ctx, j, r)
+	}
 	s, d := r.Source, r.Draft
 	content, err := pull.Open(ctx, pull.Request{
 		URLs: append([]string{s.URL}, s.Also...), Proven: d.SHA256 != "" || d.SHA512 != "",
@@ -535,6 +553,9 @@ func (l *Library) Job(ctx context.Context, id string) (Job, error) {
 	if err := l.fresh(ctx); err != nil {
 		return Job{}, err
 	}
+	if err := l.resuming(ctx); err != nil {
+		return Job{}, err
+	}
 	l.mu.RLock()
 	defer l.mu.RUnlock()
 	if j := l.jobs[id]; j != nil {
@@ -546,6 +567,9 @@ func (l *Library) Job(ctx context.Context, id string) (Job, error) {
 // Jobs are those, the latest first.
 func (l *Library) Jobs(ctx context.Context) ([]Job, error) {
 	if err := l.fresh(ctx); err != nil {
+		return nil, err
+	}
+	if err := l.resuming(ctx); err != nil {
 		return nil, err
 	}
 	l.mu.RLock()

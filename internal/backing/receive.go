@@ -162,17 +162,10 @@ func (u *Upload) Append(ctx context.Context, body hosted.Body) (int64, error) {
 // version with the same bytes already: that is returned. An upload that is refused is
 // gone; one that the store could not take may be finished again.
 func (u *Upload) Finish(ctx context.Context, d Draft) (v Version, created bool, err error) {
-	l := u.library
-	if err := l.fresh(ctx); err != nil {
+	if err := u.whole(ctx, d); err != nil {
 		return Version{}, false, err
 	}
-	if err := d.valid(); err != nil {
-		return Version{}, false, err
-	}
-	if size := u.record.Size; size >= 0 && size != u.up.Offset() {
-		return Version{}, false, fail(Malformed, "%d bytes of %d have come; send the rest first", u.up.Offset(), size)
-	}
-	name, release, err := l.reserve(d)
+	name, release, err := u.library.reserve(d)
 	if err != nil {
 		var refused *Error
 		if errors.As(err, &refused) && final(refused.Code) {
@@ -181,7 +174,26 @@ func (u *Upload) Finish(ctx context.Context, d Draft) (v Version, created bool, 
 		return Version{}, false, err
 	}
 	defer release()
-	a := &arrival{draft: d, version: name, source: &Source{Type: "upload"}}
+	return u.become(ctx, &arrival{draft: d, version: name, source: &Source{Type: "upload"}})
+}
+
+// whole fails unless a version can be made of what has come.
+func (u *Upload) whole(ctx context.Context, d Draft) error {
+	if err := u.library.fresh(ctx); err != nil {
+		return err
+	}
+	if err := d.valid(); err != nil {
+		return err
+	}
+	if size := u.record.Size; size >= 0 && size != u.up.Offset() {
+		return fail(Malformed, "%d bytes of %d have come; send the rest first", u.up.Offset(), size)
+	}
+	return nil
+}
+
+// become makes a version of what has come.
+func (u *Upload) become(ctx context.Context, a *arrival) (v Version, created bool, err error) {
+	l, d := u.library, a.draft
 	l.mu.RLock()
 	before := u.arrived
 	l.mu.RUnlock()

@@ -20,7 +20,7 @@ func (w *writer) convey(r io.Reader, first *[largeBuffer]byte) error {
 	for range maxBuffers - 1 {
 		free <- nil // not made yet
 	}
-	if w.upload.sums.other != nil { // one hash is quicker in the writer, whose cache has the run
+	if w.upload.sums.other != nil && !w.upload.late { // one hash is quicker in the writer, whose cache has the run
 		w.behind = newHashing(&w.upload.sums, free)
 	}
 	runs, done := make(chan *buffer, maxBuffers), make(chan error, 1)

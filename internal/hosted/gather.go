@@ -77,6 +77,9 @@ func (u *Upload) proof(ctx context.Context) error {
 	if u.proven {
 		return nil
 	}
+	if u.late {
+		return fmt.Errorf("%w: the machine has stopped since, and nobody knows what the bytes were", errSpoilt)
+	}
 	if err := u.prove(ctx, u.Offset(), u.sums); err != nil {
 		return err
 	}

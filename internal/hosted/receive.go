@@ -4,13 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash"
+	"io"
 	"os"
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/caddy-registry/mirror/internal/failpoint"
 	"github.com/caddy-registry/mirror/internal/fill"
+	"github.com/caddy-registry/mirror/internal/oci"
 )
 
 // ErrRefused is wrapped by the check of a [Upload.Keep] that does not want the file,
@@ -32,6 +36,16 @@ func (h *Registry) Receive(ctx context.Context, repository string) (*Upload, err
 		return nil, err
 	}
 	return u, nil
+}
+
+// HashLater has Keep compute the hashes of an upload, which reads it once more for that,
+// and nobody before: so it comes as fast as the disk takes it. Until then what has come
+// survives the process, and not a stop of the machine. It is called before anything has
+// come.
+func (u *Upload) HashLater() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.late = true
 }
 
 // Received returns an upload that [Registry.Receive] has begun, in this process or an
@@ -84,6 +98,9 @@ func (u *Upload) keepIn(ctx context.Context, repository string, check func(fill.
 	if err := u.allow(ctx, 0); err != nil {
 		return fill.File{}, err
 	}
+	if err := u.hash(ctx); err != nil {
+		return fill.File{}, err
+	}
 	file := fill.File{
 		Size:   u.Offset(),
 		SHA256: digest.NewDigest(digest.SHA256, u.sums.sha256),
@@ -109,6 +126,44 @@ func (u *Upload) keepIn(ctx context.Context, repository string, check func(fill.
 	// Whoever asked may go, but not half of a commit.
 	err := u.commit(context.WithoutCancel(ctx), file.SHA256)
 	return file, err
+}
+
+// hash computes the hashes of everything that has come without. The caller is the one
+// who writes.
+func (u *Upload) hash(ctx context.Context) error {
+	if !u.late {
+		return nil
+	}
+	if err := u.exist(); err != nil {
+		return err
+	}
+	s, err := newSums(u.sums.algorithm)
+	if err != nil {
+		return err
+	}
+	f, err := os.Open(u.path)
+	if err != nil {
+		return fmt.Errorf("reading what has come of an upload: %w", err)
+	}
+	defer f.Close()
+	size := u.Offset()
+	group, ctx := errgroup.WithContext(ctx)
+	for _, sum := range []hash.Hash{s.sha256, s.other} {
+		group.Go(func() error {
+			n, err := oci.Feed(ctx, sum, io.NewSectionReader(f, 0, size))
+			if err == nil && n != size {
+				err = io.ErrUnexpectedEOF
+			}
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return fmt.Errorf("reading what has come of an upload: %w", err)
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.sums, u.late = s, false
+	return nil
 }
 
 // move lets an upload go to another repository than it was begun for.

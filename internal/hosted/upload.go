@@ -79,6 +79,7 @@ type Upload struct {
 
 	repository string
 	received   bool // begun by Receive
+	late       bool // sums are of nothing yet; Keep computes them
 	started    time.Time
 	sums       sums
 	// proven says that the file has what sums has been made of: after another

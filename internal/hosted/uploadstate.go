@@ -40,6 +40,7 @@ type state struct {
 	Boot       string           `json:"boot,omitempty"` // storage.Boot
 	Algorithm  digest.Algorithm `json:"algorithm,omitempty"`
 	Received   bool             `json:"received,omitempty"` // by Registry.Receive
+	Late       bool             `json:"late,omitempty"`     // the hashes are of nothing
 	// The states of the hashes of everything up to Offset, as the standard
 	// library marshals them.
 	SHA256 []byte `json:"sha256"`
@@ -79,7 +80,7 @@ func (u *Upload) note() error {
 func (u *Upload) state() (state, error) {
 	s := state{
 		Schema: stateSchema, Repository: u.repository, Started: u.started.UTC(), Written: u.last.UTC(),
-		Offset: u.ends.Load(), Algorithm: u.sums.algorithm, Received: u.received,
+		Offset: u.ends.Load(), Algorithm: u.sums.algorithm, Received: u.received, Late: u.late,
 	}
 	var err error
 	if s.SHA256, err = marshal(u.sums.sha256); err == nil && u.sums.other != nil {
@@ -142,7 +143,7 @@ func (u *Upload) recall() error {
 	}
 	u.loosen(s.Offset - u.loose)
 	u.repository, u.started, u.last, u.noted, u.known = s.Repository, s.Started, s.Written, s.Offset, true
-	u.received = s.Received
+	u.received, u.late = s.Received, s.Late
 	u.proven = s.Offset == 0 || s.Boot != "" && s.Boot == storage.Boot()
 	u.ends.Store(s.Offset)
 	return nil

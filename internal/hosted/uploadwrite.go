@@ -363,9 +363,11 @@ func (w *writer) write(run []byte) error {
 	}
 	offset := u.Offset()
 	n, err := w.file.WriteAt(run, offset)
-	if w.behind != nil {
+	switch {
+	case u.late:
+	case w.behind != nil:
 		w.behind.take(run[:n])
-	} else {
+	default:
 		u.sums.write(run[:n])
 	}
 	w.room.use(int64(n))
@@ -377,7 +379,8 @@ func (w *writer) write(run []byte) error {
 	if err != nil {
 		return fmt.Errorf("writing what is uploaded: %w", full(err))
 	}
-	if offset-w.flushed >= flushRun {
+	// Nobody waits for the disk where even the hashes can wait.
+	if !u.late && offset-w.flushed >= flushRun {
 		flush(w.file, w.flushed, offset-w.flushed)
 		w.flushed = offset
 	}

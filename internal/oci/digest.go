@@ -11,10 +11,16 @@ import (
 // by an algorithm, which must be available.
 func DigestOf(ctx context.Context, algorithm digest.Algorithm, r io.Reader) (digest.Digest, error) {
 	hash := algorithm.Hash()
-	if _, err := io.Copy(hash, untilDone{ctx, r}); err != nil {
+	if _, err := Feed(ctx, hash, r); err != nil {
 		return "", err
 	}
 	return digest.NewDigest(algorithm, hash), nil
+}
+
+// Feed gives a hash everything that a reader has, until ctx ends, and returns how much
+// that was.
+func Feed(ctx context.Context, hash io.Writer, r io.Reader) (int64, error) {
+	return io.Copy(hash, untilDone{ctx, r})
 }
 
 // untilDone is a reader that ends with its context.

@@ -206,6 +206,9 @@ func (x *exchange) put() error {
 	if err != nil {
 		return err
 	}
+	if x.later() {
+		u.HashLater()
+	}
 	if _, err = u.Append(x.r.Context(), x.body(x.r.Body, 0, x.r.ContentLength)); err != nil {
 		x.abandon(u)
 		return err
@@ -213,8 +216,32 @@ func (x *exchange) put() error {
 	return x.finish(u, d)
 }
 
+// respondAsync is the preference of a client that does not wait for what is done with
+// its bytes once it has sent them (RFC 7240 §4.1).
+const respondAsync = "respond-async"
+
+func (x *exchange) later() bool {
+	for _, line := range x.r.Header.Values("Prefer") {
+		for _, preference := range list(line) {
+			if name, _, _ := strings.Cut(preference, ";"); strings.EqualFold(strings.TrimSpace(name), respondAsync) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // finish makes a version of an upload that has come, and tells of it.
 func (x *exchange) finish(u *backing.Upload, d backing.Draft) error {
+	if x.later() {
+		j, err := u.FinishLater(x.r.Context(), d)
+		if err != nil {
+			x.abandon(u)
+			return err
+		}
+		x.w.Header().Set("Preference-Applied", respondAsync)
+		return x.begun(j)
+	}
 	v, created, err := u.Finish(x.r.Context(), d)
 	if err != nil {
 		x.abandon(u)
@@ -284,6 +311,9 @@ func (x *exchange) form(boundary string) (err error) {
 		}
 		if u, err = x.library.Receive(x.r.Context(), d, -1); err != nil {
 			return err
+		}
+		if x.later() {
+			u.HashLater()
 		}
 		if _, err := u.Append(x.r.Context(), x.body(part, 0, -1)); err != nil {
 			return broken(err)
@@ -382,7 +412,12 @@ func (x *exchange) pull() error {
 	if err != nil {
 		return err
 	}
-	x.report.Version = j.Version
+	return x.begun(j)
+}
+
+// begun tells of a job that makes a version.
+func (x *exchange) begun(j backing.Job) error {
+	x.report.Image, x.report.Version = j.Name, j.Version
 	x.w.Header().Set("Location", x.relative("/v1/jobs/"+j.ID))
 	return x.json(http.StatusAccepted, j)
 }

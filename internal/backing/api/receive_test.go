@@ -3,6 +3,7 @@ package api_test
 import (
 	"bufio"
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"io"
 	"mime/multipart"
@@ -149,6 +150,37 @@ func TestPut(t *testing.T) {
 	}
 }
 
+// TestRespondAsync: who prefers it is answered once everything has come, and a job makes
+// the version.
+func TestRespondAsync(t *testing.T) {
+	s := open(t)
+	data := disk("later", 3000)
+	body, mediaType := form([2]string{"file", string(data)}, [2]string{"tag", "posted"}, [2]string{"name", "debian"})
+	for tag, a := range map[string]answer{
+		"put":    s.ask("PUT", "/v1/backing-images/debian/content?tag=put", data, "Prefer", "wait=5, Respond-Async; x=1"),
+		"posted": s.ask("POST", "/v1/backing-images", body, "Content-Type", mediaType, "Prefer", "respond-async"),
+	} {
+		a.is(t, http.StatusAccepted)
+		if a.Header.Get("Preference-Applied") != "respond-async" {
+			t.Errorf("%s: %v", tag, a.Header)
+		}
+		job := s.ends(a.location(t, "Location"))
+		if job.State != backing.Succeeded || job.Kind != "upload" || job.Version != "v1" {
+			t.Errorf("%s: %+v", tag, job)
+		}
+		s.want(http.StatusOK, "GET", "/v1/backing-images/debian/tags/"+tag, nil)
+		s.wantFile(s.want(http.StatusOK, "GET", "/v1/backing-images/debian/versions/v1", nil).version(t), data)
+	}
+	s.ask("PUT", "/v1/backing-images/debian/versions/put/content", data, "Prefer", "respond-async").refused(t, 409, backing.VersionConflict)
+	a := s.ask("PUT", "/v1/backing-images/debian/content?sha256="+sum256(data), data[:512], "Prefer", "respond-async")
+	a.is(t, http.StatusAccepted)
+	if job := s.ends(a.location(t, "Location")); job.State != backing.JobFailed || job.Code != backing.ChecksumMismatch {
+		t.Errorf("%+v", job)
+	}
+	// What is not asked for is not done.
+	s.ask("PUT", "/v1/backing-images/debian/content", data, "Prefer", "return=minimal, respond-async-not").is(t, http.StatusOK)
+}
+
 // TestNothingIsReadBeforeTheChecks: a client that waits for 100 Continue hears why
 // its file is not wanted, and has sent nothing.
 func TestNothingIsReadBeforeTheChecks(t *testing.T) {
@@ -251,4 +283,18 @@ func TestRulesOnOneImage(t *testing.T) {
 	s.ask("POST", "/v1/backing-images", `{"name":"other","source":{"type":"url","url":"http://x"}}`).refused(t, 403, "denied")
 	s.tus("POST", "/v1/uploads", nil, "Upload-Length", "512", "Upload-Metadata", metadata("name", "other")).refused(t, 403, "denied")
 	s.want(http.StatusNotFound, "GET", "/v1/backing-images/other", nil)
+}
+
+// ends waits for the end of a job.
+func (s *server) ends(job string) backing.Job {
+	s.t.Helper()
+	for {
+		var j backing.Job
+		if err := json.Unmarshal(s.want(http.StatusOK, "GET", job, nil).body, &j); err != nil {
+			s.t.Fatal(err)
+		}
+		if j.State != backing.Running {
+			return j
+		}
+	}
 }
