@@ -40,19 +40,27 @@ func (l *Library) Delete(ctx context.Context, name, reference, revision string, 
 	if err := l.against(ctx, i, going, reference == "", unregister); err != nil {
 		return err
 	}
-	marked, err := l.mark(ctx, name, revision, going, reference == "")
-	if err != nil {
-		return err
-	}
 	if unregister {
+		// Longhorn may refuse: nothing is marked before it has not.
 		for _, v := range going {
 			for _, r := range v.Registrations {
 				if err := l.Unregister(ctx, name, v.Version, r.Cluster); err != nil {
-					l.unmark(context.WithoutCancel(ctx), name, marked)
 					return err
 				}
 			}
 		}
+		if going, err = l.still(ctx, name, going); err != nil {
+			return err
+		}
+		if err := l.against(ctx, i, going, reference == "", false); err != nil {
+			return err
+		}
+		// What was unregistered may have changed the record, by its tokens.
+		revision = ""
+	}
+	marked, err := l.mark(ctx, name, revision, going, reference == "")
+	if err != nil {
+		return err
 	}
 	ctx = context.WithoutCancel(ctx)
 	for _, v := range marked {
@@ -64,6 +72,19 @@ func (l *Library) Delete(ctx context.Context, name, reference, revision string, 
 		return l.removeImage(ctx, name)
 	}
 	return nil
+}
+
+// still are versions as they are now.
+func (l *Library) still(ctx context.Context, name string, versions []Version) ([]Version, error) {
+	now := make([]Version, 0, len(versions))
+	for _, v := range versions {
+		v, err := l.Version(ctx, name, v.Version)
+		if err != nil {
+			return nil, err
+		}
+		now = append(now, v)
+	}
+	return now, nil
 }
 
 // against says what stands against a deletion.
@@ -155,16 +176,7 @@ func (l *Library) mark(ctx context.Context, name, revision string, going []Versi
 	return marked, nil
 }
 
-// unmark takes mark back: what was to be deleted stays.
-func (l *Library) unmark(ctx context.Context, name string, versions []string) {
-	unlock, err := l.lock(ctx, name)
-	if err != nil {
-		return
-	}
-	defer unlock()
-	l.unmarkLocked(ctx, name, versions)
-}
-
+// unmarkLocked takes mark back: what was to be deleted stays. The image's lock is held.
 func (l *Library) unmarkLocked(ctx context.Context, name string, versions []string) {
 	for _, v := range versions {
 		l.mu.RLock()
@@ -258,11 +270,15 @@ func (l *Library) removeImage(ctx context.Context, name string) error {
 	defer unlock()
 	l.mu.RLock()
 	i := l.images[name]
-	left := i != nil && (len(i.versions) > 0 || i.bad != "")
-	left = left || len(l.reserved[name]) > 0
+	left, begun := i != nil && (len(i.versions) > 0 || i.bad != ""), len(l.reserved[name]) > 0
 	l.mu.RUnlock()
 	if i == nil || left {
 		return nil // a version has been made meanwhile
+	}
+	if begun && i.record != nil {
+		// One is being made. It is of a new image, which has nothing of the old one but
+		// the names that are not given again.
+		return l.putImage(ctx, &imageRecord{Name: name, Created: l.now().UTC(), Labels: map[string]string{}, Tags: map[string]Tag{}, Last: i.record.Last})
 	}
 	if err := l.delete(ctx, layout.Image(name)); err != nil {
 		return err

@@ -77,10 +77,7 @@ func New(p Parts) *Library {
 		slots: make(chan struct{}, maxRunning), registrar: newRegistrar(p),
 	}
 	l.registrar.version, l.registrar.open = l.Version, l.Open
-	l.registrar.token = func(ctx context.Context, image, cluster string) (string, error) {
-		t, err := l.AddToken(ctx, image, "Longhorn "+cluster, "")
-		return t.Token, err
-	}
+	l.registrar.token, l.registrar.revoke = l.tokenFor, l.revoke
 	return l
 }
 

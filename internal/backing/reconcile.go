@@ -8,7 +8,6 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -29,6 +28,11 @@ type pace struct {
 
 var defaultPace = pace{moving: 5 * time.Second, idle: time.Minute, poll: time.Second, resend: time.Minute, stuck: 10 * time.Minute}
 
+const (
+	maxUploads = 2   // to Longhorns at once
+	maxMessage = 500 // bytes of what Longhorn says of a disk
+)
+
 // maxAttempts is how often an upload to Longhorn is begun anew: it can resume none.
 const maxAttempts = 3
 
@@ -38,9 +42,30 @@ type cluster struct {
 	client *longhorn.Client
 	cancel context.CancelFunc
 	kick   chan struct{}
-	// registering is held by who changes a record of a registration here.
-	registering sync.Mutex
+	// registering has one for who changes a record of a registration here.
+	registering chan struct{}
 	disks       map[string]string // of the nodes that were seen; the loop's own
+}
+
+// lock is had by one at a time, who changes a record of a registration.
+func (c *cluster) lock(ctx context.Context) (unlock func(), err error) {
+	select {
+	case c.registering <- struct{}{}:
+		return func() { <-c.registering }, nil
+	case <-ctx.Done():
+		return nil, fail(Busy, "Longhorn %s is being asked; try again: %w", c.Name, context.Cause(ctx))
+	}
+}
+
+// lock is that of a cluster, if it is configured.
+func (r *registrar) lock(ctx context.Context, name string) (unlock func(), err error) {
+	r.mu.Lock()
+	c := r.clusters[name]
+	r.mu.Unlock()
+	if c == nil {
+		return func() {}, nil
+	}
+	return c.lock(ctx)
 }
 
 // wake has the cluster asked now.
@@ -176,8 +201,11 @@ func (r *registrar) nameDisks(ctx context.Context, c *cluster, images []longhorn
 
 // step compares a registration with its image.
 func (r *registrar) step(ctx context.Context, c *cluster, p place, images []longhorn.Image) error {
-	c.registering.Lock()
-	defer c.registering.Unlock()
+	unlock, err := c.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	r.mu.Lock()
 	held := r.held[p]
 	if held == nil {
@@ -308,8 +336,13 @@ func (r *registrar) create(ctx context.Context, c *cluster, p place, record regi
 // judge says how an image that should be ours stands.
 func (r *registrar) judge(ctx context.Context, c *cluster, p place, record registration, image longhorn.Image) error {
 	if why := drift(record, image); why != "" {
+		// What Longhorn has restored, cloned or exported may be the only one of its kind.
+		mine := !record.Adopted && (image.SourceType == string(Download) || image.SourceType == string(PushUpload))
+		if record.Ensure && !mine {
+			why += "; it was not made from here: delete it in Longhorn to have it made again"
+		}
 		r.see(p, func(held *registered) { held.state, held.message = Drifted, why })
-		if !record.Ensure {
+		if !record.Ensure || !mine {
 			return nil
 		}
 		return r.again(ctx, c, p, record)
@@ -322,7 +355,7 @@ func (r *registrar) judge(ctx context.Context, c *cluster, p place, record regis
 		copies[cmp.Or(c.disks[disk], disk)] = cmp.Or(file.State, "waiting")
 		progress = max(progress, file.Progress)
 		if file.Message != "" && (message == "" || file.State == longhorn.Failed) {
-			message = file.Message
+			message = strings.ToValidUTF8(file.Message[:min(len(file.Message), maxMessage)], "")
 		}
 	}
 	wanted := 1
@@ -418,6 +451,12 @@ func (r *registrar) again(ctx context.Context, c *cluster, p place, record regis
 // send uploads a version to Longhorn. What becomes of it is for the next pass to see.
 func (r *registrar) send(ctx context.Context, c *cluster, p place, record registration) {
 	err := func() error {
+		select {
+		case r.uploads <- struct{}{}:
+			defer func() { <-r.uploads }()
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
 		v, err := r.version(ctx, record.Image, record.Version)
 		if err != nil {
 			return err

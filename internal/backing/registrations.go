@@ -102,13 +102,17 @@ type registrar struct {
 	log     *zap.Logger
 	version func(ctx context.Context, name, reference string) (Version, error)
 	open    func(ctx context.Context, v Version) (content.Content, error)
-	// token makes a token by which everybody reads an image; nil: nobody can.
-	token func(ctx context.Context, image, cluster string) (string, error)
-	pace  pace
+	// token makes a token by which everybody reads an image, or takes the one that is
+	// given if it is not revoked; nil: nobody can. revoke ends one.
+	token  func(ctx context.Context, image, cluster, old string) (string, error)
+	revoke func(ctx context.Context, image, token string) error
+	pace   pace
 
 	ctx     context.Context
 	cancel  context.CancelFunc
 	working sync.WaitGroup
+
+	uploads chan struct{} // one for each that is under way
 
 	mu       sync.Mutex
 	settings Settings
@@ -159,7 +163,7 @@ type registration struct {
 }
 
 func newRegistrar(p Parts) *registrar {
-	r := &registrar{store: p.Store, log: p.Log, pace: defaultPace, clusters: map[string]*cluster{}, held: map[place]*registered{}}
+	r := &registrar{store: p.Store, log: p.Log, pace: defaultPace, uploads: make(chan struct{}, maxUploads), clusters: map[string]*cluster{}, held: map[place]*registered{}}
 	if r.log == nil {
 		r.log = zap.NewNop()
 	}
@@ -189,7 +193,7 @@ func (r *registrar) set(s Settings) error {
 			failed = errors.Join(failed, fmt.Errorf("longhorn %s: %w", c.Name, err))
 			continue
 		}
-		next[c.Name] = &cluster{Cluster: c, client: client, kick: make(chan struct{}, 1)}
+		next[c.Name] = &cluster{Cluster: c, client: client, kick: make(chan struct{}, 1), registering: make(chan struct{}, 1)}
 	}
 	for name, old := range r.clusters {
 		if next[name] != old {
@@ -306,9 +310,35 @@ func (r *registrar) forget(ctx context.Context, p place) error {
 		return fail(StoreAway, "the registration cannot be deleted: %w", err)
 	}
 	r.mu.Lock()
-	defer r.mu.Unlock()
+	token := ""
+	if held := r.held[p]; held != nil {
+		token = held.record.Token
+	}
 	delete(r.held, p)
+	r.mu.Unlock()
+	if token == "" || r.revoke == nil || len(r.with(p.image, token)) > 0 {
+		return nil
+	}
+	if err := r.revoke(ctx, p.image, token); err != nil {
+		r.log.Warn("the token that Longhorn had for a backing image stays; revoke it", zap.String("image", p.image), zap.String("longhorn", p.cluster), zap.Error(err))
+	}
 	return nil
+}
+
+// with are the registrations of an image whose address has a token.
+func (r *registrar) with(image, token string) []Blocker {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var found []Blocker
+	for p, held := range r.held {
+		if p.image == image && held.record.Token == token {
+			found = append(found, Blocker{Kind: "registration", Name: held.record.Name, Cluster: p.cluster})
+		}
+	}
+	slices.SortFunc(found, func(a, b Blocker) int {
+		return cmp.Or(cmp.Compare(a.Cluster, b.Cluster), cmp.Compare(a.Name, b.Name))
+	})
+	return found
 }
 
 // of are the registrations of a version, by their clusters.
@@ -432,12 +462,11 @@ func (l *Library) registrations(name, version string) []Registration {
 // forget lets go of the registrations of a version that is no more.
 func (l *Library) forget(ctx context.Context, name, version string) error {
 	for _, told := range l.registrar.of(name, version) {
-		unlock := func() {}
-		if c, err := l.registrar.find(told.Cluster); err == nil {
-			c.registering.Lock()
-			unlock = c.registering.Unlock
+		unlock, err := l.registrar.lock(ctx, told.Cluster)
+		if err != nil {
+			return err
 		}
-		err := l.registrar.forget(ctx, place{name, version, told.Cluster})
+		err = l.registrar.forget(ctx, place{name, version, told.Cluster})
 		unlock()
 		if err != nil {
 			return err
@@ -454,8 +483,11 @@ func (r *registrar) register(ctx context.Context, v Version, o RegistrationOptio
 	if err != nil {
 		return Registration{}, err
 	}
-	c.registering.Lock()
-	defer c.registering.Unlock()
+	unlock, err := c.lock(ctx)
+	if err != nil {
+		return Registration{}, err
+	}
+	defer unlock()
 	record, err := r.plan(ctx, c, v, o)
 	if err != nil {
 		return Registration{}, err
@@ -493,6 +525,10 @@ func (r *registrar) plan(ctx context.Context, c *cluster, v Version, o Registrat
 		}
 		if record.Made && record.Mode != cmp.Or(o.Mode, record.Mode) || o.Name != "" && o.Name != record.Name {
 			return registration{}, fail(Exists, "%s %s is registered with %s as %s, by %s; unregister it first", v.Name, v.Version, c.Name, record.Name, record.Mode)
+		}
+		if o.MinNumberOfCopies != 0 && o.MinNumberOfCopies != record.MinNumberOfCopies || o.NodeSelector != nil && !slices.Equal(o.NodeSelector, record.NodeSelector) ||
+			o.DiskSelector != nil && !slices.Equal(o.DiskSelector, record.DiskSelector) {
+			return registration{}, fail(Exists, "%s %s is registered with %s with other copies or selectors; change those in Longhorn, or unregister it first", v.Name, v.Version, c.Name)
 		}
 		record.Ensure = o.Ensure
 		return record, nil
@@ -549,14 +585,12 @@ func (r *registrar) plan(ctx context.Context, c *cluster, v Version, o Registrat
 			r.log.Warn("Longhorn trusts public certificate authorities alone: a certificate of another has it fail", zap.String("public_url", s.PublicURL.Redacted()))
 		}
 		if s.Private {
-			if record.Token = reuse; record.Token == "" {
-				if r.token == nil {
-					return registration{}, fail(Malformed, "not everybody may read %s, and there is no token for Longhorn; register with the mode upload", v.Name)
-				}
-				var err error
-				if record.Token, err = r.token(ctx, v.Name, c.Name); err != nil {
-					return registration{}, err
-				}
+			if r.token == nil {
+				return registration{}, fail(Malformed, "not everybody may read %s, and there is no token for Longhorn; register with the mode upload", v.Name)
+			}
+			var err error
+			if record.Token, err = r.token(ctx, v.Name, c.Name, reuse); err != nil {
+				return registration{}, err
 			}
 		}
 		record.URL = address(s.PublicURL, v, record.Token)

@@ -310,6 +310,20 @@ func TestStates(t *testing.T) {
 			t.Errorf("%+v", m.Fetches(name))
 		}
 	})
+	t.Run("drifted, and not made from here", func(t *testing.T) {
+		m, r := start(t, fake.Options{Dial: serveFiles(t, diskImage)}, diskImage)
+		name := r.register(RegistrationOptions{Ensure: true}).Name
+		r.until(InLonghorn)
+		m.Break(fake.Fault{Path: "/v1/backingimages", Status: 200, Body: fmt.Sprintf(`{"type":"collection","data":[{"name":%q,"sourceType":"restore","currentChecksum":%q}]}`, name, r.v.Digests.SHA512.Encoded())})
+		if told := r.until(Drifted); !strings.Contains(told.Message, "not made from here") {
+			t.Errorf("%+v", told)
+		}
+		if asked := m.Requests("DELETE", ""); len(asked) > 0 {
+			t.Errorf("%+v", asked)
+		}
+		m.Heal()
+		r.until(InLonghorn)
+	})
 	t.Run("stuck", func(t *testing.T) {
 		odd := diskImage[:4097]
 		m := fake.New(t, fake.Options{Dial: serveFiles(t, odd)})
@@ -467,6 +481,57 @@ func TestBlockers(t *testing.T) {
 	}
 }
 
+// TestBlockersByHand: what somebody has made in Longhorn from our address is in the way
+// of a deletion, with its volumes; where Longhorn cannot be asked nothing is deleted.
+func TestBlockersByHand(t *testing.T) {
+	m := fake.New(t, fake.Options{Dial: serveFiles(t, diskImage)})
+	r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(diskImage), diskImage, Cluster{Name: "default", URL: m.URL})
+	client := longhornClient(t, m.URL)
+	for name, at := range map[string]string{
+		"by-file":    "http://images.test/v1/files/" + r.v.Digests.SHA512.Encoded() + "/x.img",
+		"by-token":   "http://images.test/v1/files/t/secret/" + r.v.Digests.SHA512.Encoded() + "/x.img",
+		"by-name":    "http://images.test/v1/backing-images/ubuntu_24.04/download",
+		"by-version": "http://images.test/v1/backing-images/ubuntu_24.04/download?version=v1",
+		"elsewhere":  "http://other.test/v1/files/" + r.v.Digests.SHA512.Encoded() + "/x.img",
+		"other-file": "http://images.test/v1/files/" + strings.Repeat("0", 128) + "/x.img",
+		"other-name": "http://images.test/v1/backing-images/ubuntu_24.04-x/download",
+	} {
+		if _, err := client.Create(t.Context(), longhorn.Input{Name: name, SourceType: "download", Parameters: map[string]string{"url": at}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m.SetVolume("pvc-1", "by-name")
+	m.SetVolume("pvc-2", "other-name")
+	blockers, err := r.blockers(t.Context(), []Version{r.v})
+	var names []string
+	for _, b := range blockers {
+		names = append(names, b.Kind+" "+b.Name)
+	}
+	slices.Sort(names)
+	if got := strings.Join(names, ", "); err != nil || got != "backing image by-file, backing image by-name, backing image by-token, backing image by-version, volume pvc-1" {
+		t.Error(got, err)
+	}
+	m.Stop()
+	if _, err := r.blockers(t.Context(), []Version{r.v}); codeOf(err) != LonghornAway || !strings.Contains(err.Error(), "forget") {
+		t.Error(err)
+	}
+}
+
+// TestChangedOptions: what a registration cannot change is said.
+func TestChangedOptions(t *testing.T) {
+	m := fake.New(t, fake.Options{Dial: serveFiles(t, diskImage)})
+	r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(diskImage), diskImage, Cluster{Name: "default", URL: m.URL})
+	o := RegistrationOptions{MinNumberOfCopies: 2, DiskSelector: []string{"ssd"}}
+	r.register(o)
+	r.register(o)
+	r.register(RegistrationOptions{})
+	for _, o := range []RegistrationOptions{{MinNumberOfCopies: 1}, {DiskSelector: []string{}}, {NodeSelector: []string{"a"}}} {
+		if _, err := r.registrar.register(t.Context(), r.v, o); codeOf(err) != Exists {
+			t.Errorf("%+v: %v", o, err)
+		}
+	}
+}
+
 // TestPreflight: what cannot work is refused before anything is written.
 func TestPreflight(t *testing.T) {
 	m := fake.New(t, fake.Options{})
@@ -516,7 +581,10 @@ func TestPrivateAddress(t *testing.T) {
 	made := 0
 	open := func() *registry {
 		r := newTestRegistrar(t, store, testVersion(diskImage), diskImage)
-		r.token = func(context.Context, string, string) (string, error) {
+		r.token = func(_ context.Context, _, _, old string) (string, error) {
+			if old != "" {
+				return old, nil
+			}
 			made++
 			return fmt.Sprintf("token%d", made), nil
 		}

@@ -72,16 +72,48 @@ func (l *Library) Tokens(ctx context.Context, name string) ([]PathToken, error) 
 	return tokens, nil
 }
 
-// RemoveToken revokes a token by its ID.
+// RemoveToken revokes a token by its ID. One that a registration's address has is kept,
+// with an Error with code InUse and its Blockers: Longhorn could not fetch the image
+// again.
 func (l *Library) RemoveToken(ctx context.Context, name, id string) error {
+	if err := l.registrar.load(ctx); err != nil {
+		return err
+	}
 	return l.edit(ctx, name, "", func(r *imageRecord) error {
-		n := len(r.Tokens)
-		r.Tokens = slices.DeleteFunc(r.Tokens, func(t PathToken) bool { return t.ID == id })
-		if len(r.Tokens) == n {
+		i := slices.IndexFunc(r.Tokens, func(t PathToken) bool { return t.ID == id })
+		if i < 0 {
 			return fail(NotFound, "backing image %s has no token %.80q", name, id)
 		}
+		if by := l.registrar.with(name, r.Tokens[i].Token); len(by) > 0 {
+			return inUse(by, "Longhorn fetches %s by this token, and could not do so again: unregister what has it first", name)
+		}
+		r.Tokens = slices.Delete(slices.Clone(r.Tokens), i, i+1)
 		return nil
 	})
+}
+
+// tokenFor is a token by which a cluster has an image: the one that it has already, if
+// nobody has revoked that, or a new one.
+func (l *Library) tokenFor(ctx context.Context, image, cluster, old string) (string, error) {
+	if old != "" {
+		if of, err := l.Token(ctx, old); err == nil && of == image {
+			return old, nil
+		}
+	}
+	t, err := l.AddToken(ctx, image, "Longhorn "+cluster, "")
+	return t.Token, err
+}
+
+// revoke ends a token that nobody needs any more.
+func (l *Library) revoke(ctx context.Context, image, token string) error {
+	err := l.edit(ctx, image, "", func(r *imageRecord) error {
+		r.Tokens = slices.DeleteFunc(slices.Clone(r.Tokens), func(t PathToken) bool { return t.Token == token })
+		return nil
+	})
+	if told := Known(err); told != nil && told.Code == NotFound {
+		return nil
+	}
+	return err
 }
 
 // Token is the image that a token in a path is for, or NotFound.

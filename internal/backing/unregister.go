@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"net/url"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/caddy-registry/mirror/internal/backing/longhorn"
@@ -27,6 +29,37 @@ func (l *Library) Unregister(ctx context.Context, name, reference, cluster strin
 	return l.registrar.unregister(ctx, v, cluster)
 }
 
+// Forget lets go of a version's registration, and asks Longhorn nothing: what it has
+// stays there. It is for a Longhorn that is no more, and a configured one makes no
+// difference.
+func (l *Library) Forget(ctx context.Context, name, reference, cluster string) error {
+	r := l.registrar
+	if err := r.load(ctx); err != nil {
+		return err
+	}
+	version := reference
+	if len(r.of(name, reference)) == 0 {
+		v, err := l.Version(ctx, name, reference)
+		if err != nil {
+			return err
+		}
+		version = v.Version
+	}
+	unlock, err := r.lock(ctx, cluster)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	p := place{name, version, cluster}
+	r.mu.Lock()
+	held := r.held[p]
+	r.mu.Unlock()
+	if held == nil {
+		return fail(NotFound, "%s %s is not registered with %s", name, version, cluster)
+	}
+	return r.forget(ctx, p)
+}
+
 func (r *registrar) unregister(ctx context.Context, v Version, name string) error {
 	if err := r.load(ctx); err != nil {
 		return err
@@ -41,9 +74,12 @@ func (r *registrar) unregister(ctx context.Context, v Version, name string) erro
 	}
 	c.wake()
 	for {
-		c.registering.Lock()
+		unlock, err := c.lock(ctx)
+		if err != nil {
+			return err
+		}
 		gone, err := r.remove(ctx, c, p)
-		c.registering.Unlock()
+		unlock()
 		if gone || err != nil {
 			return err
 		}
@@ -59,8 +95,11 @@ func (r *registrar) unregister(ctx context.Context, v Version, name string) erro
 
 // dismiss notes that a registration is to go, if no volume uses its image.
 func (r *registrar) dismiss(ctx context.Context, c *cluster, p place) error {
-	c.registering.Lock()
-	defer c.registering.Unlock()
+	unlock, err := c.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	r.mu.Lock()
 	held := r.held[p]
 	if held == nil {
@@ -159,7 +198,7 @@ func (r *registrar) blockers(ctx context.Context, versions []Version) ([]Blocker
 		return nil, err
 	}
 	var found []Blocker
-	var sums []string
+	var sums, served []string
 	names := map[string][]string{}
 	var usual []string // names, whether registered or not
 	for _, v := range versions {
@@ -170,21 +209,61 @@ func (r *registrar) blockers(ctx context.Context, versions []Version) ([]Blocker
 		if v.Digests.SHA512 != "" {
 			sums = append(sums, v.Digests.SHA512.Encoded())
 			usual = append(usual, longhornNameOf(v.Name, v.Digests.SHA512))
+			served = append(served, "/"+v.Digests.SHA512.Encoded()+"/", "/v1/backing-images/"+v.Name+"/download")
 		}
 	}
 	if len(sums) == 0 {
 		return found, nil
 	}
 	r.mu.Lock()
-	clusters := slices.Collect(maps.Values(r.clusters))
+	clusters, public := slices.Collect(maps.Values(r.clusters)), r.settings.PublicURL
 	r.mu.Unlock()
 	slices.SortFunc(clusters, func(a, b *cluster) int { return cmp.Compare(a.Name, b.Name) })
 	for _, c := range clusters {
-		users, err := c.users(ctx, sums, append(names[c.Name], usual...))
+		others, err := c.fetched(ctx, public, served, sums, names[c.Name])
 		if err != nil {
-			return nil, err
+			return nil, r.unasked(c, err)
 		}
-		found = append(found, users...)
+		mine := append(slices.Clone(names[c.Name]), usual...)
+		for _, b := range others {
+			mine = append(mine, b.Name)
+		}
+		users, err := c.users(ctx, sums, mine)
+		if err != nil {
+			return nil, r.unasked(c, err)
+		}
+		found = append(append(found, others...), users...)
+	}
+	return found, nil
+}
+
+// unasked is why nothing may be deleted while a Longhorn cannot be asked.
+func (r *registrar) unasked(c *cluster, err error) error {
+	e := Known(err)
+	return &Error{Code: e.Code, Message: e.Message + "; whether its volumes need the image nobody knows. Where this Longhorn is no more, take it out of backing_images, and forget its registrations", Err: err}
+}
+
+// fetched are images of a cluster that are not registered, but have one of our addresses,
+// and so would be fetched from here again: somebody has made them by hand.
+func (c *cluster) fetched(ctx context.Context, public *url.URL, served, sums, registered []string) ([]Blocker, error) {
+	if public == nil {
+		return nil, nil
+	}
+	images, err := c.client.Images(ctx)
+	if err != nil {
+		return nil, told(err)
+	}
+	base := strings.TrimRight(public.String(), "/") + "/"
+	var found []Blocker
+	for _, image := range images {
+		from := image.Parameters["url"]
+		if sum := cmp.Or(image.CurrentChecksum, image.ExpectedChecksum); sum != "" && !slices.Contains(sums, sum) {
+			continue // it is another version's
+		}
+		if strings.HasPrefix(from, base) && !slices.Contains(registered, image.Name) &&
+			slices.ContainsFunc(served, func(part string) bool { return strings.Contains(from, part) }) {
+			found = append(found, Blocker{Kind: "backing image", Name: image.Name, Cluster: c.Name})
+		}
 	}
 	return found, nil
 }

@@ -44,6 +44,21 @@ func (x *exchange) register() error {
 }
 
 func (x *exchange) unregister() error {
+	q, err := x.query("forget")
+	if err != nil {
+		return err
+	}
+	forget, err := flag(q, "forget")
+	if err != nil {
+		return err
+	}
+	if forget {
+		if err := x.library.Forget(x.r.Context(), x.vars["name"], x.vars["version"], x.vars["cluster"]); err != nil {
+			return err
+		}
+		x.w.WriteHeader(http.StatusNoContent)
+		return nil
+	}
 	if err := x.library.Unregister(x.r.Context(), x.vars["name"], x.vars["version"], x.vars["cluster"]); err != nil {
 		return err
 	}
