@@ -446,6 +446,10 @@ func TestEditAndTokens(t *testing.T) {
 	if err != nil || len(token.Token) != 43 {
 		t.Fatal(token, err)
 	}
+	// Whoever changes the image on condition does not see its tokens.
+	if now, err := s.Image(t.Context(), "a"); err != nil || now.Revision != i.Revision {
+		t.Error(now.Revision, i.Revision, err)
+	}
 	s.restart()
 	if name, err := s.Token(t.Context(), token.Token); err != nil || name != "a" {
 		t.Error(name, err)

@@ -110,7 +110,9 @@ func (r *imageRecord) clone() *imageRecord {
 
 // revision is the same wherever the record is, and another for any other record.
 func (r *imageRecord) revision() string {
-	data, err := json.Marshal(r)
+	shown := *r
+	shown.Tokens = nil // which come and go with registrations, and are in no answer
+	data, err := json.Marshal(shown)
 	if err != nil {
 		return "" // it was made of JSON
 	}
@@ -231,10 +233,12 @@ func (l *Library) known() map[string]bool {
 }
 
 // readImage reads records of one image.
-func (l *Library) readImage(ctx context.Context, name string, keys map[string]storage.Info) error {
-	unlock, err := l.lock(ctx, name)
-	if err != nil {
-		return err
+func (l *Library) readImage(ctx context.Context, name string, keys map[string]storage.Info) (err error) {
+	unlock, free := l.tryLock(name)
+	if !free {
+		// Everybody waits for this, and whoever has it may wait for a bucket. The next
+		// look sees it, as the stamps stay.
+		return nil
 	}
 	defer unlock()
 	for key, info := range keys {
@@ -404,27 +408,43 @@ func (l *Library) put(ctx context.Context, key string, value any) error {
 
 // lock keeps others from changing an image.
 func (l *Library) lock(ctx context.Context, name string) (unlock func(), err error) {
-	l.mu.Lock()
-	k := l.locks[name]
-	if k == nil {
-		k = &imageLock{held: make(chan struct{}, 1)}
-		l.locks[name] = k
-	}
-	k.users++
-	l.mu.Unlock()
-	leave := func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		if k.users--; k.users == 0 {
-			delete(l.locks, name)
-		}
-	}
+	k, leave := l.lockOf(name)
 	select {
 	case k.held <- struct{}{}:
 		return func() { <-k.held; leave() }, nil
 	case <-ctx.Done():
 		leave()
 		return nil, context.Cause(ctx)
+	}
+}
+
+// tryLock is lock, unless somebody else has it.
+func (l *Library) tryLock(name string) (unlock func(), free bool) {
+	k, leave := l.lockOf(name)
+	select {
+	case k.held <- struct{}{}:
+		return func() { <-k.held; leave() }, true
+	default:
+		leave()
+		return nil, false
+	}
+}
+
+// lockOf is the lock of an image, which is kept until leave.
+func (l *Library) lockOf(name string) (k *imageLock, leave func()) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if k = l.locks[name]; k == nil {
+		k = &imageLock{held: make(chan struct{}, 1)}
+		l.locks[name] = k
+	}
+	k.users++
+	return k, func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if k.users--; k.users == 0 {
+			delete(l.locks, name)
+		}
 	}
 }
 
@@ -444,7 +464,9 @@ func (l *Library) current(ctx context.Context, name string) (*imageRecord, error
 			r := new(imageRecord)
 			bad := decode(data, func() int { return r.Schema }, r)
 			l.setImage(name, r, l.unreadable(layout.Image(name), bad))
-		case !errors.Is(err, fs.ErrNotExist):
+		case errors.Is(err, fs.ErrNotExist):
+			l.setImage(name, nil, "")
+		default:
 			return nil, err
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddy-registry/mirror/internal/backing"
+	"github.com/caddy-registry/mirror/internal/failpoint"
 	"github.com/caddy-registry/mirror/internal/hosted"
 	"github.com/caddy-registry/mirror/internal/tree"
 	"github.com/caddy-registry/mirror/storage"
@@ -35,9 +36,8 @@ func (everything) Listed(context.Context) error { return nil }
 func (everything) Relist(context.Context) error { return nil }
 func (everything) Secret() []byte               { return nil }
 
-// What one process changes another sees.
-func TestShared(t *testing.T) {
-	a := newShelf(t)
+// beside is another process on the store of a.
+func beside(t *testing.T, a *shelf) *backing.Library {
 	store := common{a.store}
 	trees := tree.New(store, nil)
 	uploads := hosted.New(hosted.Parts{Store: store, Tree: trees, Log: zap.NewNop()})
@@ -50,6 +50,51 @@ func TestShared(t *testing.T) {
 		uploads.Close()
 		trees.Close()
 	})
+	return b
+}
+
+// TestSharedBusy: what is being changed, and may wait for a bucket, keeps nobody from
+// what others have changed elsewhere.
+func TestSharedBusy(t *testing.T) {
+	a := newShelf(t)
+	b := beside(t, a)
+	a.add(backing.Draft{Name: "a"}, rawDisk(1))
+	reached, release := make(chan struct{}), make(chan struct{})
+	failpoint.Set(func(name string) {
+		if name == "backing.manifest" {
+			close(reached)
+			<-release
+		}
+	})
+	ended := make(chan error)
+	go func() {
+		u, err := b.Receive(t.Context(), backing.Draft{}, -1)
+		if err == nil {
+			if _, err = u.Append(t.Context(), body(rawDisk(2))); err == nil {
+				_, _, err = u.Finish(t.Context(), backing.Draft{Name: "a"})
+			}
+		}
+		ended <- err
+	}()
+	<-reached
+	failpoint.Set(nil)
+	a.add(backing.Draft{Name: "b"}, rawDisk(3))
+	if _, err := b.Version(t.Context(), "b", "v1"); err != nil {
+		t.Error(err)
+	}
+	close(release)
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Version(t.Context(), "a", "v2"); err != nil {
+		t.Error(err)
+	}
+}
+
+// What one process changes another sees.
+func TestShared(t *testing.T) {
+	a := newShelf(t)
+	b := beside(t, a)
 	if _, err := b.Image(t.Context(), "a"); err == nil {
 		t.Fatal("there is an image")
 	}
