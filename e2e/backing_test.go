@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/sha512"
@@ -41,29 +42,34 @@ type backingSetup struct {
 	store       string // the storage, whole; default: a new directory
 	options     string // of Caddy
 	images      string // of backing_images in the app
+	public      string // public_url, whose port is the address's; default: the address, which only this machine reaches
 }
 
 func (s backingSetup) caddyfile() string {
+	site := "http://" + s.addr
+	if s.public != "" {
+		site += ", " + s.public
+	}
 	return fmt.Sprintf(`{
 	admin %s
 	%s
 	registry {
 		%s
 		backing_images {
-			public_url http://%s
+			public_url %s
 			allow_private
 			%s
 		}
 	}
 }
 
-http://%s {
+%s {
 	bind 127.0.0.1
 	backing_images {
 		api_token %s
 	}
 }
-`, s.admin, s.options, s.store, s.addr, s.images, s.addr, backingToken)
+`, s.admin, s.options, s.store, cmp.Or(s.public, "http://"+s.addr), s.images, site, backingToken)
 }
 
 // startBackingImages starts a server that enforces what Longhorn needs.
