@@ -93,6 +93,16 @@ type madeConfig struct {
 	warnings []string
 }
 
+// aboutImages is what a person sees who opens the address in a browser.
+const aboutImages = `This is a server of backing images: disk images for volumes of Longhorn, in versions.
+
+GET  /v1/backing-images   lists them
+POST /v1/backing-images   adds one: a form with the fields name and file
+GET  /health, /ready      tell how the server is
+
+On the command line: caddy registry image --help
+`
+
 // backingConfig makes a configuration of the environment. Its error names all that
 // is wrong.
 func backingConfig(getenv func(string) string, listen string) (*madeConfig, error) {
@@ -157,6 +167,7 @@ func backingConfig(getenv func(string) string, listen string) (*madeConfig, erro
 							"handler": "registry_mirror", "default": "off", "hosted": []string{defaultPrefix + "/**"},
 							"access": rules(rule{"allow", []string{"pull"}, nil, []string{defaultPrefix + "/**"}}),
 						}, "/v2", "/v2/*"),
+						route(map[string]any{"handler": "static_response", "status_code": 200, "body": aboutImages}, "/"),
 						route(map[string]any{"handler": "static_response", "status_code": 404, "body": "there is nothing here; the API is under /v1/backing-images\n"}),
 					},
 				}},

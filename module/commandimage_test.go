@@ -119,7 +119,10 @@ func TestImageServer(t *testing.T) {
 	if !strings.Contains(p.stderr.String(), "BACKING_IMAGE_API_TOKEN is not set") {
 		t.Errorf("no warning: %s", p.stderr)
 	}
-	p.want(404, "GET", "/")
+	if a := p.want(200, "GET", "/"); !strings.Contains(string(a.body), "/v1/backing-images") {
+		t.Errorf("/ answers %q", a.body)
+	}
+	p.want(404, "GET", "/other")
 	p.want(200, "GET", "/v2/")
 	p.want(403, "GET", "/v2/library/alpine/manifests/latest?ns=docker.io")
 

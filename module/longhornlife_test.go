@@ -230,7 +230,10 @@ func TestLonghornPrivate(t *testing.T) {
 	if err := json.Unmarshal(a.body, &tokens); err != nil || len(tokens.Items) != 1 || tokens.Items[0].Token != "" {
 		t.Fatalf("%s: %v", a.body, err)
 	}
-	if a := l.delete("private/tokens/" + tokens.Items[0].ID); a.StatusCode != 204 {
+	if a := l.delete("private/tokens/" + tokens.Items[0].ID); a.StatusCode != 409 || !strings.Contains(string(a.body), r.Name) {
+		t.Fatalf("%d %s", a.StatusCode, a.body)
+	}
+	if a := l.delete("private/tokens/" + tokens.Items[0].ID + "?force=true"); a.StatusCode != 204 {
 		t.Fatalf("%d %s", a.StatusCode, a.body)
 	}
 	l.want(404, "GET", path)
@@ -350,5 +353,44 @@ func TestLonghornPulled(t *testing.T) {
 	l.has(l.until("pulled", backing.InLonghorn), file)
 	if created := l.registration("pulled").CreatedAt; time.Since(created) < 0 || created.IsZero() {
 		t.Errorf("registered at %v", created)
+	}
+}
+
+// TestLonghornForget: a registration is forgotten by the API and by the command, and
+// Longhorn keeps what it has.
+func TestLonghornForget(t *testing.T) {
+	l := startLonghorn(t, longhorn.V1_12_1, "", "")
+	for _, name := range []string{"by-api", "by-command"} {
+		l.put(name, diskImage(name, 1<<16))
+		l.register(name, backing.RegistrationOptions{})
+		l.until(name, backing.InLonghorn)
+	}
+	if a := l.delete("by-api/versions/v1/registrations/default?forget=maybe"); a.StatusCode != 400 {
+		t.Errorf("%d %s", a.StatusCode, a.body)
+	}
+	if a := l.delete("by-api/versions/v1/registrations/default?forget=true"); a.StatusCode != 204 {
+		t.Errorf("%d %s", a.StatusCode, a.body)
+	}
+	command := func(more ...string) (int, string) {
+		status, _, errs := command(t, append([]string{"registry", "image", "register", "by-command", "--url", l.URL, "--token", imageToken}, more...)...)
+		return status, errs
+	}
+	if status, errs := command("--forget", "--delete"); status != 1 || !strings.Contains(errs, "one of them") {
+		t.Errorf("%d %s", status, errs)
+	}
+	if status, errs := command("--forget"); status != 0 {
+		t.Errorf("%d %s", status, errs)
+	}
+	for _, name := range []string{"by-api", "by-command"} {
+		if a := l.want(200, "GET", "/v1/backing-images/"+name+"/versions/v1/registrations"); !strings.Contains(string(a.body), `"items":[]`) {
+			t.Errorf("%s: %s", name, a.body)
+		}
+		// Longhorn would fetch it from here again.
+		if a := l.delete(name); a.StatusCode != 409 || !strings.Contains(string(a.body), "backing image") {
+			t.Errorf("%s: %d %s", name, a.StatusCode, a.body)
+		}
+	}
+	if names := fmt.Sprint(l.manager.Names()); !strings.Contains(names, "by-api-") || !strings.Contains(names, "by-command-") {
+		t.Errorf("Longhorn has %s", names)
 	}
 }

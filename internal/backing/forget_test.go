@@ -33,7 +33,7 @@ func TestForget(t *testing.T) {
 		t.Fatal(tokens, err)
 	}
 	var told *backing.Error
-	if err := s.RemoveToken(t.Context(), "a", tokens[0].ID); !errors.As(err, &told) || told.Code != backing.InUse || len(told.Blockers) != 1 || told.Blockers[0].Name != first.Name {
+	if err := s.RemoveToken(t.Context(), "a", tokens[0].ID, false); !errors.As(err, &told) || told.Code != backing.InUse || len(told.Blockers) != 1 || told.Blockers[0].Name != first.Name {
 		t.Errorf("%+v", err)
 	}
 	m.Stop()

@@ -465,7 +465,7 @@ func TestEditAndTokens(t *testing.T) {
 	if images, next, err := s.Images(t.Context(), backing.Query{Limit: 1}); err != nil || next != "a" || len(images) != 1 {
 		t.Error(next, err)
 	}
-	if err := s.RemoveToken(t.Context(), "a", token.ID); err != nil {
+	if err := s.RemoveToken(t.Context(), "a", token.ID, false); err != nil {
 		t.Fatal(err)
 	}
 	_, err = s.Token(t.Context(), token.Token)

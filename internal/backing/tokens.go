@@ -73,9 +73,9 @@ func (l *Library) Tokens(ctx context.Context, name string) ([]PathToken, error) 
 }
 
 // RemoveToken revokes a token by its ID. One that a registration's address has is kept,
-// with an Error with code InUse and its Blockers: Longhorn could not fetch the image
-// again.
-func (l *Library) RemoveToken(ctx context.Context, name, id string) error {
+// with an Error with code InUse and its Blockers, unless it is forced, as where somebody
+// has found it out: Longhorn cannot fetch the image again then.
+func (l *Library) RemoveToken(ctx context.Context, name, id string, force bool) error {
 	if err := l.registrar.load(ctx); err != nil {
 		return err
 	}
@@ -84,8 +84,8 @@ func (l *Library) RemoveToken(ctx context.Context, name, id string) error {
 		if i < 0 {
 			return fail(NotFound, "backing image %s has no token %.80q", name, id)
 		}
-		if by := l.registrar.with(name, r.Tokens[i].Token); len(by) > 0 {
-			return inUse(by, "Longhorn fetches %s by this token, and could not do so again: unregister what has it first", name)
+		if by := l.registrar.with(name, r.Tokens[i].Token); len(by) > 0 && !force {
+			return inUse(by, "Longhorn fetches %s by this token, and could not do so again: unregister what has it first, or repeat this with force=true", name)
 		}
 		r.Tokens = slices.Delete(slices.Clone(r.Tokens), i, i+1)
 		return nil

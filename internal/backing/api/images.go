@@ -239,7 +239,15 @@ func (x *exchange) addToken() error {
 }
 
 func (x *exchange) removeToken() error {
-	if err := x.library.RemoveToken(x.r.Context(), x.vars["name"], x.vars["token"]); err != nil {
+	q, err := x.query("force")
+	if err != nil {
+		return err
+	}
+	force, err := flag(q, "force")
+	if err != nil {
+		return err
+	}
+	if err := x.library.RemoveToken(x.r.Context(), x.vars["name"], x.vars["token"], force); err != nil {
 		return err
 	}
 	x.w.WriteHeader(http.StatusNoContent)
