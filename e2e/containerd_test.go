@@ -89,15 +89,12 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", 
 [ttrpc]
   address = "%s/ttrpc"
 %s`, configVersion, dir, dir, dir, dir, config))
-	writeFile(t, dir+"/certs.d/docker.io/hosts.toml", fmt.Sprintf(`server = "http://%s"
-[host."http://%s"]
-  capabilities = ["pull", "resolve"]
-`, deadAddr, mirror))
+	hosts = clientConfig(t, dir, "containerd", mirror, "--strict") + "/etc/containerd/certs.d"
 	daemon := start(t, env, filepath.Join(bin, "containerd"), "--config", file)
 	ctr = func(args ...string) (string, error) {
 		t.Helper()
 		return try(t, env, filepath.Join(bin, "ctr"), append([]string{"--address", dir + "/sock"}, args...)...)
 	}
 	daemon.untilReady(t, func() bool { _, err := ctr("version"); return err == nil })
-	return ctr, dir + "/certs.d"
+	return ctr, hosts
 }

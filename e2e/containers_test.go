@@ -13,18 +13,19 @@ import (
 // The family of github.com/containers/image: skopeo, podman and buildah. They
 // use a mirror either by registries.conf or by its name before the image's.
 
-// registriesConf makes an address the mirror of docker.io.
+// registriesConf makes an address the mirror of docker.io, and leaves no other way.
 func registriesConf(t *testing.T, dir, mirror string) string {
 	t.Helper()
-	return writeFile(t, filepath.Join(dir, "registries.conf"), fmt.Sprintf(`
-[[registry]]
-prefix = "docker.io"
-location = %q
-insecure = true
-[[registry.mirror]]
-location = %q
-insecure = true
-`, deadAddr, mirror))
+	return clientConfig(t, dir, "podman", mirror, "--strict") + "/etc/containers/registries.conf.d/mirror.conf"
+}
+
+// clientConfig writes what the product says a client is to be set to, so that it uses an
+// address for docker.io, and returns the directory below which that is.
+func clientConfig(t *testing.T, dir, client, mirror string, more ...string) string {
+	t.Helper()
+	root := filepath.Join(dir, "client")
+	run(t, bare(dir), caddyBin, append([]string{"registry", "client-config", client, "--mirror", "http://" + mirror, "--for", "docker.io", "--write", "--root", root}, more...)...)
+	return root
 }
 
 // anySignature is the policy that Debian's packages leave to the user.

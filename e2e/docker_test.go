@@ -35,10 +35,7 @@ func pullWithDocker(t *testing.T, mirror string, img *image, ref string) {
 // docker command.
 func startDocker(t *testing.T, mirror string) func(args ...string) (string, error) {
 	t.Helper()
-	return startDockerd(t, tool(t, "dockerd"), systemPath, map[string]any{
-		"registry-mirrors": []string{"http://" + mirror},
-		"storage-driver":   "overlay2",
-	})
+	return startDockerd(t, tool(t, "dockerd"), systemPath, mirror, map[string]any{"storage-driver": "overlay2"})
 }
 
 // startDocker29 starts the daemon that install.sh has built. It keeps images in
@@ -50,13 +47,14 @@ func startDocker29(t *testing.T) func(args ...string) (string, error) {
 	if _, err := os.Stat(binary); err != nil {
 		t.Fatalf("%v: run e2e/install.sh", err)
 	}
-	return startDockerd(t, binary, cache+"/containerd2:"+systemPath, map[string]any{
+	return startDockerd(t, binary, cache+"/containerd2:"+systemPath, "", map[string]any{
 		"storage-driver": "overlayfs",
 		"features":       map[string]bool{"containerd-snapshotter": true},
 	})
 }
 
-func startDockerd(t *testing.T, binary, path string, settings map[string]any) func(args ...string) (string, error) {
+// startDockerd starts a daemon that uses a mirror, unless that is empty.
+func startDockerd(t *testing.T, binary, path, mirror string, settings map[string]any) func(args ...string) (string, error) {
 	t.Helper()
 	dir := workDir(t)
 	all := map[string]any{
@@ -76,7 +74,11 @@ func startDockerd(t *testing.T, binary, path string, settings map[string]any) fu
 	}
 	// The true Hub is out of reach; loopback is not.
 	env := bare(dir, "PATH="+path, "HTTPS_PROXY=http://"+deadAddr, "NO_PROXY=127.0.0.0/8")
-	daemon := start(t, env, binary, "--config-file", writeFile(t, dir+"/daemon.json", string(config)))
+	file := writeFile(t, dir+"/client/etc/docker/daemon.json", string(config))
+	if mirror != "" {
+		clientConfig(t, dir, "docker", mirror)
+	}
+	daemon := start(t, env, binary, "--config-file", file)
 	docker := func(args ...string) (string, error) {
 		t.Helper()
 		return try(t, bare(dir, "DOCKER_HOST=unix://"+dir+"/sock"), tool(t, "docker"), args...)

@@ -35,7 +35,7 @@ otherwise from the given config file; otherwise the default is assumed.
 			// With a RunE, a misspelt command is an error.
 			cmd.Args = cobra.NoArgs
 			cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
-			cmd.AddCommand(refreshCmd(), backingCmd(), imageCmd())
+			cmd.AddCommand(refreshCmd(), clientCmd(), backingCmd(), imageCmd())
 			cmd.AddCommand(storeCmds()...)
 			cmd.AddCommand(workCmds()...)
 		},

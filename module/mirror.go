@@ -21,7 +21,8 @@ func init() {
 
 // Mirror answers the registry API (`/v2/…`) from the store of the `registry`
 // app, and fetches from upstream registries what it does not hold. Every other
-// path goes on to the next handler.
+// path goes on to the next handler. Where none answers `/`, a page tells how clients
+// are set up to use this host.
 //
 // A request says which registry it means in one of four ways, and the first
 // that applies decides: `?ns=<host>`, as containerd, BuildKit and Docker 29
@@ -64,6 +65,8 @@ type Mirror struct {
 	site  *mirror.Site
 	asker
 	log *zap.Logger
+
+	closed bool // not everybody may pull
 }
 
 // CaddyModule returns the Caddy module information.
@@ -99,7 +102,7 @@ func (m *Mirror) Provision(ctx caddy.Context) error {
 	m.warn(cfg.Rules)
 	m.state = app.state
 	app.served = append(app.served, cfg.Hosted...)
-	if cfg.Rules.Open(access.Pull) {
+	if m.closed = !cfg.Rules.Open(access.Pull); !m.closed {
 		app.open++
 	}
 	return nil
@@ -149,7 +152,10 @@ func (m *Mirror) config() (mirror.SiteConfig, error) {
 func (m *Mirror) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	route, ours := oci.ParsePath(r.URL.Path)
 	if !ours {
-		return next.ServeHTTP(w, r)
+		if err := next.ServeHTTP(w, r); err != nil {
+			return err
+		}
+		return m.land(w, r)
 	}
 	// The configuration may be cleaned up while this request runs; the state
 	// stays until it leaves.

@@ -1,6 +1,7 @@
 package mirror
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/url"
@@ -100,6 +101,38 @@ func NewSite(cfg SiteConfig) (*Site, error) {
 	}
 	cfg.Upstreams.serve(s)
 	return s, nil
+}
+
+// Serves is what a site answers for.
+type Serves struct {
+	Registries []*Upstream // by name, less the wildcards; what is built in comes first
+	Default    string      // the registry of names that say none, or empty
+	NS         bool        // what ns says is heard
+	Every      bool        // of whatever registry a client names by ns, and it knows
+	Hosted     bool        // it has names of its own
+}
+
+// Serves tells what the site answers for.
+func (s *Site) Serves() Serves {
+	is := Serves{NS: s.ns, Every: s.ns && s.allowed == nil, Hosted: len(s.hosted) > 0}
+	if s.byDefault != nil {
+		is.Default = s.byDefault.Name
+	}
+	for _, entry := range s.upstreams.byName {
+		if !strings.HasPrefix(entry.Name, "*") && s.permits(entry, entry.Name) {
+			is.Registries = append(is.Registries, entry)
+		}
+	}
+	place := func(u *Upstream) int {
+		if i := slices.Index(Builtin, u.Name); i >= 0 {
+			return i
+		}
+		return len(Builtin)
+	}
+	slices.SortFunc(is.Registries, func(a, b *Upstream) int {
+		return cmp.Or(cmp.Compare(place(a), place(b)), strings.Compare(a.Name, b.Name))
+	})
+	return is
 }
 
 // means checks that a rule's pattern can fit what this site is asked for: a name
