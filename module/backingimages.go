@@ -162,8 +162,8 @@ func unavailable(w http.ResponseWriter) {
 	w.Write(append(body, '\n'))
 }
 
-// ready is what GET /ready tells.
-func (o *opened) ready(context.Context) []images.Check {
+// ready is what GET /ready tells. Images are served and taken in without Longhorn.
+func (o *opened) ready(ctx context.Context) []images.Check {
 	check := images.Check{Name: "store", OK: true}
 	room, err := o.keeper.Store().Reserve(readyRoom)
 	if err == nil {
@@ -178,7 +178,15 @@ func (o *opened) ready(context.Context) []images.Check {
 			check.Message = "the store is full"
 		}
 	}
-	return []images.Check{check}
+	checks := []images.Check{check}
+	for _, r := range o.images.Reach(ctx) {
+		check := images.Check{Name: "longhorn " + r.Cluster, OK: r.Err == nil, Warning: true}
+		if !check.OK {
+			check.Message = "Longhorn does not answer; Caddy's log tells why"
+		}
+		checks = append(checks, check)
+	}
+	return checks
 }
 
 // readyRoom is what has to fit into a store that is ready, in bytes.

@@ -530,3 +530,13 @@ func imageFile(t *testing.T, data []byte) string {
 	}
 	return file
 }
+
+// TestBackingReadyWithoutLonghorn: a Longhorn that is away is told of, and images are
+// served all the same.
+func TestBackingReadyWithoutLonghorn(t *testing.T) {
+	m := startImages(t, "longhorn far http://"+regtest.FreeAddress(t), "")
+	a := m.want(200, "GET", "/ready")
+	if !bytes.Contains(a.body, []byte(`{"status":"ok"`)) || !bytes.Contains(a.body, []byte(`{"name":"longhorn far","ok":false,"warning":true,"message":`)) {
+		t.Errorf("/ready answers %s", a.body)
+	}
+}

@@ -158,6 +158,9 @@ func checkManagerURL(text string) error {
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.RawQuery != "" || u.Fragment != "" {
 		return errors.New("the url is not one such as http://longhorn-backend.longhorn-system:9500")
 	}
+	if u.User != nil {
+		return errors.New("the url has a user or a password in it; give what a proxy before Longhorn expects as the token, as in \"Basic <user:password in base64>\"")
+	}
 	return nil
 }
 

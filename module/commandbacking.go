@@ -19,6 +19,18 @@ import (
 // documentation says.
 const managerURL = "http://longhorn-backend.longhorn-system:9500"
 
+// hello is what a person is told who opens the address in a browser.
+const hello = `This is a server of backing images for Longhorn.
+
+GET  /v1/backing-images   the images, as JSON
+POST /v1/backing-images   a new one: curl -F name=debian-13 -F file=@debian-13.qcow2
+GET  /health              whether it runs
+GET  /ready               whether it can store, and Longhorn answers
+
+The API: https://github.com/caddy-registry/mirror/blob/main/docs/backing-images-api.md
+By hand: caddy registry image --help
+`
+
 func backingCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "backing-images",
@@ -93,16 +105,6 @@ type madeConfig struct {
 	warnings []string
 }
 
-// aboutImages is what a person sees who opens the address in a browser.
-const aboutImages = `This is a server of backing images: disk images for volumes of Longhorn, in versions.
-
-GET  /v1/backing-images   lists them
-POST /v1/backing-images   adds one: a form with the fields name and file
-GET  /health, /ready      tell how the server is
-
-On the command line: caddy registry image --help
-`
-
 // backingConfig makes a configuration of the environment. Its error names all that
 // is wrong.
 func backingConfig(getenv func(string) string, listen string) (*madeConfig, error) {
@@ -167,7 +169,10 @@ func backingConfig(getenv func(string) string, listen string) (*madeConfig, erro
 							"handler": "registry_mirror", "default": "off", "hosted": []string{defaultPrefix + "/**"},
 							"access": rules(rule{"allow", []string{"pull"}, nil, []string{defaultPrefix + "/**"}}),
 						}, "/v2", "/v2/*"),
-						route(map[string]any{"handler": "static_response", "status_code": 200, "body": aboutImages}, "/"),
+						map[string]any{
+							"match":  []any{map[string]any{"path": []string{"/"}, "method": []string{"GET", "HEAD"}}},
+							"handle": []any{map[string]any{"handler": "static_response", "status_code": 200, "headers": map[string][]string{"Content-Type": {"text/plain; charset=utf-8"}}, "body": hello}},
+						},
 						route(map[string]any{"handler": "static_response", "status_code": 404, "body": "there is nothing here; the API is under /v1/backing-images\n"}),
 					},
 				}},

@@ -24,6 +24,7 @@ func TestBackingEnvironment(t *testing.T) {
 		"empty":          {good, map[string]string{"LONGHORN_API_URL": ""}, []string{"LONGHORN_API_URL is missing or empty"}},
 		"right":          {good, nil, nil},
 		"manager":        {good, map[string]string{"LONGHORN_API_URL": "longhorn-backend:9500"}, []string{"LONGHORN_API_URL: ", managerURL}},
+		"manager's user": {good, map[string]string{"LONGHORN_API_URL": "http://me:hidden@longhorn-backend:9500"}, []string{"LONGHORN_API_URL: the url has a user or a password in it"}},
 		"type":           {good, map[string]string{"STORAGE_BACKEND_TYPE": "ceph"}, []string{`local, nfs or s3, not "ceph"`}},
 		"type is a word": {good, map[string]string{"STORAGE_BACKEND_TYPE": "S3"}, []string{`not "S3"`}},
 		"level":          {good, map[string]string{"LOG_LEVEL": "trace"}, []string{"debug, info, warn or error"}},

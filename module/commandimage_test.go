@@ -119,10 +119,13 @@ func TestImageServer(t *testing.T) {
 	if !strings.Contains(p.stderr.String(), "BACKING_IMAGE_API_TOKEN is not set") {
 		t.Errorf("no warning: %s", p.stderr)
 	}
-	if a := p.want(200, "GET", "/"); !strings.Contains(string(a.body), "/v1/backing-images") {
-		t.Errorf("/ answers %q", a.body)
+	if a := p.want(200, "GET", "/"); !bytes.Contains(a.body, []byte("/v1/backing-images")) || !strings.HasPrefix(a.Header.Get("Content-Type"), "text/plain") {
+		t.Errorf("a browser is told %v %q", a.Header, a.body)
 	}
-	p.want(404, "GET", "/other")
+	p.want(404, "GET", "/index.html")
+	eventually(t, "Longhorn to be seen", func() bool {
+		return bytes.Contains(p.want(200, "GET", "/ready").body, []byte(`{"name":"longhorn default","ok":true`))
+	})
 	p.want(200, "GET", "/v2/")
 	p.want(403, "GET", "/v2/library/alpine/manifests/latest?ns=docker.io")
 

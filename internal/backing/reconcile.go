@@ -22,11 +22,12 @@ type pace struct {
 	moving time.Duration // while something changes there
 	idle   time.Duration // else, give or take a tenth; also the most after errors
 	poll   time.Duration // while somebody waits for a removal
+	reach  time.Duration // how long an answer is good for that tells whether Longhorn is there
 	resend time.Duration // after an upload that Longhorn still waits for: what it says lags
 	stuck  time.Duration // after which a complete file that goes nowhere is stuck
 }
 
-var defaultPace = pace{moving: 5 * time.Second, idle: time.Minute, poll: time.Second, resend: time.Minute, stuck: 10 * time.Minute}
+var defaultPace = pace{moving: 5 * time.Second, idle: time.Minute, poll: time.Second, reach: 10 * time.Second, resend: time.Minute, stuck: 10 * time.Minute}
 
 const (
 	maxUploads = 2   // to Longhorns at once
@@ -45,6 +46,7 @@ type cluster struct {
 	// registering has one for who changes a record of a registration here.
 	registering chan struct{}
 	disks       map[string]string // of the nodes that were seen; the loop's own
+	reach       reach
 }
 
 // lock is had by one at a time, who changes a record of a registration.

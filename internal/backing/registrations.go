@@ -213,7 +213,9 @@ func (r *registrar) set(s Settings) error {
 
 // close ends what is under way in this process.
 func (r *registrar) close() {
+	r.mu.Lock()
 	r.cancel()
+	r.mu.Unlock()
 	r.working.Wait()
 }
 
