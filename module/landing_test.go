@@ -4,7 +4,6 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"fmt"
-	"net/http"
 	"regexp"
 	"strings"
 	"testing"
@@ -96,18 +95,6 @@ func TestLandingPage(t *testing.T) {
 	if a := m.do("POST", "/"); strings.Contains(string(a.body), "<html") {
 		t.Errorf("POST: %s", a.body)
 	}
-	// What a host pretends to be is nothing that is pasted into a shell.
-	req, err := http.NewRequestWithContext(t.Context(), "GET", m.URL+"/", nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	req.Host = "x';reboot;'"
-	if resp, err := http.DefaultClient.Do(req); err == nil {
-		defer resp.Body.Close()
-		if resp.Header.Get("Content-Type") == "text/html; charset=utf-8" {
-			t.Error("a strange host gets a page")
-		}
-	}
 }
 
 // TestLandingPageOfOthers: what a site does not do is not told of.
@@ -171,6 +158,10 @@ func TestLandingPageBehindProxy(t *testing.T) {
 			options = "servers {\ntrusted_proxies static 127.0.0.1/32\n}\n"
 		}
 		m := landing(t, options, "", "registry_mirror")
+		// What a host pretends to be is nothing that is pasted into a shell.
+		if a := m.do("GET", "/", "X-Forwarded-Host", "x';reboot;'"); strings.Contains(string(a.body), "reboot") || trusted && strings.Contains(string(a.body), "<html") {
+			t.Errorf("%s", a.body)
+		}
 		a := m.want(200, "GET", "/", "X-Forwarded-Proto", "https", "X-Forwarded-Host", "mirror.example.com")
 		if got := strings.Contains(string(a.body), `https://mirror.example.com`); got != trusted {
 			t.Errorf("trusted %v: %v", trusted, got)

@@ -90,7 +90,7 @@ func Find(id string) (Client, bool) {
 // Steps are what is to be done so that the client uses the mirror.
 func (c Client) Steps(m Mirror) ([]Step, error) {
 	u, err := url.Parse(m.URL)
-	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.User != nil {
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.User != nil || !plainHost(u.Host) {
 		return nil, fmt.Errorf("%q is no mirror's address: that is https://host, or http://host:port, without a path", m.URL)
 	}
 	m.URL = u.Scheme + "://" + u.Host
@@ -119,6 +119,15 @@ func (c Client) Steps(m Mirror) ([]Step, error) {
 		return nil, fmt.Errorf("%s: %w", c.Name.English, err)
 	}
 	return steps, nil
+}
+
+// plainHost reports whether a host can stand in a shell command, in quotes and in a path:
+// it may be what anybody has sent.
+func plainHost(host string) bool {
+	strange := func(r rune) bool {
+		return !strings.ContainsRune("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_:[]", r)
+	}
+	return !strings.ContainsFunc(host, strange) && !strings.Contains(host, "..")
 }
 
 // host is the mirror's, with its port.

@@ -92,6 +92,8 @@ func TestRefused(t *testing.T) {
 	}{
 		"no scheme":     {"containerd", func(m *clients.Mirror) { m.URL = "m.test" }, "https://host"},
 		"a path":        {"containerd", func(m *clients.Mirror) { m.URL += "/x" }, "without a path"},
+		"a command":     {"containerd", func(m *clients.Mirror) { m.URL = "https://x';reboot;'" }, "https://host"},
+		"a way up":      {"docker", func(m *clients.Mirror) { m.URL = "https://.." }, "https://host"},
 		"a password":    {"containerd", func(m *clients.Mirror) { m.URL = "https://a:b@m.test" }, "https://host"},
 		"no registry":   {"containerd", func(m *clients.Mirror) { m.Registries = nil }, "no registry"},
 		"wildcard":      {"podman", func(m *clients.Mirror) { m.Registries = []clients.Registry{{Name: "*.pkg.dev"}} }, "host of a registry"},
