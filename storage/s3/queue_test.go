@@ -1,8 +1,10 @@
 package s3
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 
@@ -128,5 +130,67 @@ func TestTrustedAnew(t *testing.T) {
 	mustPut(t, s, key, data, storage.Durable)
 	if calls := contentCalls(d); len(calls) > 0 {
 		t.Errorf("what the bucket has is sent again: %q", calls)
+	}
+}
+
+// TestCutObjects: what the bucket has under a blob's key, but not as long, is replaced,
+// whether that is known or asked for.
+func TestCutObjects(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	known, data := blobOf("known", 1000)
+	d.Write(known, data[:500])
+	c := &clock{now: time.Now()}
+	s := still(t, d, t.TempDir(), c)
+	defer closed(t, s)
+	if err := s.Listed(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	mustPut(t, s, known, data, storage.Durable)
+	d.whole(t, known, data)
+	other := still(t, d, t.TempDir(), c)
+	defer closed(t, other)
+	asked, data := blobOf("asked", 1000)
+	d.Write(asked, data[:500])
+	mustPut(t, other, asked, data, storage.Durable)
+	d.whole(t, asked, data)
+}
+
+// syncing tells what has been synced.
+type syncing struct {
+	storage.Store
+	keys []string
+}
+
+func (s *syncing) Sync(ctx context.Context, keys ...string) error {
+	s.keys = append(s.keys, keys...)
+	return s.Store.Sync(ctx, keys...)
+}
+
+// TestSyncedNear: a near file that is gone stays so over a loss of power, when that has been
+// told to be durable: it would be taken for newer than the bucket's. With push_ack local
+// what is near is all there is.
+func TestSyncedNear(t *testing.T) {
+	key, data := blobOf("blob", 1000)
+	for _, near := range []bool{false, true} {
+		d := newDouble(t, s3double.Options{}, func(s *S3) {
+			if near {
+				s.PushAck = "local"
+			}
+		})
+		s := still(t, d, t.TempDir(), &clock{now: time.Now()})
+		if err := s.Listed(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		synced := &syncing{Store: s.near}
+		s.listing.slot <- struct{}{} // nobody looks at what is near meanwhile
+		s.near = synced
+		<-s.listing.slot
+		mustPut(t, s, linkOf("a"), []byte("sha256:1"), storage.Durable)
+		mustPut(t, s, key, data, storage.Durable)
+		if !slices.Contains(synced.keys, linkOf("a")) || near && !slices.Contains(synced.keys, key) {
+			t.Errorf("push_ack local is %v: synced %q", near, synced.keys)
+		}
+		uploaded(t, s)
+		closed(t, s)
 	}
 }
