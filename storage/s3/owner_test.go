@@ -484,6 +484,13 @@ func TestOwnerGone(t *testing.T) {
 	b := still(t, d, dir, c)
 	beat(t, a)
 	mustPut(t, b, linkOf("a"), []byte("sha256:2"), storage.Durable)
+	if err := a.Relist(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	// A process that follows this one while S3 is silent would believe it.
+	if a.index.complete.Load() {
+		t.Error("a listing beside another is taken for complete")
+	}
 	closed(t, b)
 	a.listing.slot <- struct{}{} // the bucket is not listed yet
 	for range missedRead {
