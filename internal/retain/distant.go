@@ -83,10 +83,11 @@ func (k *Keeper) look() {
 		k.journal.unheard = k.now()
 		k.journal.mu.Unlock()
 	}
+	// What was so at the beginning has been told to nobody, and may be over by now.
+	a.mu.Lock()
+	a.shared, a.told = shared, shared
+	a.mu.Unlock()
 	if told != shared {
-		a.mu.Lock()
-		a.shared, a.told = shared, shared
-		a.mu.Unlock()
 		if shared {
 			k.log.Warn("another process uses the store: gc, eviction, retention and purge are off, and what is hosted is asked of the store each time",
 				zap.Strings("others", backlog.Others))

@@ -351,6 +351,37 @@ func TestSharedUntilLooked(t *testing.T) {
 	}
 }
 
+// TestSharedAtTheBeginning: another process that ends before the keeper has looked for the
+// first time has ended, as later ones have.
+func TestSharedAtTheBeginning(t *testing.T) {
+	t.Parallel()
+	var afar *bucket
+	shared := false
+	b := keep(t, func(b *kept) {
+		b.paces.look = time.Hour
+		b.wrap = func(s storage.Store) storage.Store {
+			afar = &bucket{Store: s, near: map[string][]byte{}, shared: shared}
+			return afar
+		}
+	})
+	shared = true
+	b.restart()
+	afar.change(func() { afar.shared = false })
+	b.look()
+	b.ready()
+	b.done(b.GC(false))
+	doubts := func() uint64 {
+		b.journal.mu.Lock()
+		defer b.journal.mu.Unlock()
+		return uint64(b.journal.doubts)
+	}
+	before := doubts()
+	b.look()
+	if doubts() > before {
+		t.Error("the catalog is held to be wrong again")
+	}
+}
+
 // TestNothingAfar: nobody looks again and again at a store that is on a local disk.
 func TestNothingAfar(t *testing.T) {
 	t.Parallel()

@@ -88,6 +88,7 @@ func (b *bucket) call(ctx context.Context, o operation, key string, send func(co
 		limit = putPatience
 	}
 	var last *fault
+	denied := false
 	for attempt := 1; ; attempt++ {
 		if err := context.Cause(ctx); err != nil {
 			return b.ended(ctx, o, key, last)
@@ -113,13 +114,18 @@ func (b *bucket) call(ctx context.Context, o operation, key string, send func(co
 			return b.ended(ctx, o, key, last)
 		}
 		last = b.fault(r, o, key, err)
-		if last.unavailable() {
+		again := last.again
+		switch {
+		case !denied && last.raced(o):
+			b.failed[o].Add(1)
+			denied, again = true, true
+		case last.unavailable():
 			b.failed[o].Add(1)
 			b.breaker.failed(time.Now())
-		} else if last.status != 0 {
+		case last.status != 0:
 			b.breaker.answered()
 		}
-		if !last.again || attempt == attempts || last.unavailable() && b.breaker.open() {
+		if !again || attempt == attempts || last.unavailable() && b.breaker.open() {
 			return last
 		}
 		if last.expired {

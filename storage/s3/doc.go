@@ -54,6 +54,15 @@
 // value has been put anew meanwhile. An object is deleted without asking unless the
 // index is sure that there is none, and no upload was ever begun.
 //
+// A call that is cut, by the network, by Close or by a kill, may still be carried out
+// later. If what was being stored has been deleted since, the index remembers, over
+// restarts, that it may come back; ten minutes after the deletion it is deleted again,
+// unless it has been put anew, or the index has been made again or somebody else has used
+// the bucket meanwhile. Whatever comes later than that, or after one of these, is in the
+// bucket until somebody deletes it again, and is seen at the next listing. A
+// deletion that is cut marks its entry unsure, but nothing is known here that could tell
+// when it can no longer come behind a value that is put anew.
+//
 // What a reader learns of S3 is written down if nothing has been put or deleted in the
 // stripe since before it asked, which the stripe's version tells.
 //
@@ -69,6 +78,8 @@
 //	s3.indexed    the near file of a small value is still there: sent again
 //	s3.deleting   the entry is unsure: whoever wants it asks S3
 //	s3.deleted    the object is gone, and the entry unsure
+//	s3.deleted.again
+//	              what may have come late is gone; it is deleted once more, to no harm
 //	s3.listed     a part of the listing is in the index: it is done again from the start
 //
 // # When another process writes to the bucket

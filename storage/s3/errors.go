@@ -41,6 +41,18 @@ func (f *fault) unavailable() bool {
 	return f.is == storage.ErrUnavailable && f.status != http.StatusConflict
 }
 
+// raced reports whether a refusal may pass at once. MinIO says AccessDenied of what is
+// stored while the last object beside it is being deleted, and the directory of both
+// with it. Nothing was stored then, and the same bytes under the same key may be sent
+// again; whoever is refused for good hears so at the second try.
+func (f *fault) raced(o operation) bool {
+	switch o {
+	case opPut, opCreate, opPart, opComplete:
+		return f.code == "AccessDenied"
+	}
+	return false
+}
+
 func absent(err error) bool { return errors.Is(err, fs.ErrNotExist) }
 
 // outage reports whether an error is that S3 does not answer now, and not that it

@@ -366,41 +366,49 @@ func (x *index) set(key string, e entry) error {
 	})
 }
 
-// remove writes down that the bucket has nothing under a key.
-func (x *index) remove(key string, now time.Time) error {
+// remove writes down that the bucket has nothing under a key. Late says that something
+// may come to be there all the same.
+func (x *index) remove(key string, late bool, now time.Time) error {
 	return x.update(func(tx *bolt.Tx) error {
 		if err := tx.Bucket(entriesName).Delete([]byte(key)); err != nil {
 			return err
 		}
-		return tx.Bucket(goneName).Put([]byte(key), x.goneValue(now))
+		b := binary.AppendUvarint(nil, x.epoch.Load())
+		b = binary.AppendVarint(b, now.UnixNano())
+		if late {
+			b = append(b, 1)
+		}
+		return tx.Bucket(goneName).Put([]byte(key), b)
 	})
 }
 
-func (x *index) goneValue(now time.Time) []byte {
-	b := binary.AppendUvarint(nil, x.epoch.Load())
-	return binary.AppendVarint(b, now.UnixNano())
+// A deletion is what is remembered of one.
+type deletion struct {
+	epoch uint64
+	at    time.Time
+	late  bool
 }
 
-// gone says when a key was deleted here, and in which epoch, if that is not long ago.
-func gone(tx *bolt.Tx, key []byte) (epoch uint64, at time.Time, ok bool) {
+// gone says what is remembered of the deletion of a key here, if it is not long ago.
+func gone(tx *bolt.Tx, key []byte) (d deletion, ok bool) {
 	b := tx.Bucket(goneName).Get(key)
 	if b == nil {
-		return 0, time.Time{}, false
+		return d, false
 	}
 	epoch, n := binary.Uvarint(b)
 	if n <= 0 {
-		return 0, time.Time{}, false
+		return d, false
 	}
-	nanos, _ := binary.Varint(b[n:])
-	return epoch, time.Unix(0, nanos), true
+	nanos, m := binary.Varint(b[n:])
+	return deletion{epoch, time.Unix(0, nanos), m > 0 && len(b) > n+m}, true
 }
 
 // lately reports whether a key was deleted here so lately that a listing may still
 // have it.
 func (x *index) lately(key string, now time.Time) (is bool) {
 	x.db.View(func(tx *bolt.Tx) error {
-		_, at, ok := gone(tx, []byte(key))
-		is = ok && now.Sub(at) < settle
+		d, ok := gone(tx, []byte(key))
+		is = ok && now.Sub(d.at) < settle
 		return nil
 	})
 	return is
@@ -497,8 +505,8 @@ func (x *index) listed(epoch uint64, objects []object, now time.Time) (doubt []s
 				case err == nil:
 					e.flags = old.flags & distrusted
 				}
-			} else if deleted, at, ok := gone(tx, key); ok && (deleted == epoch || now.Sub(at) < settle) {
-				if deleted != epoch {
+			} else if d, ok := gone(tx, key); ok && (d.epoch == epoch || now.Sub(d.at) < settle) {
+				if d.epoch != epoch {
 					doubt = append(doubt, o.key)
 				}
 				continue
@@ -568,33 +576,14 @@ func (x *index) drop(epoch uint64, keys []string) error {
 	})
 }
 
-// forget removes what is remembered of deletions that no listing can lag behind.
-func (x *index) forget(now time.Time) error {
-	return x.update(func(tx *bolt.Tx) error {
-		var old [][]byte
-		c := tx.Bucket(goneName).Cursor()
-		for k, _ := c.First(); k != nil && len(old) < 10_000; k, _ = c.Next() {
-			if _, at, _ := gone(tx, k); now.Sub(at) >= settle {
-				old = append(old, bytes.Clone(k))
-			}
-		}
-		for _, k := range old {
-			if err := tx.Bucket(goneName).Delete(k); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-}
-
 // emptied reports whether something below a directory was deleted so lately that a
 // listing may still have it.
 func (x *index) emptied(dir string, now time.Time) (is bool) {
 	x.db.View(func(tx *bolt.Tx) error {
 		c := tx.Bucket(goneName).Cursor()
 		for k, _ := c.Seek([]byte(dir)); k != nil && bytes.HasPrefix(k, []byte(dir)) && !is; k, _ = c.Next() {
-			_, at, ok := gone(tx, k)
-			is = ok && now.Sub(at) < settle
+			d, ok := gone(tx, k)
+			is = ok && now.Sub(d.at) < settle
 		}
 		return nil
 	})

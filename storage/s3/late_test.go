@@ -239,3 +239,24 @@ func TestDeletionGoesOn(t *testing.T) {
 		t.Error("what was put afterwards is gone")
 	}
 }
+
+// TestPutDuringUpload: what is put while an older value is on its way follows it.
+func TestPutDuringUpload(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	s := listedAt(t, d, t.TempDir())
+	defer closed(t, s)
+	key, let := linkOf("a"), make(chan struct{})
+	end := d.Strike(s3double.Fault{Op: s3double.PutObject, Key: key, Hold: let})
+	mustPut(t, s, key, []byte("sha256:1"), storage.Lazy)
+	d.Await(t, "an upload", func(calls []s3double.Call) bool {
+		return slices.ContainsFunc(calls, func(c s3double.Call) bool { return c.Held })
+	})
+	mustPut(t, s, key, []byte("sha256:2"), storage.Lazy)
+	end()
+	close(let)
+	uploaded(t, s)
+	wantValue(t, s, key, []byte("sha256:2"))
+	if got, _ := d.Read(key); string(got) != "sha256:2" {
+		t.Errorf("the bucket has %q", got)
+	}
+}

@@ -3,6 +3,7 @@ package s3
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -121,4 +122,113 @@ func TestDeleteWithoutAbort(t *testing.T) {
 	if p := s.ledger(key).read(); p.Upload != "" {
 		t.Errorf("the ledger says %+v", p)
 	}
+}
+
+// begun is an upload in parts under a key, of which the ledger tells.
+func begun(t *testing.T, s *store, key string) (upload string) {
+	t.Helper()
+	upload, at, err := s.bucket.create(t.Context(), key)
+	if err == nil {
+		err = s.ledger(key).write(parts{Upload: upload, Begun: at, Sum: "another", Size: smallestPart, ETags: make([]string, 3)})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return upload
+}
+
+// TestLedgerUntilAborted: as long as S3 does not answer, it is not forgotten what has to be
+// ended there, and what is another key's is not taken for one's own.
+func TestLedgerUntilAborted(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	s := listedAt(t, d, t.TempDir())
+	defer closed(t, s)
+	key, data := blobOf("large", 1000)
+	mustPut(t, s, key, data, storage.Durable)
+	upload := begun(t, s, key)
+	end := d.Strike(s3double.Fault{Op: s3double.AbortMultipartUpload, Status: 503, Code: "SlowDown"})
+	if err := s.Delete(t.Context(), key); !errors.Is(err, storage.ErrUnavailable) {
+		t.Errorf("Delete: %v", err)
+	}
+	if p := s.ledger(key).read(); p.Upload != upload {
+		t.Errorf("the ledger says %+v", p)
+	}
+	if p := (ledger{"another", s.ledger(key).path}).read(); p.Upload != "" {
+		t.Errorf("it says %+v of another key", p)
+	}
+	end()
+	if err := s.Delete(t.Context(), key); err != nil {
+		t.Errorf("Delete: %v", err)
+	}
+	if left := d.Uploads(); len(left) > 0 {
+		t.Errorf("uploads are left: %v", left)
+	}
+}
+
+// TestNothingSweptOfOthers: what others have begun is not looked for while they are there.
+func TestNothingSweptOfOthers(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	c := &clock{now: time.Now()}
+	s := still(t, d, t.TempDir(), c)
+	defer closed(t, s)
+	if err := s.Listed(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	// The sweep that follows the listing has ended.
+	d.Await(t, "a sweep", func(calls []s3double.Call) bool {
+		n := 0
+		for _, call := range calls {
+			if call.Op == s3double.ListMultipartUploads {
+				n++
+			}
+		}
+		return n == 2
+	})
+	other := still(t, d, t.TempDir(), c)
+	defer closed(t, other)
+	beat(t, s)
+	wantShared(t, "beside another", s, true)
+	before := d.Count(s3double.ListMultipartUploads)
+	s.sweepUploads(t.Context())
+	if n := d.Count(s3double.ListMultipartUploads); n > before {
+		t.Errorf("it was looked for uploads %d times", n-before)
+	}
+}
+
+// TestUnprovenIsGoneOnWith: an upload in parts is not ended as long as it may turn out that
+// its blob has to be uploaded.
+func TestUnprovenIsGoneOnWith(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	dir := t.TempDir()
+	s := listedAt(t, d, dir)
+	key, data := blobOf("large", 1000)
+	mustPut(t, s, key, data, storage.Durable)
+	closed(t, s)
+	if err := os.Remove(s.index.cardPath()); err != nil {
+		t.Fatal(err)
+	}
+	let := make(chan struct{})
+	end := d.Strike(s3double.Fault{Op: s3double.ListObjectsV2, Hold: let})
+	st, err := d.open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s = st.(*store)
+	begun(t, s, key)
+	if s.endIdle(t.Context(), key) {
+		t.Error("it was ended while nobody knows whether it is needed")
+	}
+	end()
+	close(let)
+	if err := s.Listed(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the end of what nobody needs", func() error {
+		s.endIdle(t.Context(), key)
+		if p := s.ledger(key).read(); p.Upload != "" {
+			return fmt.Errorf("the ledger says %+v", p)
+		}
+		return nil
+	})
+	closed(t, s)
 }

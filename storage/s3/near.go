@@ -269,7 +269,7 @@ func (s *store) tidy() {
 		case <-s.budget.over:
 		case <-tick:
 			s.index.flush()
-			s.index.forget(s.now())
+			s.deleteAgain(s.ctx)
 		}
 		for s.ctx.Err() == nil {
 			excess := s.excess()

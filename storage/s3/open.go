@@ -179,6 +179,10 @@ func (s *store) Close() error {
 	}
 	s.cancel()
 	s.work.Wait()
+	if b := s.Backlog(); b.Pending > 0 {
+		s.log.Warn("values are not in the bucket yet: they stay in the cache directory, and are uploaded when the store is opened again",
+			zap.Int64("values", b.Pending), zap.Int64("bytes", b.PendingBytes), zap.String("cache", s.root))
+	}
 	s.leave()
 	err := errors.Join(s.index.close(), s.near.Close())
 	s.bucket.close()

@@ -468,3 +468,54 @@ func TestNewcomer(t *testing.T) {
 	}
 	closed(t, b)
 }
+
+// TestOwnerGone: what another has changed is not believed from the moment on in which it
+// counts as gone, and it is noticed when it has come and gone once more.
+func TestOwnerGone(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	c := &clock{now: time.Now()}
+	a := still(t, d, t.TempDir(), c)
+	defer closed(t, a)
+	if err := a.Listed(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	mustPut(t, a, linkOf("a"), []byte("sha256:1"), storage.Durable)
+	dir := t.TempDir()
+	b := still(t, d, dir, c)
+	beat(t, a)
+	mustPut(t, b, linkOf("a"), []byte("sha256:2"), storage.Durable)
+	if err := a.Relist(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	// A process that follows this one while S3 is silent would believe it.
+	if a.index.complete.Load() {
+		t.Error("a listing beside another is taken for complete")
+	}
+	closed(t, b)
+	a.listing.slot <- struct{}{} // the bucket is not listed yet
+	for range missedRead {
+		beat(t, a)
+	}
+	wantShared(t, "when the other has gone", a, false)
+	wantValue(t, a, linkOf("a"), []byte("sha256:2"))
+	<-a.listing.slot
+
+	closed(t, still(t, d, dir, c))
+	beat(t, a)
+	wantShared(t, "when the other was there again", a, true)
+}
+
+// TestOwnerBeforeAndAfter: another that was the last before this one began, and has come
+// and gone since, is noticed.
+func TestOwnerBeforeAndAfter(t *testing.T) {
+	d := newDouble(t, s3double.Options{}, nil)
+	c := &clock{now: time.Now()}
+	dir := t.TempDir()
+	closed(t, still(t, d, dir, c))
+	a := still(t, d, t.TempDir(), c)
+	defer closed(t, a)
+	wantShared(t, "after the other", a, false)
+	closed(t, still(t, d, dir, c))
+	beat(t, a)
+	wantShared(t, "when the other was there again", a, true)
+}

@@ -193,7 +193,7 @@ func (s *store) learn(key string, version uint64, o object, data []byte, err err
 	case err == nil:
 		s.index.set(key, e)
 	case had:
-		s.index.remove(key, s.now())
+		s.index.remove(key, false, s.now())
 	}
 	return e
 }

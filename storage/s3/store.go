@@ -516,7 +516,7 @@ func (s *store) Delete(ctx context.Context, key string) error {
 		s.give(p, key)
 		p.mu.Unlock()
 	}()
-	gen := st.gen
+	gen, sent := st.gen, st.tried
 	e, had := s.index.get(key)
 	p.version++
 	if had || st.tried || s.owner.shared.Load() || !s.index.complete.Load() {
@@ -543,7 +543,7 @@ func (s *store) Delete(ctx context.Context, key string) error {
 			s.index.set(key, e)
 			return err
 		}
-		if err := s.index.remove(key, s.now()); err != nil {
+		if err := s.index.remove(key, sent, s.now()); err != nil {
 			return err
 		}
 		s.distrusted.Remove(key)
