@@ -204,8 +204,19 @@ func TestLonghornPrivate(t *testing.T) {
 	l := startLonghorn(t, longhorn.V1_12_1, "", "access {\nallow any to user:token\n}")
 	file := diskImage("private", 1<<16)
 	l.put("private", file)
-	l.register("private", backing.RegistrationOptions{})
-	r := l.until("private", backing.InLonghorn)
+	// What fails in Longhorn is told there with the address that it was given.
+	l.manager.Break(longhorn.Fault{Method: "POST", Path: "/v1/backingimages", Status: 502, Body: "<html>bad gateway</html>"})
+	r := l.register("private", backing.RegistrationOptions{})
+	l.until("private", backing.Unknown)
+	l.manager.Heal()
+	l.manager.Break(longhorn.Fault{Method: "POST", Path: "/v1/backingimages", Status: 500,
+		Body: `{"type":"error","status":500,"message":"failed to create backing image x with parameters map[url:` + r.URL + `]: etcdserver: request timed out"}`})
+	eventually(t, "the failure to be told", func() bool {
+		l.ring()
+		return strings.Contains(l.registration("private").Message, "etcdserver")
+	})
+	l.manager.Heal()
+	r = l.until("private", backing.InLonghorn)
 	l.has(r, file)
 	path := strings.TrimPrefix(r.URL, l.imagesHost())
 	parts := strings.Split(path, "/")

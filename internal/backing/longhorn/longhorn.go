@@ -18,6 +18,7 @@ import (
 	"mime/multipart"
 	"net/http"
 	"net/url"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -394,8 +395,12 @@ func plain(data []byte) string {
 	return "a page that is not Longhorn's"
 }
 
+// pathToken is what opens an address that Longhorn was given. Longhorn repeats the
+// address where it fails to make an image, and errors end in logs.
+var pathToken = regexp.MustCompile(`(/v1/files/t/)[^/\s]+`)
+
 func shorten(s string) string {
-	s = strings.ToValidUTF8(s, "?")
+	s = pathToken.ReplaceAllString(strings.ToValidUTF8(s, "?"), "$1…")
 	if len(s) > maxMessage {
 		return strings.ToValidUTF8(s[:maxMessage], "") + "…"
 	}
