@@ -232,7 +232,7 @@ func (a *imageAPI) upload(ctx context.Context, d draft, f *os.File, total int64,
 			if made == "" {
 				return backing.Version{}, fmt.Errorf("%s does not say what the upload has become; see `caddy registry image show %s`", a.base, d.name)
 			}
-			return a.at(ctx, made)
+			return a.taken(ctx, made)
 		}
 		if ctx.Err() != nil {
 			return backing.Version{}, errors.New("interrupted; the server keeps what has come for a day")
@@ -241,7 +241,7 @@ func (a *imageAPI) upload(ctx context.Context, d draft, f *os.File, total int64,
 		if p, ok := errors.AsType[*problem](err); !ok || p.misplaced() {
 			now, made, askErr := a.offset(ctx, location)
 			if askErr == nil && made != "" {
-				return a.at(ctx, made) // only its answer was lost
+				return a.taken(ctx, made) // only its answer was lost
 			}
 			if askErr == nil {
 				offset = now
@@ -251,6 +251,21 @@ func (a *imageAPI) upload(ctx context.Context, d draft, f *os.File, total int64,
 		}
 		if err := t.again(ctx, offset > before, err); err != nil {
 			return backing.Version{}, err
+		}
+	}
+}
+
+// taken is the version that an upload has become. Its bytes are safe: a server that is
+// being started again at this moment is waited for.
+func (a *imageAPI) taken(ctx context.Context, path string) (backing.Version, error) {
+	var t tries
+	for {
+		v, err := a.at(ctx, path)
+		if err == nil {
+			return v, nil
+		}
+		if err := t.again(ctx, false, err); err != nil {
+			return v, fmt.Errorf("the server has taken it as %s and cannot be asked: %w", path, err)
 		}
 	}
 }
@@ -465,6 +480,9 @@ func imageGet(cmd *cobra.Command, args []string) error {
 	path := ""
 	if len(args) > 1 {
 		path = args[1]
+	}
+	if path == "-" {
+		return errors.New("a download goes into a file, which a later one can go on with; `curl <server>/v1/backing-images/<name>/download` writes to stdout")
 	}
 	path, err = server.download(ctx, v, path, bar(cmd, v.Size, "downloading"))
 	if err != nil {
