@@ -288,8 +288,8 @@ func imageRegister(cmd *cobra.Command, args []string) error {
 	if o.MinNumberOfCopies, err = cmd.Flags().GetInt("copies"); err != nil {
 		return err
 	}
-	var wait, remove bool
-	for name, into := range map[string]*bool{"ensure": &o.Ensure, "wait": &wait, "delete": &remove} {
+	var wait, remove, forget bool
+	for name, into := range map[string]*bool{"ensure": &o.Ensure, "wait": &wait, "delete": &remove, "forget": &forget} {
 		if *into, err = cmd.Flags().GetBool(name); err != nil {
 			return err
 		}
@@ -301,14 +301,18 @@ func imageRegister(cmd *cobra.Command, args []string) error {
 		return err
 	}
 	path := ref.path() + "/versions/" + url.PathEscape(v.Version) + "/registrations"
-	if remove {
+	if remove || forget {
 		if o.Cluster == "" && len(v.Registrations) == 1 {
 			o.Cluster = v.Registrations[0].Cluster
 		}
 		if o.Cluster == "" {
 			return fmt.Errorf("%s:%s has %d registrations; say by --cluster which", v.Name, v.Version, len(v.Registrations))
 		}
-		return server.ask(ctx, http.MethodDelete, path+"/"+url.PathEscape(o.Cluster), nil, nil)
+		path += "/" + url.PathEscape(o.Cluster)
+		if forget {
+			path += "?forget=true"
+		}
+		return server.ask(ctx, http.MethodDelete, path, nil, nil)
 	}
 	var r backing.Registration
 	if err := server.ask(ctx, http.MethodPost, path, o, &r); err != nil {

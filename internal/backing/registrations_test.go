@@ -467,6 +467,64 @@ func TestBlockers(t *testing.T) {
 	}
 }
 
+// TestForget: a registration with a cluster that is not configured any more can be
+// removed here, and Longhorn is not asked.
+func TestForget(t *testing.T) {
+	m := fake.New(t, fake.Options{Dial: serveFiles(t, diskImage)})
+	r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(diskImage), diskImage, Cluster{Name: "default", URL: m.URL})
+	r.register(RegistrationOptions{})
+	r.until(InLonghorn)
+	if err := r.set(Settings{Prefix: "p"}); err != nil {
+		t.Fatal(err)
+	}
+	p := place{r.v.Name, r.v.Version, "default"}
+	if err := r.unregister(t.Context(), r.v, "default"); codeOf(err) != LonghornAway || !strings.Contains(err.Error(), "forget") {
+		t.Errorf("what cannot be asked: %v", err)
+	}
+	if err := r.disown(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.disown(t.Context(), p); codeOf(err) != NotFound {
+		t.Errorf("twice: %v", err)
+	}
+	if blockers, err := r.blockers(t.Context(), []Version{r.v}); err != nil || len(blockers) != 0 || len(r.of(r.v.Name, r.v.Version)) != 0 {
+		t.Errorf("%v %v", blockers, err)
+	}
+	if len(m.Names()) != 1 || len(m.Requests("DELETE", "")) != 0 {
+		t.Errorf("Longhorn has %q", m.Names())
+	}
+}
+
+// TestHolders: what has our bytes or our address under another name keeps them, too.
+func TestHolders(t *testing.T) {
+	m := fake.New(t, fake.Options{Dial: serveFiles(t, diskImage)})
+	r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(diskImage), diskImage, Cluster{Name: "default", URL: m.URL})
+	r.v.Tags = []string{"stable"}
+	client := longhornClient(t, m.URL)
+	sum := r.v.Digests.SHA512.Encoded()
+	for name, in := range map[string]longhorn.Input{
+		"by-file":   {Parameters: map[string]string{"url": "http://old.test/v1/files/t/secret/" + sum + "/x.img"}},
+		"by-people": {Parameters: map[string]string{"url": "http://old.test/v1/backing-images/" + r.v.Name + "/download?version=stable"}},
+		"by-sum":    {Parameters: map[string]string{"url": "http://elsewhere.test/v1/files/x"}, ExpectedChecksum: sum},
+		"by-none":   {Parameters: map[string]string{"url": "http://old.test/v1/backing-images/" + r.v.Name + "/download?version=v9"}},
+	} {
+		in.Name, in.SourceType = name, "download"
+		if _, err := client.Create(t.Context(), in); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m.SetVolume("pvc-1", "by-sum")
+	m.SetVolume("pvc-2", "another")
+	blockers, err := r.blockers(t.Context(), []Version{r.v})
+	if got := fmt.Sprint(blockers); err != nil || got != "[{backing-image by-file default} {backing-image by-people default} {volume pvc-1 default}]" {
+		t.Error(got, err)
+	}
+	m.Stop()
+	if _, err := r.blockers(t.Context(), []Version{r.v}); codeOf(err) != LonghornAway || !strings.Contains(err.Error(), "take it out of the configuration and forget") {
+		t.Error(err)
+	}
+}
+
 // TestPreflight: what cannot work is refused before anything is written.
 func TestPreflight(t *testing.T) {
 	m := fake.New(t, fake.Options{})

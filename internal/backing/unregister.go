@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"net/url"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/caddy-registry/mirror/internal/backing/longhorn"
@@ -27,12 +29,51 @@ func (l *Library) Unregister(ctx context.Context, name, reference, cluster strin
 	return l.registrar.unregister(ctx, v, cluster)
 }
 
+// Forget removes a registration and nothing else: Longhorn is not told, and keeps what it
+// has. It is for a cluster that is no more, or is not configured any more.
+func (l *Library) Forget(ctx context.Context, name, reference, cluster string) error {
+	if len(l.registrar.of(name, reference)) == 0 {
+		v, err := l.Version(ctx, name, reference)
+		if err != nil {
+			return err
+		}
+		reference = v.Version
+	}
+	return l.registrar.disown(ctx, place{name, reference, cluster})
+}
+
+func (r *registrar) disown(ctx context.Context, p place) error {
+	if err := r.load(ctx); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	c := r.clusters[p.cluster]
+	r.mu.Unlock()
+	if c != nil {
+		c.registering.Lock()
+		defer c.registering.Unlock()
+	}
+	r.mu.Lock()
+	held := r.held[p]
+	r.mu.Unlock()
+	if held == nil {
+		return fail(NotFound, "%s %s is not registered with a cluster %.63q", p.image, p.version, p.cluster)
+	}
+	return r.forget(ctx, p)
+}
+
 func (r *registrar) unregister(ctx context.Context, v Version, name string) error {
 	if err := r.load(ctx); err != nil {
 		return err
 	}
 	c, err := r.find(name)
 	if err != nil {
+		r.mu.Lock()
+		held := r.held[place{v.Name, v.Version, name}]
+		r.mu.Unlock()
+		if held != nil {
+			return fail(LonghornAway, "Longhorn %s is not configured, so it cannot be asked to delete %s; forget the registration (DELETE …?forget=true) if the cluster is no more", name, held.record.Name)
+		}
 		return err
 	}
 	p := place{v.Name, v.Version, c.Name}
@@ -180,13 +221,66 @@ func (r *registrar) blockers(ctx context.Context, versions []Version) ([]Blocker
 	r.mu.Unlock()
 	slices.SortFunc(clusters, func(a, b *cluster) int { return cmp.Compare(a.Name, b.Name) })
 	for _, c := range clusters {
-		users, err := c.users(ctx, sums, append(names[c.Name], usual...))
-		if err != nil {
-			return nil, err
+		others, err := c.holders(ctx, versions, names[c.Name])
+		if err == nil {
+			for _, image := range others {
+				if image.from {
+					found = append(found, Blocker{Kind: "backing-image", Name: image.name, Cluster: c.Name})
+				}
+				names[c.Name] = append(names[c.Name], image.name)
+			}
+			var users []Blocker
+			users, err = c.users(ctx, sums, append(names[c.Name], usual...))
+			found = append(found, users...)
 		}
-		found = append(found, users...)
+		if err != nil {
+			return nil, fail(LonghornAway, "%w; if Longhorn %s is no more, take it out of the configuration and forget its registrations (DELETE …/registrations/%s?forget=true)", err, c.Name, c.Name)
+		}
 	}
 	return found, nil
+}
+
+// A holder is a backing image that is not registered, and has the bytes of a version.
+type holder struct {
+	name string
+	from bool // it was fetched from us, and would be again
+}
+
+// holders are the backing images of a cluster that have the bytes of versions, or an
+// address of them, under other names than those that are registered.
+func (c *cluster) holders(ctx context.Context, versions []Version, registered []string) ([]holder, error) {
+	images, err := c.client.Images(ctx)
+	if err != nil {
+		return nil, told(err)
+	}
+	var found []holder
+	for _, image := range images {
+		if image.DeletionTimestamp != "" || slices.Contains(registered, image.Name) {
+			continue
+		}
+		sum := cmp.Or(image.CurrentChecksum, image.ExpectedChecksum)
+		for _, v := range versions {
+			if from := fetches(image.Parameters["url"], v); from || v.Digests.SHA512 != "" && sum == v.Digests.SHA512.Encoded() {
+				found = append(found, holder{image.Name, from})
+				break
+			}
+		}
+	}
+	return found, nil
+}
+
+// fetches reports whether an address is one of a version's, whatever the host: of the
+// file, with a token or without, or the one for people.
+func fetches(address string, v Version) bool {
+	u, err := url.Parse(address)
+	if err != nil || address == "" {
+		return false
+	}
+	if v.Digests.SHA512 != "" && strings.Contains(u.Path, "/v1/files/") && strings.Contains(u.Path, "/"+v.Digests.SHA512.Encoded()+"/") {
+		return true
+	}
+	of := cmp.Or(u.Query().Get("version"), "latest")
+	return strings.HasSuffix(u.Path, "/v1/backing-images/"+v.Name+"/download") && (of == v.Version || slices.Contains(v.Tags, of))
 }
 
 // users are the volumes of a cluster that use images by their names, and what

@@ -44,7 +44,19 @@ func (x *exchange) register() error {
 }
 
 func (x *exchange) unregister() error {
-	if err := x.library.Unregister(x.r.Context(), x.vars["name"], x.vars["version"], x.vars["cluster"]); err != nil {
+	q, err := x.query("forget")
+	if err != nil {
+		return err
+	}
+	forget, err := flag(q, "forget")
+	if err != nil {
+		return err
+	}
+	remove := x.library.Unregister
+	if forget {
+		remove = x.library.Forget
+	}
+	if err := remove(x.r.Context(), x.vars["name"], x.vars["version"], x.vars["cluster"]); err != nil {
 		return err
 	}
 	x.w.WriteHeader(http.StatusNoContent)
