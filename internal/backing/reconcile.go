@@ -247,7 +247,10 @@ func (r *registrar) lookup(ctx context.Context, c *cluster, record registration,
 // adopt takes an image that was there before we knew of it for ours, if it has our
 // bytes, or is fetching them from us.
 func (r *registrar) adopt(ctx context.Context, p place, record registration, image longhorn.Image) error {
-	ours := record.Mode == Download && image.Parameters["url"] == record.URL && image.SourceType == "download"
+	ours := record.makes(image)
+	if record.Mode == PushUpload && image.SourceType == "upload" && image.CurrentChecksum == "" && image.ExpectedChecksum == record.SHA512.Encoded() {
+		ours = true // made, and its answer was lost; it waits for the bytes
+	}
 	sum := cmp.Or(image.CurrentChecksum, image.ExpectedChecksum)
 	switch {
 	case sum != "" && sum != record.SHA512.Encoded():
@@ -312,6 +315,12 @@ func (r *registrar) judge(ctx context.Context, c *cluster, p place, record regis
 		if !record.Ensure {
 			return nil
 		}
+		if !record.makes(image) {
+			r.see(p, func(held *registered) {
+				held.message += "; it is not what we had Longhorn make, and is left alone: delete it there, and ours is made again"
+			})
+			return nil
+		}
 		return r.again(ctx, c, p, record)
 	}
 	var count = map[string]int{}
@@ -367,7 +376,7 @@ func (r *registrar) judge(ctx context.Context, c *cluster, p place, record regis
 			}
 		}
 	})
-	if retry {
+	if retry && record.makes(image) {
 		return r.again(ctx, c, p, record)
 	}
 	if send {

@@ -187,24 +187,37 @@ func TestLife(t *testing.T) {
 	}
 }
 
-// TestOurs: an image whose checksum is not known yet is deleted only if it is ours.
+// TestOurs: an image is deleted only if we had it made, whatever bytes it has.
 func TestOurs(t *testing.T) {
-	record := registration{SHA512: digest.SHA512.FromString("x"), URL: "http://images.test/x"}
+	sum := digest.SHA512.FromString("x")
+	download := registration{SHA512: sum, Mode: Download, URL: "http://images.test/x"}
+	made, adopted := download, download
+	made.Made, adopted.Made, adopted.Adopted = true, true, true
+	upload := registration{SHA512: sum, Mode: PushUpload}
+	sent := upload
+	sent.Made = true
+	from := func(source, url, expected, current string) longhorn.Image {
+		return longhorn.Image{SourceType: source, Parameters: map[string]string{"url": url}, ExpectedChecksum: expected, CurrentChecksum: current}
+	}
 	for name, is := range map[string]struct {
-		image longhorn.Image
-		made  bool
-		ours  bool
+		record registration
+		image  longhorn.Image
+		ours   bool
 	}{
-		"nothing known":           {},
-		"seen made":               {made: true, ours: true},
-		"our address":             {image: longhorn.Image{Parameters: map[string]string{"url": record.URL}}, ours: true},
-		"another's address":       {image: longhorn.Image{Parameters: map[string]string{"url": "http://other.test/x"}}},
-		"our checksum":            {image: longhorn.Image{ExpectedChecksum: record.SHA512.Encoded()}, ours: true},
-		"another's checksum":      {image: longhorn.Image{ExpectedChecksum: "00"}, made: true},
-		"another's, and complete": {image: longhorn.Image{CurrentChecksum: "00", ExpectedChecksum: record.SHA512.Encoded()}, made: true},
+		"nothing known":          {made, longhorn.Image{}, false},
+		"our address":            {download, from("download", download.URL, "", ""), true},
+		"our address and bytes":  {made, from("download", download.URL, "", sum.Encoded()), true},
+		"another's address":      {made, from("download", "http://other.test/x", sum.Encoded(), ""), false},
+		"our address, not bytes": {made, from("download", download.URL, sum.Encoded(), "00"), false},
+		"adopted":                {adopted, from("download", download.URL, "", sum.Encoded()), false},
+		"restored":               {made, from("restore", "", sum.Encoded(), sum.Encoded()), false},
+		"cloned":                 {sent, from("clone", "", "", sum.Encoded()), false},
+		"exported":               {sent, from("export-from-volume", "", "", sum.Encoded()), false},
+		"sent":                   {sent, from("upload", "", sum.Encoded(), sum.Encoded()), true},
+		"sent by another":        {upload, from("upload", "", sum.Encoded(), sum.Encoded()), false},
+		"sent with other bytes":  {sent, from("upload", "", "00", ""), false},
 	} {
-		record.Made = is.made
-		if record.ours(is.image) != is.ours {
+		if is.record.ours(is.image) != is.ours {
 			t.Errorf("%s: %v", name, !is.ours)
 		}
 	}
@@ -306,6 +319,16 @@ func TestStates(t *testing.T) {
 		}
 		r.until(Drifted)
 		r.register(RegistrationOptions{Ensure: true})
+		deadline := time.Now().Add(time.Minute)
+		for !strings.Contains(r.until(Drifted).Message, "left alone") {
+			if time.Now().After(deadline) {
+				t.Fatal("nobody is told that it is somebody else's")
+			}
+		}
+		if len(m.Requests("DELETE", "")) != 0 {
+			t.Error("the image of somebody else was deleted")
+		}
+		m.Remove(name)
 		if told := r.until(InLonghorn); told.URL != r.v.URLs.File || m.Fetches(name)[0].URL != told.URL {
 			t.Errorf("%+v", m.Fetches(name))
 		}
@@ -340,6 +363,18 @@ func TestStates(t *testing.T) {
 			t.Errorf("%v; the image of somebody else: %q", err, m.Names())
 		}
 	})
+	t.Run("made to be sent, and nobody was told", func(t *testing.T) {
+		m, r := start(t, fake.Options{}, diskImage)
+		client := longhornClient(t, m.URL)
+		if _, err := client.Create(t.Context(), longhorn.Input{Name: longhornNameOf(r.v.Name, r.v.Digests.SHA512), SourceType: "upload",
+			ExpectedChecksum: r.v.Digests.SHA512.Encoded()}); err != nil {
+			t.Fatal(err)
+		}
+		r.register(RegistrationOptions{Mode: PushUpload})
+		if told := r.until(InLonghorn); told.Adopted {
+			t.Errorf("%+v", told)
+		}
+	})
 	t.Run("adopted", func(t *testing.T) {
 		m, r := start(t, fake.Options{Dial: serveFiles(t, diskImage)}, diskImage)
 		name := longhornNameOf(r.v.Name, r.v.Digests.SHA512)
@@ -351,6 +386,9 @@ func TestStates(t *testing.T) {
 		r.register(RegistrationOptions{})
 		if told := r.until(InLonghorn); !told.Adopted || len(m.Requests("POST", "")) != 1 {
 			t.Errorf("%+v", told)
+		}
+		if err := r.unregister(t.Context(), r.v, "default"); err != nil || len(m.Names()) != 1 || len(r.of(r.v.Name, r.v.Version)) != 0 {
+			t.Errorf("%v; it was not ours to delete: %q", err, m.Names())
 		}
 	})
 }

@@ -164,14 +164,24 @@ func (r *registrar) remove(ctx context.Context, c *cluster, p place) (gone bool,
 	return false, told(err)
 }
 
-// ours reports whether an image in Longhorn is what was registered, and not somebody
-// else's of the same name. One that is younger than its checksum is ours if we have seen
-// it made, or it has our address.
+// ours reports whether an image in Longhorn is what was made for a registration, with its
+// bytes. No other is deleted there: not one that somebody else had it make with the same
+// bytes, and was adopted, nor one restored, cloned or exported.
 func (record *registration) ours(image longhorn.Image) bool {
-	if sum := cmp.Or(image.CurrentChecksum, image.ExpectedChecksum); sum != "" {
-		return sum == record.SHA512.Encoded()
+	sum := cmp.Or(image.CurrentChecksum, image.ExpectedChecksum)
+	return record.makes(image) && (sum == "" || sum == record.SHA512.Encoded())
+}
+
+// makes reports whether an image is made as its registration has it made: fetched from
+// our address, which nothing else has, or sent by us, which only the record tells.
+func (record *registration) makes(image longhorn.Image) bool {
+	switch {
+	case record.Adopted || image.SourceType != string(record.Mode):
+		return false
+	case record.Mode == Download:
+		return record.URL != "" && image.Parameters["url"] == record.URL
 	}
-	return record.Made || record.URL != "" && image.Parameters["url"] == record.URL
+	return record.Made && (image.ExpectedChecksum == "" || image.ExpectedChecksum == record.SHA512.Encoded())
 }
 
 func inUse(blockers []Blocker, format string, args ...any) *Error {
