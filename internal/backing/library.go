@@ -81,6 +81,11 @@ func New(p Parts) *Library {
 		t, err := l.AddToken(ctx, image, "Longhorn "+cluster, "")
 		return t.Token, err
 	}
+	l.registrar.revoked = func(ctx context.Context, token string) bool {
+		_, err := l.Token(ctx, token)
+		var e *Error
+		return errors.As(err, &e) && e.Code == NotFound
+	}
 	return l
 }
 

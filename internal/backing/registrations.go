@@ -104,7 +104,9 @@ type registrar struct {
 	open    func(ctx context.Context, v Version) (content.Content, error)
 	// token makes a token by which everybody reads an image; nil: nobody can.
 	token func(ctx context.Context, image, cluster string) (string, error)
-	pace  pace
+	// revoked reports whether a token opens nothing any more; nil: none is.
+	revoked func(ctx context.Context, token string) bool
+	pace    pace
 
 	ctx     context.Context
 	cancel  context.CancelFunc
@@ -338,6 +340,19 @@ func (r *registrar) tell(held *registered) Registration {
 	return told
 }
 
+// withToken are the registrations of an image whose address has a token.
+func (r *registrar) withToken(image, token string) []Blocker {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var found []Blocker
+	for p, held := range r.held {
+		if p.image == image && token != "" && held.record.Token == token {
+			found = append(found, Blocker{Kind: "registration", Name: held.record.Name, Cluster: p.cluster})
+		}
+	}
+	return found
+}
+
 // find returns a configured cluster; an empty name is the only one's.
 func (r *registrar) find(name string) (*cluster, error) {
 	r.mu.Lock()
@@ -549,7 +564,7 @@ func (r *registrar) plan(ctx context.Context, c *cluster, v Version, o Registrat
 			r.log.Warn("Longhorn trusts public certificate authorities alone: a certificate of another has it fail", zap.String("public_url", s.PublicURL.Redacted()))
 		}
 		if s.Private {
-			if record.Token = reuse; record.Token == "" {
+			if record.Token = reuse; record.Token == "" || r.revoked != nil && r.revoked(ctx, record.Token) {
 				if r.token == nil {
 					return registration{}, fail(Malformed, "not everybody may read %s, and there is no token for Longhorn; register with the mode upload", v.Name)
 				}

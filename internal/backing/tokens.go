@@ -72,10 +72,22 @@ func (l *Library) Tokens(ctx context.Context, name string) ([]PathToken, error) 
 	return tokens, nil
 }
 
-// RemoveToken revokes a token by its ID.
+// RemoveToken revokes a token by its ID. One that is in the address of a registration is
+// InUse: Longhorn comes back with it.
 func (l *Library) RemoveToken(ctx context.Context, name, id string) error {
+	if err := l.registrar.load(ctx); err != nil {
+		return err
+	}
 	return l.edit(ctx, name, "", func(r *imageRecord) error {
 		n := len(r.Tokens)
+		for _, t := range r.Tokens {
+			if t.ID != id {
+				continue
+			}
+			if by := l.registrar.withToken(name, t.Token); len(by) > 0 {
+				return inUse(by, "Longhorn fetches %s with this token; unregister it there first", name)
+			}
+		}
 		r.Tokens = slices.DeleteFunc(r.Tokens, func(t PathToken) bool { return t.ID == id })
 		if len(r.Tokens) == n {
 			return fail(NotFound, "backing image %s has no token %.80q", name, id)
@@ -96,4 +108,14 @@ func (l *Library) Token(ctx context.Context, token string) (image string, err er
 		return name, nil
 	}
 	return "", fail(NotFound, "there is nothing here")
+}
+
+// dropToken revokes the token that a registration had, unless another has it.
+func (l *Library) dropToken(ctx context.Context, name, token string) error {
+	return l.edit(ctx, name, "", func(r *imageRecord) error {
+		if len(l.registrar.withToken(name, token)) == 0 {
+			r.Tokens = slices.DeleteFunc(r.Tokens, func(t PathToken) bool { return t.Token == token })
+		}
+		return nil
+	})
 }

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/caddy-registry/mirror/internal/backing/longhorn"
 	"github.com/caddy-registry/mirror/internal/failpoint"
 )
@@ -26,7 +28,24 @@ func (l *Library) Unregister(ctx context.Context, name, reference, cluster strin
 			return err
 		}
 	}
-	return l.registrar.unregister(ctx, v, cluster)
+	return l.without(ctx, place{v.Name, v.Version, cluster}, func() error { return l.registrar.unregister(ctx, v, cluster) })
+}
+
+// without removes a registration by f, and revokes the token that it alone had.
+func (l *Library) without(ctx context.Context, p place, f func() error) error {
+	l.registrar.mu.Lock()
+	token := ""
+	if held := l.registrar.held[p]; held != nil {
+		token = held.record.Token
+	}
+	l.registrar.mu.Unlock()
+	if err := f(); err != nil || token == "" {
+		return err
+	}
+	if err := l.dropToken(ctx, p.image, token); err != nil {
+		l.parts.Log.Warn("the token of a registration that is no more stays; revoke it", zap.String("image", p.image), zap.Error(err))
+	}
+	return nil
 }
 
 // Forget removes a registration and nothing else: Longhorn is not told, and keeps what it
@@ -39,7 +58,8 @@ func (l *Library) Forget(ctx context.Context, name, reference, cluster string) e
 		}
 		reference = v.Version
 	}
-	return l.registrar.disown(ctx, place{name, reference, cluster})
+	p := place{name, reference, cluster}
+	return l.without(ctx, p, func() error { return l.registrar.disown(ctx, p) })
 }
 
 func (r *registrar) disown(ctx context.Context, p place) error {
@@ -289,8 +309,8 @@ func fetches(address string, v Version) bool {
 	if v.Digests.SHA512 != "" && strings.Contains(u.Path, "/v1/files/") && strings.Contains(u.Path, "/"+v.Digests.SHA512.Encoded()+"/") {
 		return true
 	}
-	of := cmp.Or(u.Query().Get("version"), "latest")
-	return strings.HasSuffix(u.Path, "/v1/backing-images/"+v.Name+"/download") && (of == v.Version || slices.Contains(v.Tags, of))
+	of := u.Query().Get("version") // none: whichever was the latest then
+	return strings.HasSuffix(u.Path, "/v1/backing-images/"+v.Name+"/download") && (of == "" || of == v.Version || slices.Contains(v.Tags, of))
 }
 
 // users are the volumes of a cluster that use images by their names, and what
