@@ -32,6 +32,9 @@ var defaultPace = pace{moving: 5 * time.Second, idle: time.Minute, poll: time.Se
 // maxAttempts is how often an upload to Longhorn is begun anew: it can resume none.
 const maxAttempts = 3
 
+// maxSending is how many uploads to Longhorn there are at once.
+const maxSending = 4
+
 // cluster is a Longhorn that is configured.
 type cluster struct {
 	Cluster
@@ -331,7 +334,7 @@ func (r *registrar) judge(ctx context.Context, c *cluster, p place, record regis
 		copies[cmp.Or(c.disks[disk], disk)] = cmp.Or(file.State, "waiting")
 		progress = max(progress, file.Progress)
 		if file.Message != "" && (message == "" || file.State == longhorn.Failed) {
-			message = file.Message
+			message = fmt.Sprintf("%.1000s", file.Message)
 		}
 	}
 	wanted := 1
@@ -359,7 +362,7 @@ func (r *registrar) judge(ctx context.Context, c *cluster, p place, record regis
 			held.message = strings.TrimSpace(fmt.Sprintf("%d of %d copies are ready, %d unknown. %s", ready, wanted, count[longhorn.Unknown], message))
 		case failed > 0 && failed == total:
 			held.state = RegFailed
-			if record.Mode == PushUpload && !record.Adopted && held.settled && held.attempts < maxAttempts {
+			if record.Mode == PushUpload && !record.Adopted && held.settled && held.attempts < maxAttempts && len(r.uploads) < cap(r.uploads) {
 				held.attempts++
 				retry = true
 			}
@@ -372,7 +375,12 @@ func (r *registrar) judge(ctx context.Context, c *cluster, p place, record regis
 				held.message = "it has come, and Longhorn is hashing it"
 			}
 			if count[longhorn.Pending] > 0 && record.Mode == PushUpload && !record.Adopted && held.settled && !held.sending && time.Since(held.sent) >= r.pace.resend {
-				held.sending, send = true, true
+				select {
+				case r.uploads <- struct{}{}:
+					held.sending, send = true, true
+				default:
+					held.message = "it is sent when others have been"
+				}
 			}
 		}
 	})
@@ -426,6 +434,7 @@ func (r *registrar) again(ctx context.Context, c *cluster, p place, record regis
 
 // send uploads a version to Longhorn. What becomes of it is for the next pass to see.
 func (r *registrar) send(ctx context.Context, c *cluster, p place, record registration) {
+	defer func() { <-r.uploads }()
 	err := func() error {
 		v, err := r.version(ctx, record.Image, record.Version)
 		if err != nil {

@@ -107,6 +107,7 @@ type registrar struct {
 	// revoked reports whether a token opens nothing any more; nil: none is.
 	revoked func(ctx context.Context, token string) bool
 	pace    pace
+	uploads chan struct{} // holds one for each upload that is under way
 
 	ctx     context.Context
 	cancel  context.CancelFunc
@@ -161,7 +162,7 @@ type registration struct {
 }
 
 func newRegistrar(p Parts) *registrar {
-	r := &registrar{store: p.Store, log: p.Log, pace: defaultPace, clusters: map[string]*cluster{}, held: map[place]*registered{}}
+	r := &registrar{store: p.Store, log: p.Log, pace: defaultPace, uploads: make(chan struct{}, maxSending), clusters: map[string]*cluster{}, held: map[place]*registered{}}
 	if r.log == nil {
 		r.log = zap.NewNop()
 	}

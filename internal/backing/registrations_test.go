@@ -505,65 +505,6 @@ func TestBlockers(t *testing.T) {
 	}
 }
 
-// TestForget: a registration with a cluster that is not configured any more can be
-// removed here, and Longhorn is not asked.
-func TestForget(t *testing.T) {
-	m := fake.New(t, fake.Options{Dial: serveFiles(t, diskImage)})
-	r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(diskImage), diskImage, Cluster{Name: "default", URL: m.URL})
-	r.register(RegistrationOptions{})
-	r.until(InLonghorn)
-	if err := r.set(Settings{Prefix: "p"}); err != nil {
-		t.Fatal(err)
-	}
-	p := place{r.v.Name, r.v.Version, "default"}
-	if err := r.unregister(t.Context(), r.v, "default"); codeOf(err) != LonghornAway || !strings.Contains(err.Error(), "forget") {
-		t.Errorf("what cannot be asked: %v", err)
-	}
-	if err := r.disown(t.Context(), p); err != nil {
-		t.Fatal(err)
-	}
-	if err := r.disown(t.Context(), p); codeOf(err) != NotFound {
-		t.Errorf("twice: %v", err)
-	}
-	if blockers, err := r.blockers(t.Context(), []Version{r.v}); err != nil || len(blockers) != 0 || len(r.of(r.v.Name, r.v.Version)) != 0 {
-		t.Errorf("%v %v", blockers, err)
-	}
-	if len(m.Names()) != 1 || len(m.Requests("DELETE", "")) != 0 {
-		t.Errorf("Longhorn has %q", m.Names())
-	}
-}
-
-// TestHolders: what has our bytes or our address under another name keeps them, too.
-func TestHolders(t *testing.T) {
-	m := fake.New(t, fake.Options{Dial: serveFiles(t, diskImage)})
-	r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(diskImage), diskImage, Cluster{Name: "default", URL: m.URL})
-	r.v.Tags = []string{"stable"}
-	client := longhornClient(t, m.URL)
-	sum := r.v.Digests.SHA512.Encoded()
-	for name, in := range map[string]longhorn.Input{
-		"by-file":   {Parameters: map[string]string{"url": "http://old.test/v1/files/t/secret/" + sum + "/x.img"}},
-		"by-people": {Parameters: map[string]string{"url": "http://old.test/v1/backing-images/" + r.v.Name + "/download?version=stable"}},
-		"by-sum":    {Parameters: map[string]string{"url": "http://elsewhere.test/v1/files/x"}, ExpectedChecksum: sum},
-		"by-latest": {Parameters: map[string]string{"url": "http://old.test/v1/backing-images/" + r.v.Name + "/download"}},
-		"by-none":   {Parameters: map[string]string{"url": "http://old.test/v1/backing-images/" + r.v.Name + "/download?version=v9"}},
-	} {
-		in.Name, in.SourceType = name, "download"
-		if _, err := client.Create(t.Context(), in); err != nil {
-			t.Fatal(err)
-		}
-	}
-	m.SetVolume("pvc-1", "by-sum")
-	m.SetVolume("pvc-2", "another")
-	blockers, err := r.blockers(t.Context(), []Version{r.v})
-	if got := fmt.Sprint(blockers); err != nil || got != "[{backing-image by-file default} {backing-image by-latest default} {backing-image by-people default} {volume pvc-1 default}]" {
-		t.Error(got, err)
-	}
-	m.Stop()
-	if _, err := r.blockers(t.Context(), []Version{r.v}); codeOf(err) != LonghornAway || !strings.Contains(err.Error(), "take it out of the configuration and forget") {
-		t.Error(err)
-	}
-}
-
 // TestPreflight: what cannot work is refused before anything is written.
 func TestPreflight(t *testing.T) {
 	m := fake.New(t, fake.Options{})
@@ -635,33 +576,6 @@ func TestPrivateAddress(t *testing.T) {
 	r = open()
 	if told := r.register(RegistrationOptions{}); told.URL != want || made != 1 {
 		t.Errorf("%s after %d tokens", told.URL, made)
-	}
-}
-
-// TestRevokedToken: one that opens nothing any more is in no new address, and who would
-// revoke one that Longhorn has is told.
-func TestRevokedToken(t *testing.T) {
-	m := fake.New(t, fake.Options{Dial: serveFiles(t, diskImage)})
-	r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(diskImage), diskImage)
-	made := 0
-	r.token = func(context.Context, string, string) (string, error) {
-		made++
-		return fmt.Sprintf("token%d", made), nil
-	}
-	r.revoked = func(_ context.Context, token string) bool { return token == "token1" }
-	public, _ := url.Parse("http://images.test")
-	r.set(Settings{Prefix: "p", PublicURL: public, Private: true, Clusters: []Cluster{{Name: "default", URL: m.URL}}})
-	r.register(RegistrationOptions{})
-	second := r.v
-	second.Version = "v2"
-	if told, err := r.registrar.register(t.Context(), second, RegistrationOptions{Name: "second"}); err != nil || !strings.Contains(told.URL, "/t/token2/") {
-		t.Error(told, err)
-	}
-	if by := r.withToken(r.v.Name, "token1"); len(by) != 1 || by[0].Cluster != "default" {
-		t.Error(by)
-	}
-	if by := r.withToken(r.v.Name, "token3"); len(by) != 0 {
-		t.Error(by)
 	}
 }
 
