@@ -284,6 +284,9 @@ func (r *registrar) create(ctx context.Context, c *cluster, p place, record regi
 	if record.Mode == Download {
 		in.Parameters = map[string]string{"url": record.URL}
 	}
+	if err := r.still(ctx, p); err != nil {
+		return err
+	}
 	image, err := c.client.Create(ctx, in)
 	switch {
 	case errors.Is(err, longhorn.ErrExists):

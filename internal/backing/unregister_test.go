@@ -9,7 +9,9 @@ import (
 	"time"
 
 	"github.com/caddy-registry/mirror/internal/backing/longhorn"
+	"github.com/caddy-registry/mirror/internal/layout"
 	fake "github.com/caddy-registry/mirror/internal/regtest/longhorn"
+	"github.com/caddy-registry/mirror/storage"
 )
 
 // TestForget: a registration with a cluster that is not configured any more can be
@@ -115,5 +117,36 @@ func TestRevokedToken(t *testing.T) {
 	}
 	if by := r.withToken(r.v.Name, "token3"); len(by) != 0 {
 		t.Error(by)
+	}
+}
+
+// distant is a store that another process writes to, too.
+type distant struct {
+	storage.Store
+}
+
+type written struct{ storage.Distant }
+
+func (written) Shared() bool             { return true }
+func (distant) Distant() storage.Distant { return written{} }
+
+// TestRemovedElsewhere: a registration that another process has removed does not come back.
+func TestRemovedElsewhere(t *testing.T) {
+	store := distant{openStore(t, t.TempDir())}
+	r := newTestRegistrar(t, store, testVersion(diskImage), diskImage)
+	p := place{r.v.Name, r.v.Version, "default"}
+	record := registration{Schema: 1, Image: p.image, Version: p.version, Cluster: p.cluster, Name: "x"}
+	if err := r.write(t.Context(), record); err != nil {
+		t.Fatal(err)
+	}
+	key := layout.ImageRegistration(p.image, p.version, p.cluster)
+	if err := store.Delete(t.Context(), key); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.write(t.Context(), record); codeOf(err) != NotFound {
+		t.Error(err)
+	}
+	if _, err := store.Get(t.Context(), key, maxRegistration); err == nil || len(r.of(p.image, p.version)) != 0 {
+		t.Errorf("it is back: %v", err)
 	}
 }
