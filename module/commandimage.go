@@ -135,7 +135,8 @@ registration with Longhorn, a volume.
 	register.Flags().Bool("ensure", false, "Have it made again if it is lost there")
 	register.Flags().Bool("wait", false, "Wait until Longhorn has it")
 	register.Flags().Bool("delete", false, "Delete it in Longhorn, and the registration")
-	register.Flags().Bool("forget", false, "Delete the registration and ask Longhorn nothing, such as one that is no more")
+	register.Flags().Bool("forget", false, "Remove the registration here, and leave Longhorn alone: for a cluster that is no more")
+	register.MarkFlagsMutuallyExclusive("delete", "forget")
 	image.AddCommand(add, pull, ls, show, get, tag, rm, register)
 	return image
 }

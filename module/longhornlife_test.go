@@ -397,7 +397,7 @@ func TestLonghornForget(t *testing.T) {
 			t.Errorf("%s: %s", name, a.body)
 		}
 		// Longhorn would fetch it from here again.
-		if a := l.delete(name); a.StatusCode != 409 || !strings.Contains(string(a.body), "backing image") {
+		if a := l.delete(name); a.StatusCode != 409 || !strings.Contains(string(a.body), "backing-image") {
 			t.Errorf("%s: %d %s", name, a.StatusCode, a.body)
 		}
 	}

@@ -45,7 +45,7 @@ func (e *Error) Unwrap() error { return e.Err }
 
 // A Blocker is why something may not be deleted.
 type Blocker struct {
-	Kind    string `json:"kind"` // protected, tag, registration, volume, replica, backup, job
+	Kind    string `json:"kind"` // protected, tag, registration, volume, replica, backup, backing-image, job
 	Name    string `json:"name"`
 	Cluster string `json:"cluster,omitempty"`
 }

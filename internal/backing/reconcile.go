@@ -29,13 +29,14 @@ type pace struct {
 
 var defaultPace = pace{moving: 5 * time.Second, idle: time.Minute, poll: time.Second, reach: 10 * time.Second, resend: time.Minute, stuck: 10 * time.Minute}
 
-const (
-	maxUploads = 2   // to Longhorns at once
-	maxMessage = 500 // bytes of what Longhorn says of a disk
-)
+// maxMessage is how many bytes are told of what Longhorn says of a disk.
+const maxMessage = 1000
 
 // maxAttempts is how often an upload to Longhorn is begun anew: it can resume none.
 const maxAttempts = 3
+
+// maxSending is how many uploads to Longhorn there are at once.
+const maxSending = 4
 
 // cluster is a Longhorn that is configured.
 type cluster struct {
@@ -277,7 +278,10 @@ func (r *registrar) lookup(ctx context.Context, c *cluster, record registration,
 // adopt takes an image that was there before we knew of it for ours, if it has our
 // bytes, or is fetching them from us.
 func (r *registrar) adopt(ctx context.Context, p place, record registration, image longhorn.Image) error {
-	ours := record.Mode == Download && image.Parameters["url"] == record.URL && image.SourceType == "download"
+	ours := record.makes(image)
+	if record.Mode == PushUpload && image.SourceType == "upload" && image.CurrentChecksum == "" && image.ExpectedChecksum == record.SHA512.Encoded() {
+		ours = true // made, and its answer was lost; it waits for the bytes
+	}
 	sum := cmp.Or(image.CurrentChecksum, image.ExpectedChecksum)
 	switch {
 	case sum != "" && sum != record.SHA512.Encoded():
@@ -307,6 +311,9 @@ func (r *registrar) create(ctx context.Context, c *cluster, p place, record regi
 		MinNumberOfCopies: record.MinNumberOfCopies, NodeSelector: record.NodeSelector, DiskSelector: record.DiskSelector, DataEngine: "v1"}
 	if record.Mode == Download {
 		in.Parameters = map[string]string{"url": record.URL}
+	}
+	if err := r.still(ctx, p); err != nil {
+		return err
 	}
 	image, err := c.client.Create(ctx, in)
 	switch {
@@ -338,13 +345,14 @@ func (r *registrar) create(ctx context.Context, c *cluster, p place, record regi
 // judge says how an image that should be ours stands.
 func (r *registrar) judge(ctx context.Context, c *cluster, p place, record registration, image longhorn.Image) error {
 	if why := drift(record, image); why != "" {
-		// What Longhorn has restored, cloned or exported may be the only one of its kind.
-		mine := !record.Adopted && (image.SourceType == string(Download) || image.SourceType == string(PushUpload))
-		if record.Ensure && !mine {
-			why += "; it was not made from here: delete it in Longhorn to have it made again"
-		}
 		r.see(p, func(held *registered) { held.state, held.message = Drifted, why })
-		if !record.Ensure || !mine {
+		if !record.Ensure {
+			return nil
+		}
+		if !record.makes(image) {
+			r.see(p, func(held *registered) {
+				held.message += "; it is not what we had Longhorn make, and is left alone: delete it there, and ours is made again"
+			})
 			return nil
 		}
 		return r.again(ctx, c, p, record)
@@ -385,7 +393,7 @@ func (r *registrar) judge(ctx context.Context, c *cluster, p place, record regis
 			held.message = strings.TrimSpace(fmt.Sprintf("%d of %d copies are ready, %d unknown. %s", ready, wanted, count[longhorn.Unknown], message))
 		case failed > 0 && failed == total:
 			held.state = RegFailed
-			if record.Mode == PushUpload && !record.Adopted && held.settled && held.attempts < maxAttempts {
+			if record.Mode == PushUpload && !record.Adopted && held.settled && held.attempts < maxAttempts && len(r.uploads) < cap(r.uploads) {
 				held.attempts++
 				retry = true
 			}
@@ -398,11 +406,16 @@ func (r *registrar) judge(ctx context.Context, c *cluster, p place, record regis
 				held.message = "it has come, and Longhorn is hashing it"
 			}
 			if count[longhorn.Pending] > 0 && record.Mode == PushUpload && !record.Adopted && held.settled && !held.sending && time.Since(held.sent) >= r.pace.resend {
-				held.sending, send = true, true
+				select {
+				case r.uploads <- struct{}{}:
+					held.sending, send = true, true
+				default:
+					held.message = "it is sent when others have been"
+				}
 			}
 		}
 	})
-	if retry {
+	if retry && record.makes(image) {
 		return r.again(ctx, c, p, record)
 	}
 	if send {
@@ -452,13 +465,8 @@ func (r *registrar) again(ctx context.Context, c *cluster, p place, record regis
 
 // send uploads a version to Longhorn. What becomes of it is for the next pass to see.
 func (r *registrar) send(ctx context.Context, c *cluster, p place, record registration) {
+	defer func() { <-r.uploads }()
 	err := func() error {
-		select {
-		case r.uploads <- struct{}{}:
-			defer func() { <-r.uploads }()
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
 		v, err := r.version(ctx, record.Image, record.Version)
 		if err != nil {
 			return err

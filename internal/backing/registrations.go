@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/url"
 	"path"
@@ -112,7 +113,7 @@ type registrar struct {
 	cancel  context.CancelFunc
 	working sync.WaitGroup
 
-	uploads chan struct{} // one for each that is under way
+	uploads chan struct{} // holds one for each upload that is under way
 
 	mu       sync.Mutex
 	settings Settings
@@ -163,7 +164,7 @@ type registration struct {
 }
 
 func newRegistrar(p Parts) *registrar {
-	r := &registrar{store: p.Store, log: p.Log, pace: defaultPace, uploads: make(chan struct{}, maxUploads), clusters: map[string]*cluster{}, held: map[place]*registered{}}
+	r := &registrar{store: p.Store, log: p.Log, pace: defaultPace, uploads: make(chan struct{}, maxSending), clusters: map[string]*cluster{}, held: map[place]*registered{}}
 	if r.log == nil {
 		r.log = zap.NewNop()
 	}
@@ -293,6 +294,9 @@ func (r *registrar) write(ctx context.Context, record registration) error {
 		return fail(Malformed, "the registration has %d bytes of names and selectors, and %d are the most", len(data), maxRegistration)
 	}
 	p := place{record.Image, record.Version, record.Cluster}
+	if err := r.still(ctx, p); err != nil {
+		return err
+	}
 	if err := r.store.Put(ctx, layout.ImageRegistration(p.image, p.version, p.cluster), data, storage.Durable); err != nil {
 		return fail(StoreAway, "the registration cannot be written: %w", err)
 	}
@@ -302,6 +306,28 @@ func (r *registrar) write(ctx context.Context, record registration) error {
 		held.record = record
 	} else {
 		r.held[p] = &registered{record: record, state: Pending}
+	}
+	return nil
+}
+
+// still fails if another process has removed a registration that is known here: it is
+// not to come back by what this one writes, or has Longhorn make.
+func (r *registrar) still(ctx context.Context, p place) error {
+	r.mu.Lock()
+	known := r.held[p] != nil
+	r.mu.Unlock()
+	if distant := r.store.Distant(); !known || distant == nil || !distant.Shared() {
+		return nil
+	}
+	_, err := r.store.Get(ctx, layout.ImageRegistration(p.image, p.version, p.cluster), maxRegistration)
+	if errors.Is(err, fs.ErrNotExist) {
+		r.mu.Lock()
+		delete(r.held, p)
+		r.mu.Unlock()
+		return fail(NotFound, "%s %s is not registered with %s any more: another process has removed it", p.image, p.version, p.cluster)
+	}
+	if err != nil {
+		return fail(StoreAway, "the registration cannot be read: %w", err)
 	}
 	return nil
 }

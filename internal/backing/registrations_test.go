@@ -187,24 +187,37 @@ func TestLife(t *testing.T) {
 	}
 }
 
-// TestOurs: an image whose checksum is not known yet is deleted only if it is ours.
+// TestOurs: an image is deleted only if we had it made, whatever bytes it has.
 func TestOurs(t *testing.T) {
-	record := registration{SHA512: digest.SHA512.FromString("x"), URL: "http://images.test/x"}
+	sum := digest.SHA512.FromString("x")
+	download := registration{SHA512: sum, Mode: Download, URL: "http://images.test/x"}
+	made, adopted := download, download
+	made.Made, adopted.Made, adopted.Adopted = true, true, true
+	upload := registration{SHA512: sum, Mode: PushUpload}
+	sent := upload
+	sent.Made = true
+	from := func(source, url, expected, current string) longhorn.Image {
+		return longhorn.Image{SourceType: source, Parameters: map[string]string{"url": url}, ExpectedChecksum: expected, CurrentChecksum: current}
+	}
 	for name, is := range map[string]struct {
-		image longhorn.Image
-		made  bool
-		ours  bool
+		record registration
+		image  longhorn.Image
+		ours   bool
 	}{
-		"nothing known":           {},
-		"seen made":               {made: true, ours: true},
-		"our address":             {image: longhorn.Image{Parameters: map[string]string{"url": record.URL}}, ours: true},
-		"another's address":       {image: longhorn.Image{Parameters: map[string]string{"url": "http://other.test/x"}}},
-		"our checksum":            {image: longhorn.Image{ExpectedChecksum: record.SHA512.Encoded()}, ours: true},
-		"another's checksum":      {image: longhorn.Image{ExpectedChecksum: "00"}, made: true},
-		"another's, and complete": {image: longhorn.Image{CurrentChecksum: "00", ExpectedChecksum: record.SHA512.Encoded()}, made: true},
+		"nothing known":          {made, longhorn.Image{}, false},
+		"our address":            {download, from("download", download.URL, "", ""), true},
+		"our address and bytes":  {made, from("download", download.URL, "", sum.Encoded()), true},
+		"another's address":      {made, from("download", "http://other.test/x", sum.Encoded(), ""), false},
+		"our address, not bytes": {made, from("download", download.URL, sum.Encoded(), "00"), false},
+		"adopted":                {adopted, from("download", download.URL, "", sum.Encoded()), false},
+		"restored":               {made, from("restore", "", sum.Encoded(), sum.Encoded()), false},
+		"cloned":                 {sent, from("clone", "", "", sum.Encoded()), false},
+		"exported":               {sent, from("export-from-volume", "", "", sum.Encoded()), false},
+		"sent":                   {sent, from("upload", "", sum.Encoded(), sum.Encoded()), true},
+		"sent by another":        {upload, from("upload", "", sum.Encoded(), sum.Encoded()), false},
+		"sent with other bytes":  {sent, from("upload", "", "00", ""), false},
 	} {
-		record.Made = is.made
-		if record.ours(is.image) != is.ours {
+		if is.record.ours(is.image) != is.ours {
 			t.Errorf("%s: %v", name, !is.ours)
 		}
 	}
@@ -306,6 +319,16 @@ func TestStates(t *testing.T) {
 		}
 		r.until(Drifted)
 		r.register(RegistrationOptions{Ensure: true})
+		deadline := time.Now().Add(time.Minute)
+		for !strings.Contains(r.until(Drifted).Message, "left alone") {
+			if time.Now().After(deadline) {
+				t.Fatal("nobody is told that it is somebody else's")
+			}
+		}
+		if len(m.Requests("DELETE", "")) != 0 {
+			t.Error("the image of somebody else was deleted")
+		}
+		m.Remove(name)
 		if told := r.until(InLonghorn); told.URL != r.v.URLs.File || m.Fetches(name)[0].URL != told.URL {
 			t.Errorf("%+v", m.Fetches(name))
 		}
@@ -315,7 +338,7 @@ func TestStates(t *testing.T) {
 		name := r.register(RegistrationOptions{Ensure: true}).Name
 		r.until(InLonghorn)
 		m.Break(fake.Fault{Path: "/v1/backingimages", Status: 200, Body: fmt.Sprintf(`{"type":"collection","data":[{"name":%q,"sourceType":"restore","currentChecksum":%q}]}`, name, r.v.Digests.SHA512.Encoded())})
-		if told := r.until(Drifted); !strings.Contains(told.Message, "not made from here") {
+		if told := r.until(Drifted); !strings.Contains(told.Message, "left alone") {
 			t.Errorf("%+v", told)
 		}
 		if asked := m.Requests("DELETE", ""); len(asked) > 0 {
@@ -354,6 +377,18 @@ func TestStates(t *testing.T) {
 			t.Errorf("%v; the image of somebody else: %q", err, m.Names())
 		}
 	})
+	t.Run("made to be sent, and nobody was told", func(t *testing.T) {
+		m, r := start(t, fake.Options{}, diskImage)
+		client := longhornClient(t, m.URL)
+		if _, err := client.Create(t.Context(), longhorn.Input{Name: longhornNameOf(r.v.Name, r.v.Digests.SHA512), SourceType: "upload",
+			ExpectedChecksum: r.v.Digests.SHA512.Encoded()}); err != nil {
+			t.Fatal(err)
+		}
+		r.register(RegistrationOptions{Mode: PushUpload})
+		if told := r.until(InLonghorn); told.Adopted {
+			t.Errorf("%+v", told)
+		}
+	})
 	t.Run("adopted", func(t *testing.T) {
 		m, r := start(t, fake.Options{Dial: serveFiles(t, diskImage)}, diskImage)
 		name := longhornNameOf(r.v.Name, r.v.Digests.SHA512)
@@ -365,6 +400,9 @@ func TestStates(t *testing.T) {
 		r.register(RegistrationOptions{})
 		if told := r.until(InLonghorn); !told.Adopted || len(m.Requests("POST", "")) != 1 {
 			t.Errorf("%+v", told)
+		}
+		if err := r.unregister(t.Context(), r.v, "default"); err != nil || len(m.Names()) != 1 || len(r.of(r.v.Name, r.v.Version)) != 0 {
+			t.Errorf("%v; it was not ours to delete: %q", err, m.Names())
 		}
 	})
 }
@@ -477,42 +515,6 @@ func TestBlockers(t *testing.T) {
 	r.until(InLonghorn)
 	m.SetVolume("pvc-1", "")
 	if err := r.unregister(t.Context(), r.v, "default"); err != nil {
-		t.Error(err)
-	}
-}
-
-// TestBlockersByHand: what somebody has made in Longhorn from our address is in the way
-// of a deletion, with its volumes; where Longhorn cannot be asked nothing is deleted.
-func TestBlockersByHand(t *testing.T) {
-	m := fake.New(t, fake.Options{Dial: serveFiles(t, diskImage)})
-	r := newTestRegistrar(t, openStore(t, t.TempDir()), testVersion(diskImage), diskImage, Cluster{Name: "default", URL: m.URL})
-	client := longhornClient(t, m.URL)
-	for name, at := range map[string]string{
-		"by-file":    "http://images.test/v1/files/" + r.v.Digests.SHA512.Encoded() + "/x.img",
-		"by-token":   "http://images.test/v1/files/t/secret/" + r.v.Digests.SHA512.Encoded() + "/x.img",
-		"by-name":    "http://images.test/v1/backing-images/ubuntu_24.04/download",
-		"by-version": "http://images.test/v1/backing-images/ubuntu_24.04/download?version=v1",
-		"elsewhere":  "http://other.test/v1/files/" + r.v.Digests.SHA512.Encoded() + "/x.img",
-		"other-file": "http://images.test/v1/files/" + strings.Repeat("0", 128) + "/x.img",
-		"other-name": "http://images.test/v1/backing-images/ubuntu_24.04-x/download",
-	} {
-		if _, err := client.Create(t.Context(), longhorn.Input{Name: name, SourceType: "download", Parameters: map[string]string{"url": at}}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	m.SetVolume("pvc-1", "by-name")
-	m.SetVolume("pvc-2", "other-name")
-	blockers, err := r.blockers(t.Context(), []Version{r.v})
-	var names []string
-	for _, b := range blockers {
-		names = append(names, b.Kind+" "+b.Name)
-	}
-	slices.Sort(names)
-	if got := strings.Join(names, ", "); err != nil || got != "backing image by-file, backing image by-name, backing image by-token, backing image by-version, volume pvc-1" {
-		t.Error(got, err)
-	}
-	m.Stop()
-	if _, err := r.blockers(t.Context(), []Version{r.v}); codeOf(err) != LonghornAway || !strings.Contains(err.Error(), "forget") {
 		t.Error(err)
 	}
 }

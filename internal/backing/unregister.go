@@ -30,32 +30,33 @@ func (l *Library) Unregister(ctx context.Context, name, reference, cluster strin
 }
 
 // Forget lets go of a version's registration, and asks Longhorn nothing: what it has
-// stays there. It is for a Longhorn that is no more, and a configured one makes no
+// stays there. It is for a Longhorn that is no more, and one that is configured makes no
 // difference.
 func (l *Library) Forget(ctx context.Context, name, reference, cluster string) error {
-	r := l.registrar
-	if err := r.load(ctx); err != nil {
-		return err
-	}
-	version := reference
-	if len(r.of(name, reference)) == 0 {
+	if len(l.registrar.of(name, reference)) == 0 {
 		v, err := l.Version(ctx, name, reference)
 		if err != nil {
 			return err
 		}
-		version = v.Version
+		reference = v.Version
 	}
-	unlock, err := r.lock(ctx, cluster)
+	return l.registrar.disown(ctx, place{name, reference, cluster})
+}
+
+func (r *registrar) disown(ctx context.Context, p place) error {
+	if err := r.load(ctx); err != nil {
+		return err
+	}
+	unlock, err := r.lock(ctx, p.cluster)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	p := place{name, version, cluster}
 	r.mu.Lock()
 	held := r.held[p]
 	r.mu.Unlock()
 	if held == nil {
-		return fail(NotFound, "%s %s is not registered with %s", name, version, cluster)
+		return fail(NotFound, "%s %s is not registered with a cluster %.63q", p.image, p.version, p.cluster)
 	}
 	return r.forget(ctx, p)
 }
@@ -66,6 +67,12 @@ func (r *registrar) unregister(ctx context.Context, v Version, name string) erro
 	}
 	c, err := r.find(name)
 	if err != nil {
+		r.mu.Lock()
+		held := r.held[place{v.Name, v.Version, name}]
+		r.mu.Unlock()
+		if held != nil {
+			return fail(LonghornAway, "Longhorn %s is not configured, so it cannot be asked to delete %s; forget the registration (DELETE …?forget=true) if the cluster is no more", name, held.record.Name)
+		}
 		return err
 	}
 	p := place{v.Name, v.Version, c.Name}
@@ -162,14 +169,24 @@ func (r *registrar) remove(ctx context.Context, c *cluster, p place) (gone bool,
 	return false, told(err)
 }
 
-// ours reports whether an image in Longhorn is what was registered, and not somebody
-// else's of the same name. One that is younger than its checksum is ours if we have seen
-// it made, or it has our address.
+// ours reports whether an image in Longhorn is what was made for a registration, with its
+// bytes. No other is deleted there: not one that somebody else had it make with the same
+// bytes, and was adopted, nor one restored, cloned or exported.
 func (record *registration) ours(image longhorn.Image) bool {
-	if sum := cmp.Or(image.CurrentChecksum, image.ExpectedChecksum); sum != "" {
-		return sum == record.SHA512.Encoded()
+	sum := cmp.Or(image.CurrentChecksum, image.ExpectedChecksum)
+	return record.makes(image) && (sum == "" || sum == record.SHA512.Encoded())
+}
+
+// makes reports whether an image is made as its registration has it made: fetched from
+// our address, which nothing else has, or sent by us, which only the record tells.
+func (record *registration) makes(image longhorn.Image) bool {
+	switch {
+	case record.Adopted || image.SourceType != string(record.Mode):
+		return false
+	case record.Mode == Download:
+		return record.URL != "" && image.Parameters["url"] == record.URL
 	}
-	return record.Made || record.URL != "" && image.Parameters["url"] == record.URL
+	return record.Made && (image.ExpectedChecksum == "" || image.ExpectedChecksum == record.SHA512.Encoded())
 }
 
 func inUse(blockers []Blocker, format string, args ...any) *Error {
@@ -198,7 +215,7 @@ func (r *registrar) blockers(ctx context.Context, versions []Version) ([]Blocker
 		return nil, err
 	}
 	var found []Blocker
-	var sums, served []string
+	var sums []string
 	names := map[string][]string{}
 	var usual []string // names, whether registered or not
 	for _, v := range versions {
@@ -209,63 +226,76 @@ func (r *registrar) blockers(ctx context.Context, versions []Version) ([]Blocker
 		if v.Digests.SHA512 != "" {
 			sums = append(sums, v.Digests.SHA512.Encoded())
 			usual = append(usual, longhornNameOf(v.Name, v.Digests.SHA512))
-			served = append(served, "/"+v.Digests.SHA512.Encoded()+"/", "/v1/backing-images/"+v.Name+"/download")
 		}
 	}
 	if len(sums) == 0 {
 		return found, nil
 	}
 	r.mu.Lock()
-	clusters, public := slices.Collect(maps.Values(r.clusters)), r.settings.PublicURL
+	clusters := slices.Collect(maps.Values(r.clusters))
 	r.mu.Unlock()
 	slices.SortFunc(clusters, func(a, b *cluster) int { return cmp.Compare(a.Name, b.Name) })
 	for _, c := range clusters {
-		others, err := c.fetched(ctx, public, served, sums, names[c.Name])
+		others, err := c.holders(ctx, versions, names[c.Name])
+		if err == nil {
+			for _, image := range others {
+				if image.from {
+					found = append(found, Blocker{Kind: "backing-image", Name: image.name, Cluster: c.Name})
+				}
+				names[c.Name] = append(names[c.Name], image.name)
+			}
+			var users []Blocker
+			users, err = c.users(ctx, sums, append(names[c.Name], usual...))
+			found = append(found, users...)
+		}
 		if err != nil {
-			return nil, r.unasked(c, err)
+			return nil, fail(LonghornAway, "%w; if Longhorn %s is no more, take it out of the configuration and forget its registrations (DELETE …/registrations/%s?forget=true)", err, c.Name, c.Name)
 		}
-		mine := append(slices.Clone(names[c.Name]), usual...)
-		for _, b := range others {
-			mine = append(mine, b.Name)
-		}
-		users, err := c.users(ctx, sums, mine)
-		if err != nil {
-			return nil, r.unasked(c, err)
-		}
-		found = append(append(found, others...), users...)
 	}
 	return found, nil
 }
 
-// unasked is why nothing may be deleted while a Longhorn cannot be asked.
-func (r *registrar) unasked(c *cluster, err error) error {
-	e := Known(err)
-	return &Error{Code: e.Code, Message: e.Message + "; whether its volumes need the image nobody knows. Where this Longhorn is no more, take it out of backing_images, and forget its registrations", Err: err}
+// A holder is a backing image that is not registered, and has the bytes of a version.
+type holder struct {
+	name string
+	from bool // it was fetched from us, and would be again
 }
 
-// fetched are images of a cluster that are not registered, but have one of our addresses,
-// and so would be fetched from here again: somebody has made them by hand.
-func (c *cluster) fetched(ctx context.Context, public *url.URL, served, sums, registered []string) ([]Blocker, error) {
-	if public == nil {
-		return nil, nil
-	}
+// holders are the backing images of a cluster that have the bytes of versions, or an
+// address of them, under other names than those that are registered.
+func (c *cluster) holders(ctx context.Context, versions []Version, registered []string) ([]holder, error) {
 	images, err := c.client.Images(ctx)
 	if err != nil {
 		return nil, told(err)
 	}
-	base := strings.TrimRight(public.String(), "/") + "/"
-	var found []Blocker
+	var found []holder
 	for _, image := range images {
-		from := image.Parameters["url"]
-		if sum := cmp.Or(image.CurrentChecksum, image.ExpectedChecksum); sum != "" && !slices.Contains(sums, sum) {
-			continue // it is another version's
+		if image.DeletionTimestamp != "" || slices.Contains(registered, image.Name) {
+			continue
 		}
-		if strings.HasPrefix(from, base) && !slices.Contains(registered, image.Name) &&
-			slices.ContainsFunc(served, func(part string) bool { return strings.Contains(from, part) }) {
-			found = append(found, Blocker{Kind: "backing image", Name: image.Name, Cluster: c.Name})
+		sum := cmp.Or(image.CurrentChecksum, image.ExpectedChecksum)
+		for _, v := range versions {
+			if from := fetches(image.Parameters["url"], v); from || v.Digests.SHA512 != "" && sum == v.Digests.SHA512.Encoded() {
+				found = append(found, holder{image.Name, from})
+				break
+			}
 		}
 	}
 	return found, nil
+}
+
+// fetches reports whether an address is one of a version's, whatever the host: of the
+// file, with a token or without, or the one for people.
+func fetches(address string, v Version) bool {
+	u, err := url.Parse(address)
+	if err != nil || address == "" {
+		return false
+	}
+	if v.Digests.SHA512 != "" && strings.Contains(u.Path, "/v1/files/") && strings.Contains(u.Path, "/"+v.Digests.SHA512.Encoded()+"/") {
+		return true
+	}
+	of := u.Query().Get("version") // none: whichever was the latest then
+	return strings.HasSuffix(u.Path, "/v1/backing-images/"+v.Name+"/download") && (of == "" || of == v.Version || slices.Contains(v.Tags, of))
 }
 
 // users are the volumes of a cluster that use images by their names, and what

@@ -52,14 +52,11 @@ func (x *exchange) unregister() error {
 	if err != nil {
 		return err
 	}
+	remove := x.library.Unregister
 	if forget {
-		if err := x.library.Forget(x.r.Context(), x.vars["name"], x.vars["version"], x.vars["cluster"]); err != nil {
-			return err
-		}
-		x.w.WriteHeader(http.StatusNoContent)
-		return nil
+		remove = x.library.Forget
 	}
-	if err := x.library.Unregister(x.r.Context(), x.vars["name"], x.vars["version"], x.vars["cluster"]); err != nil {
+	if err := remove(x.r.Context(), x.vars["name"], x.vars["version"], x.vars["cluster"]); err != nil {
 		return err
 	}
 	x.w.WriteHeader(http.StatusNoContent)
