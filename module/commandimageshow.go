@@ -2,7 +2,6 @@ package module
 
 import (
 	"cmp"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -294,9 +293,6 @@ func imageRegister(cmd *cobra.Command, args []string) error {
 		if *into, err = cmd.Flags().GetBool(name); err != nil {
 			return err
 		}
-	}
-	if remove && forget {
-		return errors.New("--delete deletes it in Longhorn too, and --forget does not: give one of them")
 	}
 	ctx, stop := untilInterrupted(cmd)
 	defer stop()

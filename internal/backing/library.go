@@ -161,7 +161,6 @@ func (l *Library) run(ctx context.Context, resumed chan<- struct{}) {
 	}
 	l.resumeJobs(ctx)
 	close(resumed)
-	l.begin(ctx)
 	for {
 		l.resumeDeletions(ctx)
 		l.sweep(ctx)

@@ -345,14 +345,12 @@ func (r *registrar) create(ctx context.Context, c *cluster, p place, record regi
 // judge says how an image that should be ours stands.
 func (r *registrar) judge(ctx context.Context, c *cluster, p place, record registration, image longhorn.Image) error {
 	if why := drift(record, image); why != "" {
-		r.see(p, func(held *registered) { held.state, held.message = Drifted, why })
-		if !record.Ensure {
-			return nil
+		mine := record.makes(image)
+		if record.Ensure && !mine {
+			why += "; it is not what we had Longhorn make, and is left alone: delete it there, and ours is made again"
 		}
-		if !record.makes(image) {
-			r.see(p, func(held *registered) {
-				held.message += "; it is not what we had Longhorn make, and is left alone: delete it there, and ours is made again"
-			})
+		r.see(p, func(held *registered) { held.state, held.message = Drifted, why })
+		if !record.Ensure || !mine {
 			return nil
 		}
 		return r.again(ctx, c, p, record)

@@ -164,6 +164,10 @@ func (l *Library) fresh(ctx context.Context) error {
 		if err := l.recover(ctx); err != nil {
 			return fmt.Errorf("going on with what an earlier process left: %w", err)
 		}
+		// Nobody is told that a version is not registered before they are read.
+		if err := l.registrar.load(ctx); err != nil {
+			return err
+		}
 	}
 	l.mu.Lock()
 	l.loaded, l.readAt = true, begun

@@ -475,13 +475,6 @@ func (l *Library) Register(ctx context.Context, name, reference string, o Regist
 	return l.registrar.register(ctx, v, o)
 }
 
-// begin reads the registrations, which the loops do, too, where a Longhorn is configured.
-func (l *Library) begin(ctx context.Context) {
-	if err := l.registrar.load(ctx); err != nil && ctx.Err() == nil {
-		l.parts.Log.Warn("the registrations of backing images are read later", zap.Error(err))
-	}
-}
-
 // registrations are those of a version.
 func (l *Library) registrations(name, version string) []Registration {
 	return l.registrar.of(name, version)
