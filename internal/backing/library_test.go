@@ -49,6 +49,7 @@ type shelf struct {
 	set    backing.Settings
 	down   atomic.Bool // no record of a version can be written
 	full   atomic.Bool // the budget has no room
+	now    func() time.Time
 }
 
 // broken is a store that sometimes takes no record of a version.
@@ -116,6 +117,9 @@ func (s *shelf) start() {
 	}})
 	s.fills = fill.NewTable(store, s.tree.LinkBlob, nil, nil)
 	s.Library = backing.New(backing.Parts{Store: store, Tree: s.tree, Hosted: s.hosted, Fills: s.fills, Log: zap.NewNop()})
+	if s.now != nil {
+		s.Clock(s.now)
+	}
 	s.Set(s.set)
 }
 
