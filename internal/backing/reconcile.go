@@ -363,7 +363,7 @@ func (r *registrar) judge(ctx context.Context, c *cluster, p place, record regis
 		copies[cmp.Or(c.disks[disk], disk)] = cmp.Or(file.State, "waiting")
 		progress = max(progress, file.Progress)
 		if file.Message != "" && (message == "" || file.State == longhorn.Failed) {
-			message = strings.ToValidUTF8(file.Message[:min(len(file.Message), maxMessage)], "")
+			message = longhorn.Redact(file.Message[:min(len(file.Message), maxMessage)])
 		}
 	}
 	wanted := 1
@@ -434,7 +434,7 @@ func drift(record registration, image longhorn.Image) string {
 		return "somebody has made it anew in Longhorn, by " + image.SourceType
 	}
 	if record.Mode == Download && image.Parameters["url"] != record.URL {
-		return "Longhorn has another address for it: " + image.Parameters["url"]
+		return "Longhorn has another address for it: " + longhorn.Redact(image.Parameters["url"])
 	}
 	return ""
 }

@@ -314,10 +314,12 @@ func TestStates(t *testing.T) {
 		r.until(Missing)
 		client := longhornClient(t, m.URL)
 		if _, err := client.Create(t.Context(), longhorn.Input{Name: name, SourceType: "download",
-			Parameters: map[string]string{"url": "http://elsewhere.test/v1/files/x"}}); err != nil {
+			Parameters: map[string]string{"url": "http://elsewhere.test/v1/files/t/secret/x"}}); err != nil {
 			t.Fatal(err)
 		}
-		r.until(Drifted)
+		if told := r.until(Drifted); strings.Contains(told.Message, "secret") || !strings.Contains(told.Message, "elsewhere.test") {
+			t.Error(told.Message)
+		}
 		r.register(RegistrationOptions{Ensure: true})
 		deadline := time.Now().Add(time.Minute)
 		for !strings.Contains(r.until(Drifted).Message, "left alone") {

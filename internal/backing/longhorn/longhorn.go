@@ -399,8 +399,13 @@ func plain(data []byte) string {
 // address where it fails to make an image, and errors end in logs.
 var pathToken = regexp.MustCompile(`(/v1/files/t/)[^/\s]+`)
 
+// Redact takes the tokens out of the addresses in what Longhorn says.
+func Redact(s string) string {
+	return pathToken.ReplaceAllString(strings.ToValidUTF8(s, "?"), "$1…")
+}
+
 func shorten(s string) string {
-	s = pathToken.ReplaceAllString(strings.ToValidUTF8(s, "?"), "$1…")
+	s = Redact(s)
 	if len(s) > maxMessage {
 		return strings.ToValidUTF8(s[:maxMessage], "") + "…"
 	}
