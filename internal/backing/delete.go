@@ -52,11 +52,12 @@ func (l *Library) Delete(ctx context.Context, name, reference, revision string, 
 		if going, err = l.still(ctx, name, going); err != nil {
 			return err
 		}
+		if i, err = l.Image(ctx, name); err != nil {
+			return err
+		}
 		if err := l.against(ctx, i, going, reference == "", false); err != nil {
 			return err
 		}
-		// What was unregistered may have changed the record, by its tokens.
-		revision = ""
 	}
 	marked, err := l.mark(ctx, name, revision, going, reference == "")
 	if err != nil {
@@ -166,11 +167,11 @@ func (l *Library) mark(ctx context.Context, name, revision string, going []Versi
 		}
 		next := *is.record
 		next.State = Deleting
+		marked = append(marked, v.Version) // which it may be though an error is told
 		if err := l.putVersion(context.WithoutCancel(ctx), &next); err != nil {
 			l.unmarkLocked(context.WithoutCancel(ctx), name, marked)
 			return nil, err
 		}
-		marked = append(marked, v.Version)
 	}
 	failpoint.Hit("backing.deleting")
 	return marked, nil
@@ -272,8 +273,11 @@ func (l *Library) removeImage(ctx context.Context, name string) error {
 	i := l.images[name]
 	left, begun := i != nil && (len(i.versions) > 0 || i.bad != ""), len(l.reserved[name]) > 0
 	l.mu.RUnlock()
-	if i == nil || left {
-		return nil // a version has been made meanwhile
+	if i == nil {
+		return nil
+	}
+	if left {
+		return fail(Busy, "a version of %s has been made while the others were deleted, and stays with the image's labels and tokens; repeat the deletion if it is to go, too", name)
 	}
 	if begun && i.record != nil {
 		// One is being made. It is of a new image, which has nothing of the old one but

@@ -262,7 +262,9 @@ func (l *Library) same(d Draft, name string, sum digest.Digest) (found string, g
 			return v, is.gone != "", nil
 		}
 	}
-	if i.versions[name] != nil {
+	if is := i.versions[name]; is != nil && is.bad == "" && is.record.State == Deleting {
+		return "", false, fail(VersionConflict, "version %s of %s is being deleted; try again when it is gone", name, d.Name)
+	} else if is != nil {
 		return "", false, fail(VersionConflict, "version %s of %s has other bytes; versions never change, so give this one another name", name, d.Name)
 	}
 	return "", false, nil
@@ -492,8 +494,12 @@ func (l *Library) commitLocked(ctx context.Context, a *arrival) (made bool, err 
 	if err != nil {
 		return false, err
 	}
-	if had != "" {
+	switch {
+	case had != "":
 		a.version, do.Version = had, had
+	case a.had != "":
+		// Its bytes were dropped since the image had them.
+		return false, fail(VersionConflict, "version %s of %s had the same bytes, and has been deleted meanwhile: transfer the file again", a.had, a.draft.Name)
 	}
 	do.Names = append([]string{do.Version}, do.Tags...)
 	if err := l.tagsFree(do); err != nil {

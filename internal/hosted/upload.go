@@ -405,10 +405,26 @@ func (u *Upload) Cancel(ctx context.Context) error {
 	return nil
 }
 
+// settleGrace is how long a request may go on whose client seems to be lost: what has
+// come of it is read in less, and how its connection ended is known then.
+const settleGrace = 2 * time.Second
+
 // Settle ends what writes to the upload, so that Offset stays as it is until the next
 // request: the rest of a request whose client has gone may still be on its way. The
 // error is [ErrNoUpload] if the upload is over.
 func (u *Upload) Settle(ctx context.Context) error {
+	u.mu.Lock()
+	writes := u.holder
+	u.mu.Unlock()
+	if writes != nil {
+		timer := time.NewTimer(settleGrace)
+		defer timer.Stop()
+		select {
+		case <-writes.done:
+		case <-timer.C:
+		case <-ctx.Done():
+		}
+	}
 	release, err := u.hold(ctx, nil)
 	if err != nil {
 		return err

@@ -401,7 +401,14 @@ func (s *source) once(ctx context.Context, method string, at *url.URL, header ht
 // is of one pull.
 func (s *source) Blame(error) {}
 
-var errStall = errors.New("nothing has come for too long")
+var (
+	errStall = errors.New("nothing has come for too long")
+	errSlow  = errors.New("too little comes")
+)
+
+// leastRun is how many bytes have to come in the time after which nothing is a stall: a
+// server that trickles would keep others' pulls waiting for as long as it likes.
+const leastRun = 64 << 10
 
 // delivery is the body of an answer.
 type delivery struct {
@@ -412,6 +419,9 @@ type delivery struct {
 	stall  *time.Timer
 	left   int64 // bytes to the end of the range; negative: no end is set
 	free   func()
+
+	came  int64 // in the time spent
+	spent time.Duration
 }
 
 // Read ends with the range. It fails when nothing comes.
@@ -427,9 +437,18 @@ func (d *delivery) Read(p []byte) (int, error) {
 	if d.left > 0 {
 		p = p[:min(int64(len(p)), d.left)]
 	}
+	begun := time.Now()
 	n, err := d.body.Read(p)
 	if d.left > 0 {
 		d.left -= int64(n)
+	}
+	// What whoever reads does in between is not the server's fault.
+	d.came += int64(n)
+	if d.spent += time.Since(begun); d.spent >= d.source.client.stall {
+		if d.came < leastRun && err == nil && d.left != 0 {
+			err = errSlow
+		}
+		d.came, d.spent = 0, 0
 	}
 	switch {
 	case err == nil || err == io.EOF:
