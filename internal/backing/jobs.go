@@ -75,13 +75,14 @@ const (
 )
 
 const (
-	maxRunning = 4   // jobs that are at work at once
-	maxQueued  = 100 // that are not ended
-	maxEnded   = 1000
-	jobLife    = 24 * time.Hour // of one that has ended; and how long one tries
-	firstRetry = time.Second
-	lastRetry  = 5 * time.Minute
-	watchEvery = time.Second / 4
+	maxRunning   = 4   // pulls that are at work at once
+	maxFinishing = 2   // uploads that are
+	maxQueued    = 100 // jobs that are not ended
+	maxEnded     = 1000
+	jobLife      = 24 * time.Hour // of one that has ended; and how long one tries
+	firstRetry   = time.Second
+	lastRetry    = 5 * time.Minute
+	watchEvery   = time.Second / 4
 )
 
 // jobRecord is what is kept of a job on this machine, with the secrets that it asks
@@ -365,16 +366,19 @@ func (l *Library) endJob(ctx context.Context, j *job, err error) {
 // runJob does a job's work until it is done, or is of no use any more, or the library
 // ends: then the next process goes on.
 func (l *Library) runJob(ctx context.Context, j *job) {
-	wait := firstRetry
+	wait, slots := firstRetry, l.slots
+	if j.record.Upload != "" {
+		slots = l.finishing // pulls take as long as their sources do
+	}
 	for {
 		select {
-		case l.slots <- struct{}{}:
+		case slots <- struct{}{}:
 		case <-ctx.Done():
 		}
 		err := context.Cause(ctx)
 		if err == nil {
 			err = l.attempt(ctx, j)
-			<-l.slots
+			<-slots
 		}
 		switch {
 		case err == nil:

@@ -53,9 +53,10 @@ type Library struct {
 	// unfinished are uploads whose bytes are stored, by ID.
 	unfinished map[string]*Upload
 
-	slots chan struct{} // of jobs that run
-	stop  context.CancelFunc
-	ctx   context.Context // of what is under way; nil: nothing is
+	slots     chan struct{} // of pulls that run
+	finishing chan struct{} // and of uploads that are finished behind their answer
+	stop      context.CancelFunc
+	ctx       context.Context // of what is under way; nil: nothing is
 	// resumed is closed once the jobs of an earlier process go on: one that begins before
 	// would be taken for one of those.
 	resumed <-chan struct{}
@@ -74,7 +75,7 @@ func New(p Parts) *Library {
 		parts: p, now: time.Now, reading: make(chan struct{}, 1), stamps: map[string]stamp{},
 		images: map[string]*image{}, files: map[digest.Digest][]*version{}, tokens: map[[sha256.Size]byte]string{},
 		locks: map[string]*imageLock{}, reserved: map[string]map[string]bool{}, jobs: map[string]*job{}, unfinished: map[string]*Upload{},
-		slots: make(chan struct{}, maxRunning), registrar: newRegistrar(p),
+		slots: make(chan struct{}, maxRunning), finishing: make(chan struct{}, maxFinishing), registrar: newRegistrar(p),
 	}
 	l.registrar.version, l.registrar.open = l.Version, l.Open
 	l.registrar.token, l.registrar.revoke = l.tokenFor, l.revoke
