@@ -130,7 +130,7 @@ func clientCommand(cmd *cobra.Command, args []string) error {
 	}
 	ctx, stop := untilInterrupted(cmd)
 	defer stop()
-	return clients.Check(ctx, m, image, func(is string) { fmt.Fprintln(cmd.ErrOrStderr(), "ok:", is) })
+	return clients.Check(ctx, client, m, image, func(is string) { fmt.Fprintln(cmd.ErrOrStderr(), "ok:", is) })
 }
 
 // mirrorOf is the mirror that flags tell of.

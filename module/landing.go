@@ -107,7 +107,7 @@ func (m *Mirror) page(r *http.Request) ([]byte, error) {
 		}
 		page.Clients = append(page.Clients, shown)
 	}
-	if len(page.Clients) == 0 && len(page.Registries) > 0 {
+	if page.Host == "" || !clients.PlainHost(page.Host) || len(page.Clients) == 0 && len(page.Registries) > 0 {
 		return nil, fmt.Errorf("%q is no host", r.Host)
 	}
 	page.say(serves, strings.HasPrefix(is.URL, "http:"), m.closed)
@@ -125,31 +125,31 @@ func (p *landed) say(serves mirror.Serves, plain, closed bool) {
 	p.ByNameTitle, p.ClientsTitle = text("By name", "按名称拉取"), text("Set up a client", "配置客户端")
 	p.ClientsText = text(
 		"With these settings images keep their names, and come from here.",
-		"完成以下设置后,镜像名保持不变,并从本站拉取。")
+		"完成以下设置后，镜像名保持不变，并从本站拉取。")
 	p.Intro = text("This is a mirror of container registries.", "这是容器镜像仓库的镜像站。")
 	switch {
 	case serves.Hosted && len(p.Registries) > 0:
-		p.Intro = text("This is a mirror of container registries, and has images of its own.", "这是容器镜像仓库的镜像站,也托管自己的镜像。")
+		p.Intro = text("This is a mirror of container registries, and has images of its own.", "这是容器镜像仓库的镜像站，也托管自己的镜像。")
 	case serves.Hosted:
 		p.Intro = text("This is a container registry.", "这是容器镜像仓库。")
 	}
 	if closed {
 		p.Closed = text(
 			"Not everybody may pull here. docker sends a mirror no credentials; pull by name, after docker login.",
-			"并非所有人都能从本站拉取。docker 不会向镜像站发送凭据;请先执行 docker login,再按名称拉取。")
+			"并非所有人都能从本站拉取。docker 不会向镜像站发送凭据；请先执行 docker login，再按名称拉取。")
 	}
-	p.ByName = text("Any client can pull by the name of this host, without settings.", "任何客户端都可以直接用本站主机名拉取,无需设置。")
+	p.ByName = text("Any client can pull by the name of this host, without settings.", "任何客户端都可以直接用本站主机名拉取，无需设置。")
 	if plain {
 		p.ByName = text(
 			"Any client can pull by the name of this host, once it is told that the host has no TLS: docker by insecure-registries in /etc/docker/daemon.json, podman by --tls-verify=false.",
-			"任何客户端都可以直接用本站主机名拉取,但需先声明本站不使用 TLS:docker 在 /etc/docker/daemon.json 中设置 insecure-registries,podman 使用 --tls-verify=false。")
+			"任何客户端都可以直接用本站主机名拉取，但需先声明本站不使用 TLS:docker 在 /etc/docker/daemon.json 中设置 insecure-registries,podman 使用 --tls-verify=false。")
 	}
-	for _, name := range p.Registries[:min(2, len(p.Registries))] {
+	for _, u := range serves.Registries[:min(2, len(serves.Registries))] {
 		image := "<image>"
-		if name == "docker.io" {
+		if u.Name == "docker.io" {
 			image = "library/alpine:3"
 		}
-		p.Names = append(p.Names, "docker pull "+p.Host+"/"+name+"/"+image+"\n")
+		p.Names = append(p.Names, "docker pull "+p.Host+"/"+u.PathName+"/"+image+"\n")
 	}
 	if serves.Hosted {
 		p.Names = append(p.Names, "docker login "+p.Host+"\n", "docker push "+p.Host+"/<image>\n")

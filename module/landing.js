@@ -1,6 +1,7 @@
 'use strict'
 const copy = document.getElementById('copy').content.firstElementChild
 const said = document.getElementById('said')
+let blocks = 0
 for (const block of document.querySelectorAll('.block')) {
   const button = copy.cloneNode(true)
   button.addEventListener('click', async () => {
@@ -12,10 +13,13 @@ for (const block of document.querySelectorAll('.block')) {
       getSelection().selectAllChildren(block.querySelector('pre'))
       if (!document.execCommand('copy')) return
     }
-    const before = button.textContent
     button.textContent = said.textContent = button.dataset.done
-    setTimeout(() => { button.textContent = before; said.textContent = '' }, 2000)
+    clearTimeout(button.timer)
+    button.timer = setTimeout(() => { button.textContent = copy.textContent; said.textContent = '' }, 2000)
   })
+  const pre = block.querySelector('pre')
+  pre.id = 'block-' + blocks++
+  button.setAttribute('aria-describedby', pre.id)
   block.append(button)
 }
 const open = () => {

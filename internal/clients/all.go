@@ -2,6 +2,7 @@ package clients
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 )
@@ -10,7 +11,7 @@ import (
 var All = []Client{
 	{ID: "docker", Name: Text{"Docker", "Docker"}, steps: docker},
 	{ID: "docker-desktop", Name: Text{"Docker Desktop", "Docker Desktop"}, steps: desktop},
-	{ID: "docker-containerd", Name: Text{"Docker 29 and later, for every registry", "Docker 29 及以上,用于所有仓库"}, All: true, steps: dockerHosts},
+	{ID: "docker-containerd", Name: Text{"Docker 29 and later, for every registry", "Docker 29 及以上，用于所有仓库"}, All: true, steps: dockerHosts},
 	{ID: "compose", Name: Text{"Docker Compose", "Docker Compose"}, steps: compose},
 	{ID: "containerd", Name: Text{"containerd, Kubernetes", "containerd、Kubernetes"}, All: true, steps: containerd},
 	{ID: "nerdctl", Name: Text{"nerdctl", "nerdctl"}, All: true, steps: nerdctl},
@@ -34,15 +35,16 @@ func daemon(m Mirror) string {
 	return string(text) + "\n"
 }
 
-// dockerCA has docker trust the mirror's authority.
+// dockerCA has docker trust the mirror's authority. With the containerd image store it
+// looks for those of its mirrors in docker.io's folder.
 func dockerCA(m Mirror) []Step {
 	if m.CA == "" {
 		return nil
 	}
-	dir := "/etc/docker/certs.d/" + m.host()
+	dir, hub := "/etc/docker/certs.d/"+m.host(), "/etc/docker/certs.d/docker.io"
 	return []Step{{
 		Text:     Text{"Let docker trust the mirror's authority.", "让 docker 信任镜像站的证书颁发机构。"},
-		Commands: fmt.Sprintf("mkdir -p %s\ncp %s %[1]s/ca.crt", dir, m.CA),
+		Commands: fmt.Sprintf("mkdir -p %s %s\ncp %s %[1]s/ca.crt\ncp %[3]s %[2]s/ca.crt", dir, hub, m.CA),
 	}}
 }
 
@@ -52,7 +54,7 @@ func docker(m Mirror) ([]Step, error) {
 	}
 	return append(dockerCA(m),
 		Step{
-			Text: Text{"Name the mirror; it serves what comes from docker.io. Keep what the file has already.", "填写镜像站地址;它只用于 docker.io 的镜像。请保留该文件中已有的内容。"},
+			Text: Text{"Name the mirror; it serves what comes from docker.io. Keep what the file has already.", "填写镜像站地址；它只用于 docker.io 的镜像。请保留该文件中已有的内容。"},
 			File: "/etc/docker/daemon.json", Content: daemon(m),
 		},
 		Step{
@@ -63,17 +65,29 @@ func docker(m Mirror) ([]Step, error) {
 	), nil
 }
 
+// trust has the whole machine trust the mirror's authority, where the client has no
+// setting for that.
+func trust(m Mirror) []Step {
+	if m.CA == "" {
+		return nil
+	}
+	return []Step{{Text: Text{
+		"First have the machine trust the authority in " + m.CA + ".",
+		"请先让本机信任 " + m.CA + " 中的证书颁发机构。",
+	}}}
+}
+
 func desktop(m Mirror) ([]Step, error) {
 	if m.Strict {
 		return nil, ErrStrict
 	}
-	return []Step{
+	return append(trust(m), []Step{
 		{
-			Text:    Text{"In Settings, Docker Engine, add this to the JSON, and choose Apply & restart.", "在 Settings(设置)→ Docker Engine 的 JSON 中加入以下内容,然后点击 Apply & restart。"},
+			Text:    Text{"In Settings, Docker Engine, add this to the JSON, and choose Apply & restart.", "在 Settings（设置）→ Docker Engine 的 JSON 中加入以下内容，然后点击 Apply & restart。"},
 			Content: daemon(m),
 		},
 		{Text: tryIt, Commands: "docker pull alpine:3"},
-	}, nil
+	}...), nil
 }
 
 func compose(m Mirror) ([]Step, error) {
@@ -82,8 +96,8 @@ func compose(m Mirror) ([]Step, error) {
 		return nil, err
 	}
 	return append([]Step{{Text: Text{
-		"Compose pulls by docker: it needs no setting of its own, and no image in compose.yaml another name.",
-		"Compose 通过 docker 拉取镜像:它自身无需设置,compose.yaml 中的镜像名也无需修改。",
+		"Compose pulls through docker: it needs no settings of its own, and image names in compose.yaml stay as they are.",
+		"Compose 通过 docker 拉取镜像：它自身无需设置，compose.yaml 中的镜像名也无需修改。",
 	}}}, steps[:len(steps)-1]...), nil
 }
 
@@ -92,7 +106,12 @@ func hosts(m Mirror, registry string) string {
 	var b strings.Builder
 	switch {
 	case m.Strict:
-		fmt.Fprintf(&b, "server = %q\n\n", m.URL)
+		// As the server it would be pushed to, too.
+		fmt.Fprintf(&b, "server = %q\ncapabilities = [\"pull\", \"resolve\"]\n", m.URL)
+		if m.CA != "" {
+			fmt.Fprintf(&b, "ca = %q\n", m.CA)
+		}
+		b.WriteString("\n")
 	case registry != "":
 		fmt.Fprintf(&b, "server = %q\n\n", origin(registry))
 	}
@@ -106,7 +125,7 @@ func hosts(m Mirror, registry string) string {
 func hostsFiles(m Mirror, dir string) []Step {
 	if m.Every {
 		return []Step{{
-			Text: Text{"For every registry.", "用于所有仓库。"},
+			Text: Text{"For every registry that has no folder of its own here; such a folder goes before this one.", "用于此处没有单独目录的所有仓库；单独的目录优先于此设置。"},
 			File: dir + "/_default/hosts.toml", Content: hosts(m, ""),
 		}}
 	}
@@ -124,7 +143,7 @@ func hostsFiles(m Mirror, dir string) []Step {
 func dockerHosts(m Mirror) ([]Step, error) {
 	steps := append([]Step{{Text: Text{
 		"With the containerd image store, which new installations of Docker 29 use. Docker reads these at every pull.",
-		"适用于使用 containerd 镜像存储的 Docker(Docker 29 的新安装默认如此)。每次拉取时 docker 都会读取这些文件。",
+		"适用于使用 containerd 镜像存储的 Docker（Docker 29 的新安装默认如此）。每次拉取时 docker 都会读取这些文件。",
 	}}}, hostsFiles(m, "/etc/docker/certs.d")...)
 	return append(steps, Step{Text: tryIt, Commands: "docker pull " + m.image()}), nil
 }
@@ -138,12 +157,12 @@ const (
 func containerd(m Mirror) ([]Step, error) {
 	steps := append(hostsFiles(m, certs),
 		Step{
-			Text:    Text{"For Kubernetes, tell containerd of the folder once, in /etc/containerd/config.toml. Of containerd 1.6 and 1.7:", "用于 Kubernetes 时,需在 /etc/containerd/config.toml 中指定该目录(只需一次)。containerd 1.6 和 1.7:"},
-			Content: pluginV1,
+			Text:    Text{"For Kubernetes, tell containerd of the folder once, in /etc/containerd/config.toml (the first line only if the file has none). With containerd 1.6 or 1.7:", "用于 Kubernetes 时，需在 /etc/containerd/config.toml 中指定该目录，只需一次（文件中没有 version 时才加第一行）。containerd 1.6 或 1.7:"},
+			Content: "version = 2\n\n" + pluginV1,
 		},
 		Step{
-			Text:    Text{"Of containerd 2:", "containerd 2:"},
-			Content: pluginV2,
+			Text:    Text{"With containerd 2:", "containerd 2:"},
+			Content: "version = 3\n\n" + pluginV2,
 		},
 		Step{
 			Text:     Text{"Then restart it once. Later changes of hosts.toml need no restart.", "然后重启一次。以后修改 hosts.toml 无需重启。"},
@@ -168,7 +187,7 @@ func registries(m Mirror) string {
 		if m.plain() {
 			insecure = "insecure = true\n"
 		}
-		registry, at := r.Name, m.host()+"/"+r.path()
+		registry, at := r.Name, m.host()+"/"+r.inPath()
 		if m.Strict {
 			fmt.Fprintf(&b, "[[registry]]\nprefix = %q\nlocation = %q\n%s", registry, at, insecure)
 			continue
@@ -191,7 +210,13 @@ func containersCA(m Mirror) []Step {
 
 const conf = "/etc/containers/registries.conf.d/mirror.conf"
 
+// errNamed is of a client for which every registry has to be named.
+var errNamed = errors.New("it has to name registries, and asks others themselves: say which by --for")
+
 func podman(m Mirror) ([]Step, error) {
+	if m.Strict && m.Every {
+		return nil, errNamed
+	}
 	return append(containersCA(m),
 		Step{
 			Text: Text{"These programs read it at every pull.", "这些程序每次拉取时都会读取该文件。"},
@@ -202,6 +227,9 @@ func podman(m Mirror) ([]Step, error) {
 }
 
 func crio(m Mirror) ([]Step, error) {
+	if m.Strict && m.Every {
+		return nil, errNamed
+	}
 	return append(containersCA(m),
 		Step{
 			Text: Text{"The same file as podman's.", "与 podman 使用同一个文件。"},
@@ -239,13 +267,13 @@ func rancher(m Mirror, dir, service string) []Step {
 	}}
 	if m.Strict {
 		steps = append(steps, Step{
-			Text:    Text{"The registry itself stays the last resort unless " + dir + "/config.yaml has this.", "除非在 " + dir + "/config.yaml 中加入以下内容,否则最后仍会访问原始仓库。"},
+			Text:    Text{"Without this in " + dir + "/config.yaml the registry itself is still asked last.", "如果 " + dir + "/config.yaml 中没有以下内容，最后仍会访问原始仓库。"},
 			Content: "disable-default-registry-endpoint: true\n",
 		})
 	}
 	return append(steps, Step{
-		Text:     Text{"Restart it: " + service + " on servers, " + agent(service) + " on agents.", "重启服务:服务器节点为 " + service + ",工作节点为 " + agent(service) + "。"},
-		Commands: "systemctl restart " + service,
+		Text:     Text{"Restart it: " + service + " on servers, " + agent(service) + " on agents.", "重启服务：服务器节点为 " + service + "，工作节点为 " + agent(service) + "。"},
+		Commands: "systemctl restart " + service + "\n# systemctl restart " + agent(service) + "   (agents)",
 	})
 }
 
@@ -263,7 +291,7 @@ func rke2(m Mirror) ([]Step, error) { return rancher(m, "/etc/rancher/rke2", "rk
 func kind(m Mirror) ([]Step, error) {
 	var b strings.Builder
 	b.WriteString("kind: Cluster\napiVersion: kind.x-k8s.io/v1alpha4\ncontainerdConfigPatches:\n  - |-\n")
-	for line := range strings.Lines(pluginV2) {
+	for line := range strings.Lines(pluginV1) {
 		b.WriteString("    " + line)
 	}
 	b.WriteString("nodes:\n  - role: control-plane\n    extraMounts:\n      - hostPath: ./certs.d\n        containerPath: " + certs + "\n        readOnly: true\n")
@@ -272,7 +300,7 @@ func kind(m Mirror) ([]Step, error) {
 	}
 	steps := hostsFiles(m, "certs.d")
 	return append(steps, Step{
-		Text: Text{"Mount them into the nodes. Images of nodes with containerd 1 call the plugin io.containerd.grpc.v1.cri.", "把它们挂载到各节点。使用 containerd 1 的节点镜像中,插件名为 io.containerd.grpc.v1.cri。"},
+		Text: Text{"Mount them into the nodes. Node images of kind 0.27 and later need no patch.", "把它们挂载到各节点。kind 0.27 及以上的节点镜像无需该补丁。"},
 		File: "kind.yaml", Content: b.String(),
 	}, Step{
 		Text:     Text{"Make the cluster.", "创建集群。"},
@@ -296,7 +324,7 @@ func talos(m Mirror) ([]Step, error) {
 	if m.CA != "" {
 		steps = append(steps, Step{Text: Text{
 			"Nodes have to trust the mirror's authority: add a TrustedRootsConfig with what " + m.CA + " has.",
-			"各节点必须信任镜像站的证书颁发机构:添加内容为 " + m.CA + " 的 TrustedRootsConfig。",
+			"各节点必须信任镜像站的证书颁发机构：添加内容为 " + m.CA + " 的 TrustedRootsConfig。",
 		}})
 	}
 	return append(steps, Step{
@@ -322,7 +350,7 @@ func buildkit(m Mirror) ([]Step, error) {
 	}
 	return []Step{
 		{
-			Text: Text{"The driver docker of buildx uses docker's settings, and not these.", "buildx 的 docker 驱动使用 docker 自己的设置,而不是这里的设置。"},
+			Text: Text{"The driver docker of buildx uses docker's settings, and not these.", "buildx 的 docker 驱动使用 docker 自己的设置，而不是这里的设置。"},
 			File: "buildkitd.toml", Content: strings.TrimPrefix(b.String(), "\n"),
 		},
 		{
@@ -336,17 +364,17 @@ func panel(m Mirror) ([]Step, error) {
 	if m.Strict {
 		return nil, ErrStrict
 	}
-	return []Step{
+	return append(trust(m), []Step{
 		{
 			Text: Text{
 				"Synology, QNAP, UGREEN, fnOS, ZSpace, iKuai, BaoTa, 1Panel and others have a field for a registry mirror (image accelerator) of Docker Hub in the settings of their container application. It gets this address.",
-				"群晖、威联通、绿联、飞牛 fnOS、极空间、爱快、宝塔、1Panel 等,在其容器(Docker)应用的设置中都有 Docker Hub 镜像加速(registry mirror)地址一栏,填入以下地址即可。",
+				"群晖、威联通、绿联、飞牛 fnOS、极空间、爱快、宝塔、1Panel 等，在其容器(Docker)应用的设置中都有 Docker Hub 镜像加速(registry mirror)地址一栏，填入以下地址即可。",
 			},
 			Content: m.URL + "\n",
 		},
 		{Text: Text{
 			"Where there is no such field, name the mirror in the image: " + m.host() + "/library/alpine:3.",
-			"没有这一栏时,可直接在镜像名中写明镜像站:" + m.host() + "/library/alpine:3。",
+			"没有这一栏时，可直接在镜像名中写明镜像站：" + m.host() + "/library/alpine:3。",
 		}},
-	}, nil
+	}...), nil
 }

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -51,11 +52,14 @@ const (
 	maxTold       = 64 << 10         // bytes of an error
 )
 
-// Check pulls an image by way of the mirror as containerd would: the manifest by its
+// Check pulls an image by way of the mirror as a client would: the manifest by its
 // tag, then by digest, a layer from its middle on as after a cut, and whole. Each thing
 // that is right is told of; the error says what is wrong and what to do.
-func Check(ctx context.Context, m Mirror, image Image, told func(string)) error {
-	c := checker{Mirror: m, image: image, told: told}
+func Check(ctx context.Context, client Client, m Mirror, image Image, told func(string)) error {
+	if !client.All && image.Registry != "docker.io" || !m.Every && !m.has(image.Registry) {
+		return fmt.Errorf("%s is not set up by this: give another --image", image.Registry)
+	}
+	c := checker{Mirror: m, client: client, image: image, told: told}
 	transport := &http.Transport{Proxy: http.ProxyFromEnvironment, ResponseHeaderTimeout: checkPatience, DisableCompression: true}
 	if m.CA != "" {
 		pem, err := os.ReadFile(m.CA)
@@ -85,15 +89,27 @@ func Check(ctx context.Context, m Mirror, image Image, told func(string)) error 
 
 type checker struct {
 	Mirror
-	image Image
-	http  *http.Client
-	told  func(string)
+	client Client
+	image  Image
+	http   *http.Client
+	told   func(string)
 }
 
 func (c *checker) get(ctx context.Context, method, path, ranges string) (*http.Response, error) {
 	to := c.URL + path
 	if path != "/v2/" {
-		to = c.URL + "/v2/" + c.image.Name + path + "?ns=" + c.image.Registry
+		name, query := c.image.Name, "?ns="+c.image.Registry
+		switch {
+		case c.client.ByPath:
+			of := Registry{Name: c.image.Registry}
+			if i := slices.IndexFunc(c.Registries, func(r Registry) bool { return r.Name == of.Name }); i >= 0 {
+				of = c.Registries[i]
+			}
+			name, query = of.inPath()+"/"+name, ""
+		case !c.client.All:
+			query = "" // docker means the default
+		}
+		to = c.URL + "/v2/" + name + path + query
 	}
 	req, err := http.NewRequestWithContext(ctx, method, to, nil)
 	if err != nil {
@@ -186,6 +202,9 @@ func (c *checker) manifests(ctx context.Context) (*oci.Manifest, error) {
 			return nil, err
 		}
 		defer resp.Body.Close()
+		if resp.StatusCode == http.StatusOK {
+			return nil, fmt.Errorf("%s:%s can be had by GET and not by HEAD: a proxy in front of the mirror drops HEAD", of, c.image.Reference)
+		}
 		return nil, c.refused(of+":"+c.image.Reference, resp)
 	}
 	is, err := oci.ParseDigest(resp.Header.Get("Docker-Content-Digest"))
@@ -274,7 +293,11 @@ func (c *checker) layer(ctx context.Context, m *oci.Manifest) error {
 		return fmt.Errorf("the Content-Range of a layer's second half is %q, and not %q: something in front of the mirror changes it", resp.Header.Get("Content-Range"), want)
 	}
 	half := sha256.New()
-	if n, err := oci.Feed(ctx, half, resp.Body); err != nil || n != of.Size-middle {
+	n, err := oci.Feed(ctx, half, resp.Body)
+	if err == nil && n != of.Size-middle {
+		err = io.ErrUnexpectedEOF
+	}
+	if err != nil {
 		return fmt.Errorf("the layer %s was cut after %d bytes of its second half: look at the mirror's log: %w", of.Digest, n, err)
 	}
 	c.told(fmt.Sprintf("layer %s from byte %d on (%s)", of.Digest, middle, since(begun)))
@@ -289,14 +312,17 @@ func (c *checker) layer(ctx context.Context, m *oci.Manifest) error {
 		return c.refused("the layer "+of.Digest.String(), whole)
 	}
 	all, second := sha256.New(), sha256.New()
-	n, err := oci.Feed(ctx, all, io.LimitReader(whole.Body, middle))
+	n, err = oci.Feed(ctx, all, io.LimitReader(whole.Body, middle))
 	if err == nil {
 		var rest int64
 		rest, err = oci.Feed(ctx, io.MultiWriter(all, second), whole.Body)
 		n += rest
 	}
+	if err == nil && n != of.Size {
+		err = io.ErrUnexpectedEOF
+	}
 	switch {
-	case err != nil || n != of.Size:
+	case err != nil:
 		return fmt.Errorf("the layer %s was cut after %d bytes of %d: look at the mirror's log: %w", of.Digest, n, of.Size, err)
 	case digest.NewDigest(digest.SHA256, all) != of.Digest:
 		return fmt.Errorf("the layer %s has other bytes: something in front of the mirror changes answers", of.Digest)

@@ -24,6 +24,8 @@ var (
 		digest.FromString("attestation"), 11, digest.FromString(manifest), len(manifest))
 )
 
+var containerd, _ = clients.Find("containerd")
+
 // serve answers as a mirror does that has one image.
 func serve(w http.ResponseWriter, r *http.Request) {
 	content := map[string]string{
@@ -59,7 +61,7 @@ func TestCheck(t *testing.T) {
 	var told []string
 	for _, name := range []string{"docker.io/library/x", "docker.io/library/x:latest", "docker.io/library/x@" + digest.FromString(manifest).String()} {
 		told = nil
-		err := clients.Check(t.Context(), clients.Mirror{URL: server.URL}, image(t, name), func(is string) { told = append(told, is) })
+		err := clients.Check(t.Context(), containerd, clients.Mirror{URL: server.URL, Every: true}, image(t, name), func(is string) { told = append(told, is) })
 		if err != nil || len(told) < 5 || !strings.Contains(told[len(told)-2], "from byte 2500 on") || !strings.Contains(told[len(told)-1], "5000 bytes") {
 			t.Errorf("%s: %q, %v", name, told, err)
 		}
@@ -79,18 +81,18 @@ func TestCheckFinds(t *testing.T) {
 	defer secure.Close()
 	defer plain.Close()
 	for want, at := range map[string]clients.Mirror{
-		"is the mirror running":              {URL: gone.URL},
-		"mend DNS":                           {URL: "http://no.such.host.invalid"},
-		"give the authority by --ca":         {URL: secure.URL},
-		"certificate is for another name":    {URL: strings.Replace(secure.URL, "127.0.0.1", "localhost", 1), CA: authority(t, secure)},
-		"has no certificate":                 {URL: secure.URL, CA: os.DevNull},
-		"has no TLS: write http://127.0.0.1": {URL: strings.Replace(plain.URL, "http:", "https:", 1)},
+		"is the mirror running":              {Every: true, URL: gone.URL},
+		"mend DNS":                           {Every: true, URL: "http://no.such.host.invalid"},
+		"give the authority by --ca":         {Every: true, URL: secure.URL},
+		"certificate is for another name":    {Every: true, URL: strings.Replace(secure.URL, "127.0.0.1", "localhost", 1), CA: authority(t, secure)},
+		"has no certificate":                 {Every: true, URL: secure.URL, CA: os.DevNull},
+		"has no TLS: write http://127.0.0.1": {Every: true, URL: strings.Replace(plain.URL, "http:", "https:", 1)},
 	} {
-		if err := clients.Check(t.Context(), at, image(t, "docker.io/library/x"), func(string) {}); err == nil || !strings.Contains(err.Error(), want) {
+		if err := clients.Check(t.Context(), containerd, at, image(t, "docker.io/library/x"), func(string) {}); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", want, err)
 		}
 	}
-	if err := clients.Check(t.Context(), clients.Mirror{URL: secure.URL, CA: authority(t, secure)}, image(t, "docker.io/library/x"), func(string) {}); err != nil {
+	if err := clients.Check(t.Context(), containerd, clients.Mirror{Every: true, URL: secure.URL, CA: authority(t, secure)}, image(t, "docker.io/library/x"), func(string) {}); err != nil {
 		t.Error(err)
 	}
 	for want, spoil := range map[string]func(w http.ResponseWriter, r *http.Request) bool{
@@ -121,7 +123,7 @@ func TestCheckFinds(t *testing.T) {
 				serve(w, r)
 			}
 		}))
-		if err := clients.Check(t.Context(), clients.Mirror{URL: server.URL}, image(t, "docker.io/library/x"), func(string) {}); err == nil || !strings.Contains(err.Error(), want) {
+		if err := clients.Check(t.Context(), containerd, clients.Mirror{URL: server.URL, Every: true}, image(t, "docker.io/library/x"), func(string) {}); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", want, err)
 		}
 		server.Close()

@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"path"
 	"slices"
 	"strings"
+	"unicode"
 )
 
 // A Mirror is what clients are to use.
@@ -90,7 +92,7 @@ func Find(id string) (Client, bool) {
 // Steps are what is to be done so that the client uses the mirror.
 func (c Client) Steps(m Mirror) ([]Step, error) {
 	u, err := url.Parse(m.URL)
-	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.User != nil || !plainHost(u.Host) {
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.User != nil || !PlainHost(u.Host) {
 		return nil, fmt.Errorf("%q is no mirror's address: that is https://host, or http://host:port, without a path", m.URL)
 	}
 	m.URL = u.Scheme + "://" + u.Host
@@ -98,19 +100,19 @@ func (c Client) Steps(m Mirror) ([]Step, error) {
 		return nil, errors.New("there is no registry to be set up")
 	}
 	for _, r := range m.Registries {
-		if host, err := url.Parse("//" + r.Name); err != nil || host.Host != r.Name || strings.ContainsAny(r.Name+r.Path, "*\"'\\ ") {
+		if host, err := url.Parse("//" + r.Name); err != nil || r.Name == "" || host.Host != r.Name || !PlainHost(r.Name) || !PlainHost(r.Path) {
 			return nil, fmt.Errorf("%q is not the host of a registry, such as ghcr.io", r.Name)
 		}
 	}
-	if m.CA != "" && (strings.ContainsAny(m.CA, "\"'\\\n ") || u.Scheme == "http") {
-		return nil, fmt.Errorf("the authority %q: a path without spaces and quotes, of a mirror with https", m.CA)
+	if m.CA != "" && (!path.IsAbs(m.CA) || strings.ContainsFunc(m.CA, strange) || u.Scheme == "http") {
+		return nil, fmt.Errorf("the authority %q: the absolute path of a file, without spaces, quotes and what a shell makes something of, for a mirror with https", m.CA)
 	}
 	if !c.All && (m.Default != "docker.io" || !m.has("docker.io")) {
-		return nil, fmt.Errorf("%s uses a mirror for docker.io only, and that is not the default registry of this one", c.Name.English)
+		return nil, fmt.Errorf("%s: a mirror is used for docker.io only, and that is not the default registry of this one", c.Name.English)
 	}
 	if m.NoNS && !c.ByPath {
 		if m.Every = false; m.Default == "" {
-			return nil, fmt.Errorf("%s tells by ns which registry it means, and this mirror does not read that", c.Name.English)
+			return nil, fmt.Errorf("%s: it tells by ns which registry it means, and this mirror does not read that", c.Name.English)
 		}
 		m.Registries = []Registry{{Name: m.Default}}
 	}
@@ -121,13 +123,19 @@ func (c Client) Steps(m Mirror) ([]Step, error) {
 	return steps, nil
 }
 
-// plainHost reports whether a host can stand in a shell command, in quotes and in a path:
+// PlainHost reports whether a host can stand in a shell command, in quotes and in a path:
 // it may be what anybody has sent.
-func plainHost(host string) bool {
+func PlainHost(host string) bool {
 	strange := func(r rune) bool {
 		return !strings.ContainsRune("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_:[]", r)
 	}
 	return !strings.ContainsFunc(host, strange) && !strings.Contains(host, "..")
+}
+
+// strange reports whether a rune of a path means something to a shell, or to a file of
+// settings.
+func strange(r rune) bool {
+	return unicode.IsSpace(r) || unicode.IsControl(r) || strings.ContainsRune("\"'\\$`;|&<>()*?#{}[]!~", r)
 }
 
 // host is the mirror's, with its port.
@@ -155,7 +163,7 @@ func (m Mirror) image() string {
 	return m.Registries[0].Name + "/<image>"
 }
 
-// path is what a registry is called in the mirror's paths.
-func (r Registry) path() string {
+// inPath is what a registry is called in the mirror's paths.
+func (r Registry) inPath() string {
 	return cmp.Or(r.Path, strings.ReplaceAll(r.Name, ":", "__"))
 }

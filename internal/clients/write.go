@@ -30,6 +30,13 @@ func Write(root string, steps []Step) (written []string, err error) {
 			continue
 		}
 		name := filepath.Join(root, s.File)
+		if root == "/" && !filepath.IsAbs(s.File) {
+			name = s.File // as the commands that follow call it
+		}
+		// What a link leads to may be somebody's own place for settings.
+		if info, err := os.Lstat(name); err == nil && !info.Mode().IsRegular() {
+			return nil, fmt.Errorf("%s is a link, or no file: add the settings by hand", name)
+		}
 		before, err := os.ReadFile(name)
 		after := []byte(s.Content)
 		switch {
