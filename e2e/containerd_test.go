@@ -48,7 +48,7 @@ func containerd(t *testing.T, configVersion int, config, bin, mirror string, img
 	do("images", "pull", "--hosts-dir", hosts, name)
 	checkContent(t, do, append(img.amd64, img.digest))
 	// runc knows the containers of all daemons by their names.
-	checkSaid(t, img, do("run", "--rm", name, filepath.Base(filepath.Dir(hosts))))
+	checkSaid(t, img, do("run", "--rm", name, filepath.Base(strings.TrimSuffix(hosts, "/client/etc/containerd/certs.d"))))
 }
 
 // checkContent checks all that a containerd holds, and that what is wanted is
