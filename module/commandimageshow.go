@@ -334,7 +334,7 @@ func imageRegister(cmd *cobra.Command, args []string) error {
 		if at < 0 {
 			return fmt.Errorf("the registration with %s is gone", r.Cluster)
 		}
-		if next := now.Registrations[at]; next.State != r.State || next.Message != r.Message {
+		if next := now.Registrations[at]; !settled(next.State) && (next.State != r.State || next.Message != r.Message) {
 			fmt.Fprintln(cmd.ErrOrStderr(), registrationLine(next))
 		}
 		r = now.Registrations[at]
