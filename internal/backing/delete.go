@@ -199,6 +199,11 @@ func (l *Library) unmarkLocked(ctx context.Context, name string, versions []stri
 
 // remove takes a version that is being deleted out of the store.
 func (l *Library) remove(ctx context.Context, name, v string) error {
+	// Before the image's lock, which the end of a token takes. Nobody registers what is
+	// marked.
+	if err := l.forget(ctx, name, v); err != nil {
+		return err
+	}
 	unlock, err := l.lock(ctx, name)
 	if err != nil {
 		return err
@@ -234,9 +239,6 @@ func (l *Library) remove(ctx context.Context, name, v string) error {
 		return err
 	}
 	failpoint.Hit("backing.unmanifest")
-	if err := l.forget(ctx, name, v); err != nil {
-		return err
-	}
 	if err := l.delete(ctx, layout.ImageVersion(name, v)); err != nil {
 		return err
 	}

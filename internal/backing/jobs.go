@@ -302,6 +302,8 @@ func (l *Library) resumeJobs(ctx context.Context) {
 		}
 		if l.madeBy(r.Job) {
 			l.endJob(ctx, j, nil)
+			// The process may have ended before this.
+			l.register(Version{Name: r.Job.Name, Version: r.Job.Version}, r.Draft.Register)
 			continue
 		}
 		d := r.Draft
@@ -371,13 +373,17 @@ func (l *Library) runJob(ctx context.Context, j *job) {
 		slots = l.finishing // pulls take as long as their sources do
 	}
 	for {
+		held := false
 		select {
 		case slots <- struct{}{}:
+			held = true
 		case <-ctx.Done():
 		}
 		err := context.Cause(ctx)
 		if err == nil {
 			err = l.attempt(ctx, j)
+		}
+		if held {
 			<-slots
 		}
 		switch {

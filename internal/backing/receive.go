@@ -8,6 +8,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"slices"
 	"strings"
 	"time"
 
@@ -283,6 +284,10 @@ func (l *Library) recoverDrafts(ctx context.Context) {
 func (l *Library) register(v Version, clusters []string) {
 	for _, cluster := range clusters {
 		l.behind(func(ctx context.Context) {
+			// What is registered already stays as it was asked for.
+			if slices.ContainsFunc(l.registrations(v.Name, v.Version), func(r Registration) bool { return r.Cluster == cluster }) {
+				return
+			}
 			if _, err := l.Register(ctx, v.Name, v.Version, RegistrationOptions{Cluster: cluster}); err != nil {
 				l.parts.Log.Warn("a new version of a backing image could not be registered; register it again", zap.String("image", v.Name), zap.String("version", v.Version), zap.String("cluster", cluster), zap.Error(err))
 			}

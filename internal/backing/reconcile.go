@@ -442,6 +442,12 @@ func drift(record registration, image longhorn.Image) string {
 // again deletes an image that is no good, so that the next pass makes it anew. The
 // record says first that there is none: who dies in between leaves one to be made.
 func (r *registrar) again(ctx context.Context, c *cluster, p place, record registration) error {
+	// What the list has shown may have been replaced since.
+	if is, err := c.client.Image(ctx, record.Name); err == nil && !record.makes(is) {
+		return nil
+	} else if err != nil && !errors.Is(err, longhorn.ErrNotFound) {
+		return err
+	}
 	was := record
 	record.Made, record.Adopted = false, false
 	if err := r.write(ctx, record); err != nil {

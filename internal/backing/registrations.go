@@ -509,18 +509,34 @@ func (r *registrar) register(ctx context.Context, v Version, o RegistrationOptio
 		return Registration{}, err
 	}
 	defer unlock()
+	p := place{v.Name, v.Version, c.Name}
+	r.mu.Lock()
+	known := r.held[p] != nil
+	r.mu.Unlock()
+	if !known {
+		// It may have been deleted while this waited.
+		if _, err := r.version(ctx, v.Name, v.Version); err != nil {
+			return Registration{}, err
+		}
+	}
 	record, err := r.plan(ctx, c, v, o)
 	if err != nil {
 		return Registration{}, err
 	}
 	if err := r.write(ctx, record); err != nil {
+		if !known && record.Token != "" && r.revoke != nil && len(r.with(p.image, record.Token)) == 0 {
+			err = errors.Join(err, r.revoke(context.WithoutCancel(ctx), p.image, record.Token))
+		}
 		return Registration{}, err
 	}
 	failpoint.Hit("backing.registering")
 	c.wake()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	held := r.held[place{v.Name, v.Version, c.Name}]
+	held := r.held[p]
+	if held == nil { // it is forgotten already
+		return Registration{}, fail(NotFound, "%s %s is not registered with %s any more", v.Name, v.Version, c.Name)
+	}
 	held.refused, held.attempts = "", 0
 	if held.state == Unknown || held.state == Conflict || held.state == RegFailed {
 		held.state, held.message = Pending, ""

@@ -357,6 +357,7 @@ func TestStates(t *testing.T) {
 		r := newRegistrar(Parts{Store: openStore(t, t.TempDir())})
 		r.pace = testPace
 		r.pace.stuck = time.Millisecond
+		r.version = func(context.Context, string, string) (Version, error) { return v, nil }
 		public, _ := url.Parse("http://images.test")
 		t.Cleanup(r.close)
 		r.set(Settings{Prefix: "p", PublicURL: public, Clusters: []Cluster{{Name: "default", URL: m.URL}}})

@@ -186,7 +186,7 @@ func (record *registration) makes(image longhorn.Image) bool {
 	case record.Mode == Download:
 		return record.URL != "" && image.Parameters["url"] == record.URL
 	}
-	return record.Made && (image.ExpectedChecksum == "" || image.ExpectedChecksum == record.SHA512.Encoded())
+	return record.Made && image.ExpectedChecksum == record.SHA512.Encoded()
 }
 
 func inUse(blockers []Blocker, format string, args ...any) *Error {
